@@ -1,0 +1,52 @@
+"""A host's place in a mesh, and what the shard formed there reports: plain data, free of torch."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class ShardAssignment(msgspec.Struct, frozen=True, kw_only=True):
+    """A host's place in a mesh, as plain data."""
+
+    epoch: str  # names the mesh; a frame of another epoch is dropped
+    secret: str  # carried by every hello
+    rank: int  # stage * tp_size + tp_rank
+    tp_size: int
+    pp_size: int
+    nodes: tuple[str, ...]  # node id of every rank; equal ids share a machine
+    store_host: str
+    store_port: int
+    bind_host: str  # address on which this rank listens
+    device: str  # "cpu", "cuda:0"
+    num_threads: int = 1
+    cpu_ids: tuple[int, ...] = ()  # pin to these cores; empty: do not pin
+    step_timeout_s: float = 30.0
+    model_dir: str
+    dtype: str  # "float32", "bfloat16", "float16"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    memory_utilization: float = 0.9
+    kv_memory_bytes: int | None = None  # of this rank
+    tensor_split: tuple[float, ...] | None = None
+    stage_layers: tuple[int, ...] | None = None
+
+
+class ShardInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a formed shard reports; for `status`."""
+
+    rank: int
+    stage: int
+    tp_rank: int
+    host: str
+    pid: int
+    device: str
+    first_layer: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+    weight_bytes: int
+    kv_bytes: int
+    num_kv_tokens: int

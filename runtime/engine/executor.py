@@ -1,0 +1,79 @@
+"""The leader's executor: every plan goes to the other ranks as one frame and to this rank's own runner."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+
+from shardray.parallel.errors import MeshError
+from shardray.parallel.link import Link
+from shardray.parallel.mesh import Mesh
+from shardray.runtime.engine.runner import ShardRunner
+from shardray.runtime.engine.step import StepPlan, StepResult, decode_plan, decode_result, encode
+
+_GOODBYE = b""  # the frame after the last plan
+_log = logging.getLogger(__name__)
+
+
+class MeshExecutor:
+    """Runs plans on a whole mesh (see the Executor protocol in loop.py). This rank's part runs in a thread of its own,
+    so that planning the next step overlaps with running the last one."""
+
+    def __init__(self, mesh: Mesh, runner: ShardRunner) -> None:
+        self._workers = [link for rank, link in sorted(mesh.links.items()) if rank != mesh.spec.rank]
+        sampler_rank = mesh.spec.rank_at(mesh.spec.pp_size - 1, 0)
+        self._sampler: Link | None = mesh.links.get(sampler_rank)  # None: this rank samples
+        self._timeout_s = mesh.spec.timeout_s
+        self._runner = runner
+        self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[StepResult | Exception | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run_plans, name="shard-runner", daemon=True)
+        self._thread.start()
+
+    def submit(self, plan: StepPlan) -> None:
+        if self._workers:
+            frame = encode(plan)
+            for link in self._workers:
+                link.send(frame)
+        self._plans.put(plan)
+
+    def result(self) -> StepResult:
+        """Raises MeshError, or whatever else the runner of this rank raised."""
+        if self._sampler is not None:
+            result: StepResult | Exception | None = decode_result(self._sampler.recv(self._timeout_s))
+            own = self._results.get()
+            result = own if isinstance(own, Exception) else result
+        else:
+            result = self._results.get()
+        if isinstance(result, Exception):
+            raise result
+        assert result is not None
+        return result
+
+    def close(self) -> None:
+        """End the runner's thread once the plans that it has are done, and take leave of the other ranks."""
+        self._plans.put(None)
+        self._thread.join()
+        for link in self._workers:
+            try:
+                link.send(_GOODBYE)
+            except MeshError as error:
+                _log.debug("no goodbye to a rank: %s", error)
+
+    def _run_plans(self) -> None:
+        while (plan := self._plans.get()) is not None:
+            try:
+                self._results.put(self._runner.run(plan))
+            except Exception as error:
+                self._results.put(error)
+                return
+
+
+def serve_plans(mesh: Mesh, runner: ShardRunner) -> None:
+    """The life of a rank that is not the leader: run plans until the leader says goodbye. Raises MeshError."""
+    leader = mesh.links[0]
+    while frame := leader.recv():
+        result = runner.run(decode_plan(frame))
+        if result is not None and mesh.spec.pp_size > 1:
+            leader.send(encode(result))

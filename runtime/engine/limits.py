@@ -1,0 +1,61 @@
+"""What a scheduler may use, and which requests fit into that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shardray.runtime.engine.request import EngineRequest, FieldError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """What the scheduler may use. Raises FieldError naming the field that is out of range."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    block_size: int
+    num_pages: int
+    max_in_flight: int = 1  # plans made and not yet committed: one, two to overlap planning with running, one a stage
+    lookahead: int = 0  # unresolved tokens a sequence may have when it is planned: 0, or 1 with a single stage
+    eos_token_ids: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_model_len", "block_size", "num_pages", "max_in_flight"):
+            if getattr(self, name) < 1:
+                raise FieldError(name, f"{getattr(self, name)} must be at least 1")
+        if self.lookahead not in (0, 1):
+            raise FieldError("lookahead", f"{self.lookahead} must be 0 or 1")
+        if self.max_num_batched_tokens <= self.max_num_seqs:
+            raise FieldError(
+                "max_num_batched_tokens",
+                f"{self.max_num_batched_tokens} must exceed max_num_seqs ({self.max_num_seqs}), "
+                "so that a step full of decodes has room for a prefill",
+            )
+
+    @property
+    def num_lanes(self) -> int:
+        """Plans among which the running sequences are divided. With lookahead every sequence can be in every plan."""
+        return 1 if self.lookahead else self.max_in_flight
+
+    def prefill_budget(self, num_decodes: int) -> int:
+        """Tokens of prompts in a plan beside its decodes: what they leave of a lane's share, and never none."""
+        return max(1, -(-self.max_num_batched_tokens // self.num_lanes) - num_decodes)
+
+    def max_len(self, request: EngineRequest) -> int:
+        """Tokens, prompt included, at which a request ends for its length."""
+        return min(len(request.prompt_ids) + request.params.max_tokens, self.max_model_len)
+
+    def check(self, request: EngineRequest) -> None:
+        """Raise FieldError if a request could not run even alone. Safe to call from any thread."""
+        prompt_len, capacity = len(request.prompt_ids), self.num_pages * self.block_size
+        if prompt_len == 0:
+            raise FieldError("prompt", "has no tokens")
+        if prompt_len >= self.max_model_len:
+            raise FieldError("prompt", f"{prompt_len} tokens leave no room in a context window of {self.max_model_len}")
+        if self.max_len(request) > capacity:
+            raise FieldError(
+                "max_tokens",
+                f"prompt of {prompt_len} tokens + max_tokens {request.params.max_tokens} exceeds the {capacity} tokens "
+                f"that the KV cache holds ({self.num_pages} pages of {self.block_size})",
+            )

@@ -1,0 +1,137 @@
+"""The step loop: plan -> run -> commit -> publish, with the next step planned while the last one runs."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from shardray.runtime.engine.request import EngineRequest, EngineStats, FieldError, FinishReason, TokenOutput
+from shardray.runtime.engine.scheduler import Scheduler, SchedulerLimits
+from shardray.runtime.engine.step import StepPlan, StepResult
+
+Publish = Callable[[list[TokenOutput]], None]
+_SMOOTHING = 0.05  # weight of the newest step in the smoothed times
+
+
+class Executor(Protocol):
+    """Runs plans on a mesh in the order they are given, and returns their results in that order."""
+
+    def submit(self, plan: StepPlan) -> None:
+        """Hand over a plan; does not wait for it to run."""
+
+    def result(self) -> StepResult:
+        """Wait for the oldest plan's result. Raises what broke the mesh."""
+
+
+@dataclass(frozen=True)
+class ShardedModelInfo:
+    """What a client of the engine has to know of the model it serves."""
+
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    num_kv_tokens: int
+
+
+@dataclass(frozen=True)
+class _Cancel:
+    request_id: str
+
+
+class Engine:
+    """Continuous batching over one mesh. ``run`` belongs to one thread; everything else is safe from any."""
+
+    def __init__(self, limits: SchedulerLimits, executor: Executor, info: ShardedModelInfo) -> None:
+        self.info = info
+        self._limits = limits
+        self._scheduler = Scheduler(limits)
+        self._executor = executor
+        self._inbox: queue.SimpleQueue[EngineRequest | _Cancel | None] = queue.SimpleQueue()
+        self._num_in_flight = 0
+        self._stats = self._scheduler.stats()
+        self._step_time_s = self._plan_time_s = 0.0
+        self._stopping = threading.Event()
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a request. Raises FieldError at once if it could never run."""
+        request.check(self.info.vocab_size, self.info.max_model_len)
+        self._limits.check(request)
+        self._inbox.put(request)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request before its next step; its end is published if it was live."""
+        self._inbox.put(_Cancel(request_id))
+
+    def stop(self) -> None:
+        """Make ``run`` return after the step at hand. Requests that are live stay unanswered."""
+        self._stopping.set()
+        self._inbox.put(None)
+
+    def stats(self) -> EngineStats:
+        """A snapshot as of the last step."""
+        return self._stats
+
+    def run(self, publish: Publish) -> None:
+        """Run until ``stop``; ``publish`` gets each step's tokens. Raises what broke the mesh. Idle costs nothing."""
+        while not self._stopping.is_set():
+            outputs = self._receive()
+            began = time.perf_counter()
+            self._launch()
+            planned = time.perf_counter()
+            if self._num_in_flight:
+                result = self._executor.result()
+                ran = time.perf_counter()
+                self._num_in_flight -= 1
+                outputs += self._scheduler.commit(result)
+                self._measure(began, planned, ran)
+            if outputs:
+                publish(outputs)
+
+    def _receive(self) -> list[TokenOutput]:
+        """Take in what has arrived; sleeps while there is nothing to do at all."""
+        outputs: list[TokenOutput] = []
+        while not self._stopping.is_set():
+            idle = not self._scheduler.has_work and not outputs
+            if idle:
+                self._scheduler.check_integrity()
+                self._stats = self._snapshot()
+            try:
+                message = self._inbox.get(block=idle)
+            except queue.Empty:
+                break
+            if output := self._take(message):
+                outputs.append(output)
+        return outputs
+
+    def _take(self, message: EngineRequest | _Cancel | None) -> TokenOutput | None:
+        match message:
+            case EngineRequest():
+                try:
+                    return self._scheduler.add(message)
+                except FieldError as error:
+                    return TokenOutput(message.request_id, finish_reason=FinishReason.ERROR, error=str(error))
+            case _Cancel(request_id):
+                return self._scheduler.cancel(request_id)
+            case None:
+                return None
+
+    def _launch(self) -> None:
+        while (plan := self._scheduler.plan()) is not None:
+            self._executor.submit(plan)
+            self._num_in_flight += 1
+
+    def _measure(self, began: float, planned: float, ran: float) -> None:
+        control_s = planned - began + time.perf_counter() - ran
+        self._step_time_s += _SMOOTHING * (ran - began - self._step_time_s)
+        self._plan_time_s += _SMOOTHING * (control_s - self._plan_time_s)
+        self._stats = self._snapshot()
+
+    def _snapshot(self) -> EngineStats:
+        times = {"step_time_s": self._step_time_s, "plan_time_s": self._plan_time_s}
+        return msgspec.structs.replace(self._scheduler.stats(), **times)

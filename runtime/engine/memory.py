@@ -1,0 +1,61 @@
+"""How many KV pages fit: what the device has left after the weights and a step's activations, or what the operator says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class PageBudget:
+    """What one rank knows when it sizes its pages."""
+
+    page_bytes: int  # on this rank; 0 if it holds no KV head
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    num_ranks_here: int  # ranks that share this memory
+    step_bytes: int  # what the activations of one step may take
+    memory_utilization: float
+    kv_memory_bytes: int | None
+
+    @property
+    def pages_of_one(self) -> int:
+        """Pages of one full-length sequence."""
+        return -(-self.max_model_len // self.block_size)
+
+    @property
+    def most_pages(self) -> int:
+        """More than this can never be in use."""
+        return self.pages_of_one * self.max_num_seqs
+
+
+def choose_num_pages(budget: PageBudget, device: torch.device) -> int:
+    """Pages for one rank. Raises MemoryError if not even one full-length sequence fits, with the numbers."""
+    memory_bytes = budget.kv_memory_bytes
+    if memory_bytes is None:
+        memory_bytes = _free_bytes(budget, device)
+    if budget.page_bytes == 0:
+        return budget.most_pages
+    num_pages = min(memory_bytes // budget.page_bytes, budget.most_pages)
+    if num_pages < budget.pages_of_one:
+        room = max(0, num_pages) * budget.block_size
+        raise MemoryError(
+            f"the KV cache of {max(0, memory_bytes) / _GIB:.2f} GiB holds {room} tokens, less than one sequence of "
+            f"max_model_len {budget.max_model_len}; lower model.max_model_len, raise engine.memory_utilization or "
+            f"engine.kv_memory_bytes, or use more shards"
+        )
+    return num_pages
+
+
+def _free_bytes(budget: PageBudget, device: torch.device) -> int:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        left = int(free - (1.0 - budget.memory_utilization) * total)
+    else:
+        left = int(psutil.virtual_memory().available * budget.memory_utilization) // budget.num_ranks_here
+    return left - budget.step_bytes

@@ -1,0 +1,153 @@
+"""What a request is once it is past the front door: token ids, sampling parameters, and the tokens it yields.
+
+Knows nothing of text, gRPC, Ray or torch. The structs travel between processes as MessagePack (never pickle).
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from typing import Any
+
+import msgspec
+
+
+class FinishReason(enum.StrEnum):
+    """Why a stream ended."""
+
+    STOP = "stop"  # an end-of-sequence id, a stop id or a stop string
+    LENGTH = "length"  # max_tokens, or the end of the context window
+    ABORTED = "aborted"  # cancelled by the client, an operator or a deadline
+    ERROR = "error"  # the fleet could not finish it
+
+
+class FieldError(ValueError):
+    """A parameter that cannot be honoured; names the field so that a server can point at it."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.message = message
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the next token is chosen and when to stop.
+
+    ``temperature == 0`` is greedy: top_k, top_p and min_p then have no effect. Processing order is that of
+    ``transformers``: logit bias, repetition / presence / frequency penalties, min_tokens, temperature, top_k, top_p, min_p.
+    Noise is a function of (seed, position) alone, so a request gives the same text whoever shares its batch.
+    Raises FieldError naming the field that is out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0  # keep the k most likely tokens; 0 keeps all
+    top_p: float = 1.0  # keep the smallest set whose probability reaches top_p
+    min_p: float = 0.0  # drop tokens below min_p times the most likely one
+    repetition_penalty: float = 1.0  # over prompt and output; divides positive logits, multiplies negative ones
+    presence_penalty: float = 0.0  # over output, subtracted once
+    frequency_penalty: float = 0.0  # over output, subtracted per occurrence
+    logit_bias: dict[int, float] = {}
+    seed: int = 0  # 64 bits
+    max_tokens: int = 256
+    min_tokens: int = 0  # no end-of-sequence or stop id before this many
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()  # matched on text where tokens become text, never in the engine
+    logprobs: int | None = None  # None: no logprobs; n: the chosen token's and the top n
+
+    def __post_init__(self) -> None:
+        _check_range("temperature", self.temperature, 0.0, 100.0)
+        _check_range("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _check_range("min_p", self.min_p, 0.0, 1.0)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _check_range("presence_penalty", self.presence_penalty, -100.0, 100.0)
+        _check_range("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        _check_range("top_k", self.top_k, 0, 2**31 - 1)
+        _check_range("seed", self.seed, 0, 2**64 - 1)
+        _check_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _check_range("min_tokens", self.min_tokens, 0, self.max_tokens)
+        if self.logprobs is not None:
+            _check_range("logprobs", self.logprobs, 0, 20)
+        for token_id, bias in self.logit_bias.items():
+            _check_range(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
+        if any(not text for text in self.stop):
+            raise FieldError("stop", "a stop string may not be empty")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether the sampler needs the ids seen so far."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+def _check_range(field: str, value: float, low: float, high: float, open_low: bool = False) -> None:
+    below = value <= low if open_low else value < low
+    if math.isnan(value) or below or value > high:
+        raise FieldError(field, f"{value} is outside {'(' if open_low else '['}{low}, {high}]")
+
+
+class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request as the engine takes it. ``generated_ids`` are tokens that an earlier mesh already sent."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    generated_ids: tuple[int, ...] = ()
+    params: SamplingParams
+    priority: int = 0  # lower runs first; first come, first served within one priority
+
+    def check(self, vocab_size: int, max_model_len: int) -> None:
+        """Raise FieldError if the model cannot run this request."""
+        if not self.prompt_ids:
+            raise FieldError("prompt", "has no tokens")
+        if not all(0 <= token_id < vocab_size for token_id in self.prompt_ids):
+            raise FieldError("prompt", f"token ids must lie in [0, {vocab_size})")
+        if any(not 0 <= token_id < vocab_size for token_id in (*self.params.logit_bias, *self.params.stop_token_ids)):
+            raise FieldError("logit_bias or stop_token_ids", f"token ids must lie in [0, {vocab_size})")
+        if len(self.prompt_ids) + self.params.max_tokens > max_model_len:
+            raise FieldError(
+                "max_tokens",
+                f"prompt of {len(self.prompt_ids)} tokens + max_tokens {self.params.max_tokens} exceeds the context "
+                f"window of {max_model_len}; at most {max(0, max_model_len - len(self.prompt_ids))} can be generated",
+            )
+
+
+class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One token of one request, or (``token_id`` None) the end of a stream that yields no further token."""
+
+    request_id: str
+    token_id: int | None = None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot of one replica's engine."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_pages: int = 0
+    num_used_pages: int = 0
+    num_cached_tokens: int = 0  # tokens whose keys and values are held
+    block_size: int = 0
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0  # since start
+    num_output_tokens: int = 0
+    step_time_s: float = 0.0  # smoothed
+    plan_time_s: float = 0.0  # smoothed: scheduler, commit and publish, per step
+
+    @property
+    def kv_waste(self) -> float:
+        """Share of the pages in use that holds no token."""
+        capacity = self.num_used_pages * self.block_size
+        return 1.0 - self.num_cached_tokens / capacity if capacity else 0.0
+
+
+def to_builtins(value: Any) -> Any:
+    """A struct as plain JSON-able data."""
+    return msgspec.to_builtins(value)

@@ -1,0 +1,124 @@
+"""Runs step plans on one rank: keeps the slot table that plans fill, lays a plan out as tensors, runs the rank's layers.
+
+Legend: T tokens of the step, R rows, S sampling rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shardray.parallel.errors import MeshError
+from shardray.parallel.mesh import Mesh
+from shardray.runtime.engine.sampler import Sampler
+from shardray.runtime.engine.step import PageGrant, Row, StepPlan, StepResult
+from shardray.runtime.model.attention import AttentionRow, KVPages, StepView
+from shardray.runtime.model.decoder import ShardedDecoder
+
+
+class SlotTable:
+    """What the deltas of the plans add up to: the pages of each slot, and the token it sampled last."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+        self._block_size = block_size
+        self._device = device
+        self._pages = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
+        self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+
+    def grant(self, grants: Sequence[PageGrant]) -> None:
+        for grant in grants:
+            self._pages[grant.slot, grant.first_block : grant.first_block + len(grant.pages)] = grant.pages
+
+    def set_last_tokens(self, slots: Sequence[int], tokens: Tensor) -> None:
+        self._last_tokens[torch.tensor(slots, device=self._device)] = tokens
+
+    def view(self, plan: StepPlan) -> StepView:
+        """The plan as tensors; rows of one token first, otherwise in the plan's order."""
+        rows = sorted(plan.rows, key=lambda row: row.num_tokens > 1)
+        counts = np.array([row.num_tokens for row in rows])
+        starts = np.array([row.start for row in rows])
+        slots = np.array([row.slot for row in rows])
+        ends = np.cumsum(counts)  # of each row's tokens, in the step
+        positions = np.arange(ends[-1]) - np.repeat(ends - counts - starts, counts)
+        tables = self._pages[slots, : -(-int((starts + counts).max()) // self._block_size)]
+        pages = tables[np.repeat(np.arange(len(rows)), counts), positions // self._block_size]
+        num_decodes = int((counts == 1).sum())
+        last_token = {row.slot: int(end) - 1 for row, end in zip(rows, ends, strict=True)}
+        return StepView(
+            token_ids=self._token_ids(rows, ends),
+            positions=self._tensor(positions),
+            cache_index=self._tensor(pages.astype(np.int64) * self._block_size + positions % self._block_size),
+            num_decodes=num_decodes,
+            block_tables=self._tensor(tables),
+            context_lens=self._tensor((starts + counts).astype(np.int32)),
+            prefills=tuple(
+                AttentionRow(i, int(ends[i] - counts[i]), int(counts[i]), int(starts[i] + counts[i]))
+                for i in range(num_decodes, len(rows))
+            ),
+            sampled_tokens=self._tensor(np.array([last_token[row.slot] for row in plan.rows if row.samples], np.int64)),
+        )
+
+    def _token_ids(self, rows: Sequence[Row], ends: np.ndarray) -> Tensor:
+        """(T,), with the token sampled last where a row names none."""
+        token_ids = self._tensor(np.array([token for row in rows for token in row.token_ids or (0,)], dtype=np.int64))
+        blank = [(int(end) - 1, row.slot) for row, end in zip(rows, ends, strict=True) if not row.token_ids]
+        if blank:
+            places, slots = torch.tensor(blank, device=self._device).unbind(1)
+            token_ids[places] = self._last_tokens[slots]
+        return token_ids
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+
+
+class ShardRunner:
+    """One rank's part of every step, in the order of the plans."""
+
+    def __init__(
+        self, decoder: ShardedDecoder, pages: KVPages, slots: SlotTable, sampler: Sampler | None, mesh: Mesh
+    ) -> None:
+        self._decoder = decoder
+        self._pages = pages
+        self._slots = slots
+        self._sampler = sampler
+        self._mesh = mesh
+
+    def run(self, plan: StepPlan) -> StepResult | None:
+        """Run one plan. Returns its tokens on the rank that samples, None on the others. Raises MeshError."""
+        try:
+            with torch.inference_mode():
+                return self._run(plan)
+        except MeshError as error:
+            error.step = plan.step
+            raise
+
+    def _run(self, plan: StepPlan) -> StepResult | None:
+        self._slots.grant(plan.grants)
+        if self._sampler is not None:
+            for start in plan.starts:
+                self._sampler.start(start)
+        view = self._slots.view(plan)
+        mesh = self._mesh
+        hidden = mesh.upstream.recv(view.num_tokens) if mesh.upstream is not None else None
+        out = self._decoder(hidden, self._pages, view)
+        if mesh.downstream is not None:
+            assert out is not None
+            mesh.downstream.send(out)
+            return None
+        return self._sample(plan, out)
+
+    def _sample(self, plan: StepPlan, logits: Tensor | None) -> StepResult | None:
+        sampling = [row for row in plan.rows if row.samples]
+        slots = [row.slot for row in sampling]
+        result = StepResult(plan.step, ())
+        tokens = torch.zeros(len(slots), dtype=torch.int64, device=self._pages.keys.device)
+        if self._sampler is not None and logits is not None:
+            positions = [row.start + row.num_tokens for row in sampling]
+            tokens, sampled = self._sampler.sample(logits, slots, positions)
+            result = StepResult(plan.step, tuple(sampled))
+        if slots and self._mesh.spec.pp_size == 1:  # with more stages the next plan carries the tokens
+            self._slots.set_last_tokens(slots, self._mesh.tp.broadcast(tokens))
+        return result if self._sampler is not None else None

@@ -1,0 +1,245 @@
+"""Which tokens of which requests run in the next step, and on which pages: continuous batching in plain Python.
+
+The leader alone schedules. Every rank runs the plans in the order they were made, so what a finished, cancelled or
+preempted sequence held can be given away by the very next plan, even while older plans are still in flight.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from shardray.runtime.engine.limits import SchedulerLimits
+from shardray.runtime.engine.pages import PagePool
+from shardray.runtime.engine.request import EngineRequest, EngineStats, FieldError, FinishReason, TokenOutput
+from shardray.runtime.engine.sequence import Sequence, SequenceQueue
+from shardray.runtime.engine.step import PageGrant, Row, SlotStart, StepPlan, StepResult
+
+__all__ = ["Scheduler", "SchedulerLimits"]
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan in the making, and the sequences of its sampling rows in their order."""
+
+    step: int
+    starts: list[SlotStart] = field(default_factory=list)
+    grants: list[PageGrant] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    sampling: list[Sequence] = field(default_factory=list)
+
+
+class Scheduler:
+    """Turns requests into step plans, and step results into published tokens. Not thread-safe."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self._limits = limits
+        self._pool = PagePool(limits.num_pages, limits.block_size)
+        self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._live: dict[str, Sequence] = {}  # by request id; each is either waiting or running
+        self._waiting = SequenceQueue()
+        self._running = SequenceQueue()
+        self._in_flight: deque[_Draft] = deque()
+        self._num_arrivals = 0
+        self._num_steps = 0
+        self._num_preemptions = 0
+        self._num_prompt_tokens = 0
+        self._num_output_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether requests are live or results are due."""
+        return bool(self._live or self._in_flight)
+
+    def add(self, request: EngineRequest) -> TokenOutput | None:
+        """Queue a request; returns its end at once if the tokens it has already generated complete it.
+
+        Raises FieldError if the request could never run or its id is in use.
+        """
+        self._limits.check(request)
+        if request.request_id in self._live:
+            raise FieldError("request_id", f"{request.request_id!r} is already in use")
+        params = request.params
+        sequence = Sequence(
+            request=request,
+            urgency=(-request.priority, -self._num_arrivals),
+            stop_ids=frozenset(params.stop_token_ids).union(() if params.ignore_eos else self._limits.eos_token_ids),
+            max_len=self._limits.max_len(request),
+            token_ids=[*request.prompt_ids, *request.generated_ids],
+        )
+        if reason := sequence.finish_reason():
+            return TokenOutput(request.request_id, finish_reason=reason)
+        self._num_arrivals += 1
+        self._live[request.request_id] = sequence
+        self._waiting.add(sequence)
+        return None
+
+    def cancel(self, request_id: str) -> TokenOutput | None:
+        """End a request and free its pages at once; returns its end, or None if it is not live."""
+        sequence = self._live.get(request_id)
+        if sequence is None:
+            return None
+        self._finish(sequence)
+        return TokenOutput(request_id, finish_reason=FinishReason.ABORTED)
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None when nothing can run before a plan in flight is committed or a request arrives."""
+        if len(self._in_flight) >= self._limits.max_in_flight:
+            return None
+        draft = _Draft(self._num_steps)
+        chosen, budget = self._choose_running()
+        for sequence, num_tokens in chosen:
+            if sequence.slot is not None:  # else it was just preempted for a more urgent one
+                self._schedule(draft, sequence, min(num_tokens, self._make_room(sequence)))
+        self._admit(draft, budget)
+        if not draft.rows:
+            return None
+        self._num_steps += 1
+        self._in_flight.append(draft)
+        return StepPlan(draft.step, tuple(draft.starts), tuple(draft.grants), tuple(draft.rows))
+
+    def commit(self, result: StepResult) -> list[TokenOutput]:
+        """Take the tokens of the oldest plan in flight; returns those to publish, in the plan's order."""
+        draft = self._in_flight.popleft()
+        if result.step != draft.step:
+            raise ValueError(f"the result of step {result.step} came when that of step {draft.step} was due")
+        outputs = []
+        for sequence, sampled in zip(draft.sampling, result.sampled, strict=True):
+            sequence.num_unresolved -= 1
+            if sequence.finished:  # cancelled, or stopped by a token that was unresolved when this step was planned
+                continue
+            sequence.token_ids.append(sampled.token_id)
+            self._num_output_tokens += 1
+            if sequence.num_generated == 1:
+                self._num_prompt_tokens += len(sequence.request.prompt_ids)
+            reason = sequence.finish_reason()
+            if reason is not None:
+                self._finish(sequence)
+            outputs.append(
+                TokenOutput(
+                    sequence.request.request_id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason
+                )
+            )
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """A snapshot; times are the step loop's to add."""
+        return EngineStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_pages=self._pool.num_pages,
+            num_used_pages=self._pool.num_used,
+            num_cached_tokens=sum(sequence.num_computed for sequence in self._running),
+            block_size=self._pool.block_size,
+            num_steps=self._num_steps,
+            num_preemptions=self._num_preemptions,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_output_tokens=self._num_output_tokens,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless every page and every slot has exactly the holders it is counted to have."""
+        self._pool.check_integrity(page for sequence in self._running for page in sequence.pages)
+        slots = sorted([*self._free_slots, *(sequence.slot for sequence in self._running if sequence.slot is not None)])
+        if slots != list(range(self._limits.max_num_seqs)):
+            raise RuntimeError(f"slots free or held: {slots}, expected 0 to {self._limits.max_num_seqs - 1} once each")
+
+    def _choose_running(self) -> tuple[list[tuple[Sequence, int]], int]:
+        """(sequence, tokens) for what runs on, the most urgent first, and the prefill budget that is left."""
+        decodes = self._choose_decodes()
+        chosen = [(sequence, 1) for sequence in decodes]
+        budget = self._limits.prefill_budget(len(decodes))
+        for sequence in self._running:
+            if budget and sequence.num_uncomputed > 1:
+                num_tokens = min(sequence.num_uncomputed, budget)
+                budget -= num_tokens
+                chosen.append((sequence, num_tokens))
+        chosen.sort(key=lambda choice: choice[0].urgency, reverse=True)
+        return chosen, budget
+
+    def _choose_decodes(self) -> list[Sequence]:
+        """Sequences to decode; with several lanes an equal share of the running ones, those that waited longest."""
+        ready = [sequence for sequence in self._running if sequence.can_decode(self._limits.lookahead)]
+        if ready and ready[-1] is self._running.last and not self._room(ready[-1]):
+            ready.pop()  # it has nobody to preempt, and must not take the place of one that can run
+        share = -(-len(self._running) // self._limits.num_lanes)
+        if len(ready) > share:
+            ready.sort(key=lambda sequence: sequence.last_step)
+        return ready[:share]
+
+    def _admit(self, draft: _Draft, budget: int) -> None:
+        """Start waiting sequences in their order, as far as slots, budget and pages go. Never preempts."""
+        num_spare = self._num_spare_pages() if self._waiting else 0
+        while budget and self._waiting and self._free_slots:
+            sequence = self._waiting.first
+            num_pages = self._pool.pages_for(len(sequence.token_ids))
+            if sequence.num_unresolved or num_pages > num_spare:
+                return
+            self._waiting.remove(sequence)
+            self._running.add(sequence)
+            draft.starts.append(sequence.start(self._free_slots.pop()))
+            num_tokens = min(sequence.num_uncomputed, budget)
+            self._schedule(draft, sequence, num_tokens)
+            num_spare -= num_pages + 1
+            budget -= num_tokens
+
+    def _num_spare_pages(self) -> int:
+        """Free pages, less those that running sequences need for the tokens they have and for one more page each.
+
+        Admitting on less would preempt the newcomer within a few steps and compute its prompt twice.
+        """
+        num_owed = sum(
+            max(0, self._pool.pages_for(len(sequence.token_ids)) - len(sequence.pages)) for sequence in self._running
+        )
+        return self._pool.num_free - num_owed - len(self._running)
+
+    def _room(self, sequence: Sequence) -> int:
+        """How many more tokens fit into the pages that a sequence holds and those that are free."""
+        num_pages = len(sequence.pages) + self._pool.num_free
+        return num_pages * self._pool.block_size - sequence.num_computed
+
+    def _make_room(self, sequence: Sequence) -> int:
+        """Room for a running sequence; while it has none, the least urgent one is preempted.
+
+        If that is this one itself, it keeps what it has and sits the step out. So the most urgent one always runs, and
+        nobody is preempted for a less urgent one.
+        """
+        while not (num_tokens := self._room(sequence)) and self._running.last is not sequence:
+            self._preempt(self._running.last)
+        return num_tokens
+
+    def _schedule(self, draft: _Draft, sequence: Sequence, num_tokens: int) -> None:
+        """Put a sequence's next tokens into the plan, with the pages they fill."""
+        if num_tokens == 0:
+            return
+        num_missing = self._pool.pages_for(sequence.num_computed + num_tokens) - len(sequence.pages)
+        if num_missing > 0:
+            draft.grants.append(sequence.grant(self._pool.allocate(num_missing)))
+        row = sequence.advance(num_tokens)
+        sequence.last_step = draft.step
+        draft.rows.append(row)
+        if row.samples:
+            draft.sampling.append(sequence)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to its old place in the queue; once its tokens in flight have come, it is computed again with them."""
+        self._num_preemptions += 1
+        self._vacate(sequence)
+        self._waiting.add(sequence)
+
+    def _finish(self, sequence: Sequence) -> None:
+        sequence.finished = True
+        del self._live[sequence.request.request_id]
+        if sequence.slot is None:
+            self._waiting.remove(sequence)
+        else:
+            self._vacate(sequence)
+
+    def _vacate(self, sequence: Sequence) -> None:
+        """Take a running sequence's slot and pages back."""
+        assert sequence.slot is not None
+        self._running.remove(sequence)
+        self._free_slots.append(sequence.slot)
+        for page in sequence.pages:
+            self._pool.release(page)
+        sequence.reset()

@@ -1,0 +1,117 @@
+"""One request inside the scheduler: its tokens, how far they are computed, and the pages and slot it holds."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from shardray.runtime.engine.request import EngineRequest, FinishReason
+from shardray.runtime.engine.step import PageGrant, Row, SlotStart
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A live request.
+
+    Tokens come in three kinds, in this order: computed (a plan that is made covers them), known but not yet computed,
+    and unresolved (a plan in flight samples them). Once the prompt is computed there is always exactly one token to
+    compute next, be it known or unresolved.
+    """
+
+    request: EngineRequest
+    urgency: tuple[int, int]  # the greater is served first
+    stop_ids: frozenset[int]
+    max_len: int  # tokens, prompt included, at which the sequence ends
+    token_ids: list[int]  # prompt and generated tokens that are known
+    num_computed: int = 0
+    num_unresolved: int = 0
+    slot: int | None = None  # held while running
+    pages: list[int] = field(default_factory=list)
+    last_step: int = -1  # the last plan it was in
+    finished: bool = False
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) + self.num_unresolved - self.num_computed
+
+    def can_decode(self, lookahead: int) -> bool:
+        """Whether its one next token may be planned, and the token sampled from it would be within the length limit."""
+        return (
+            self.num_uncomputed == 1 and self.num_unresolved <= lookahead and self.num_computed + 1 < self.max_len
+        )
+
+    def start(self, slot: int) -> SlotStart:
+        """Take a slot. Ids travel only when the sampler needs them."""
+        self.slot = slot
+        prompt_ids, params = self.request.prompt_ids, self.request.params
+        generated_ids = tuple(self.token_ids[len(prompt_ids) :])
+        if not params.penalizes:
+            return SlotStart(slot, params, (), (), len(generated_ids))
+        return SlotStart(slot, params, prompt_ids, generated_ids, len(generated_ids))
+
+    def grant(self, pages: list[int]) -> PageGrant:
+        """Append pages."""
+        assert self.slot is not None
+        first_block = len(self.pages)
+        self.pages += pages
+        return PageGrant(self.slot, first_block, tuple(pages))
+
+    def advance(self, num_tokens: int) -> Row:
+        """The next ``num_tokens`` tokens as a row; it samples if they are all there is to compute."""
+        assert self.slot is not None
+        start = self.num_computed
+        samples = num_tokens == self.num_uncomputed
+        self.num_computed += num_tokens
+        self.num_unresolved += samples
+        # An unresolved token lies past the known ones: the slice is then empty, as the row of such a token is to be.
+        return Row(self.slot, start, tuple(self.token_ids[start : start + num_tokens]), samples)
+
+    def reset(self) -> None:
+        """Give up the slot and all that was computed. Tokens in flight stay due."""
+        self.slot = None
+        self.pages = []
+        self.num_computed = 0
+
+    def finish_reason(self) -> FinishReason | None:
+        """Why the sequence ends with its last known token, or None if it goes on."""
+        if self.num_generated > self.request.params.min_tokens and self.token_ids[-1] in self.stop_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(self.token_ids) >= self.max_len else None
+
+
+_urgency = attrgetter("urgency")
+
+
+class SequenceQueue:
+    """Sequences, the most urgent first. Kept sorted with the most urgent last, so that taking it moves nothing."""
+
+    __slots__ = ("_sequences",)
+
+    def __init__(self) -> None:
+        self._sequences: list[Sequence] = []
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return reversed(self._sequences)
+
+    @property
+    def first(self) -> Sequence:
+        return self._sequences[-1]
+
+    @property
+    def last(self) -> Sequence:
+        return self._sequences[0]
+
+    def add(self, sequence: Sequence) -> None:
+        insort(self._sequences, sequence, key=_urgency)
+
+    def remove(self, sequence: Sequence) -> None:
+        del self._sequences[bisect_left(self._sequences, sequence.urgency, key=_urgency)]

@@ -1,0 +1,233 @@
+"""One rank of a mesh, from its assignment to a running shard: groups opened, slices loaded, pages allocated.
+
+The same call starts a fleet, replaces a lost host and changes the shard counts: nothing here is global to the process.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from shardray.parallel.checkpoint import Checkpoint
+from shardray.parallel.mesh import Mesh, MeshSpec, Rendezvous, open_mesh
+from shardray.parallel.plan import ShardPlan, make_plan
+from shardray.runtime.engine.assignment import ShardAssignment, ShardInfo
+from shardray.runtime.engine.executor import MeshExecutor, serve_plans
+from shardray.runtime.engine.limits import SchedulerLimits
+from shardray.runtime.engine.loop import Engine, ShardedModelInfo
+from shardray.runtime.engine.memory import PageBudget, choose_num_pages
+from shardray.runtime.engine.runner import ShardRunner, SlotTable
+from shardray.runtime.engine.sampler import Sampler
+from shardray.runtime.model.attention import KVPages
+from shardray.runtime.model.decoder import ShardedDecoder
+from shardray.runtime.model.families import read_model_config
+from shardray.runtime.model.folder import read_eos_token_ids, read_json
+from shardray.runtime.model.load import ParameterLoader
+from shardray.runtime.model.parameters import model_sizes
+from shardray.runtime.model.spec import DecoderSpec, ModelConfigError
+
+__all__ = ["Rendezvous", "Shard", "ShardAssignment", "ShardInfo", "form_shard", "open_rendezvous"]
+
+Progress = Callable[[str, float], None]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def open_rendezvous(bind_host: str) -> Rendezvous:
+    """Where the ranks of a mesh meet; kept by the leader's process for as long as the mesh lives."""
+    return Rendezvous(bind_host)
+
+
+@dataclass
+class Shard:
+    """A formed shard. The leader drives ``engine``; every other rank calls ``serve``."""
+
+    assignment: ShardAssignment
+    info: ShardInfo
+    _mesh: Mesh
+    _runner: ShardRunner
+    _limits: SchedulerLimits
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine of the whole mesh; on the leader only."""
+        if self.assignment.rank != 0:
+            raise RuntimeError(f"rank {self.assignment.rank} has no engine; the leader is rank 0")
+        limits = self._limits
+        info = ShardedModelInfo(
+            vocab_size=self.info.vocab_size,
+            max_model_len=limits.max_model_len,
+            eos_token_ids=tuple(sorted(limits.eos_token_ids)),
+            num_kv_tokens=limits.num_pages * limits.block_size,
+        )
+        return Engine(limits, self._executor, info)
+
+    def serve(self) -> None:
+        """Run the leader's plans until it says goodbye. Raises MeshError."""
+        _use_cores(self.assignment)
+        serve_plans(self._mesh, self._runner)
+
+    def abort(self) -> None:
+        """Break off whatever this rank is blocked in. Thread-safe."""
+        self._mesh.abort()
+        if self.assignment.rank == 0:
+            self.engine.stop()
+
+    def close(self) -> None:
+        """Leave the mesh; memory, ports and groups are free afterwards."""
+        if "_executor" in self.__dict__:
+            self._executor.close()
+        self._mesh.close()
+
+    @cached_property
+    def _executor(self) -> MeshExecutor:
+        return MeshExecutor(self._mesh, self._runner)
+
+
+def form_shard(
+    assignment: ShardAssignment,
+    progress: Progress = lambda doing, fraction: None,
+    rendezvous: Rendezvous | None = None,
+) -> Shard:
+    """Take a place in a mesh; every rank of it calls this. ``rendezvous`` is the leader's, kept alive by its owner.
+
+    Raises ModelConfigError, PlanError, CheckpointError or MemoryError for what cannot be served, MeshError for
+    ranks that do not come.
+    """
+    _use_cores(assignment)
+    folder, device = Path(assignment.model_dir), torch.device(assignment.device)
+    family, spec = read_model_config(folder)
+    dtype = _dtype(assignment.dtype, folder)
+    plan = make_plan(
+        model_sizes(spec), assignment.tp_size, assignment.pp_size, assignment.tensor_split, assignment.stage_layers
+    )
+    max_model_len = _max_model_len(assignment, spec)
+    progress("joining", 0.0)
+    mesh = open_mesh(_mesh_spec(assignment), assignment.max_num_batched_tokens, spec.hidden_size, dtype)
+    try:
+        place = mesh.spec
+        loader = ParameterLoader(Checkpoint(folder), family, spec, plan, place.tp_rank, dtype)
+        decoder = ShardedDecoder(
+            spec, plan, place.stage, place.tp_rank, mesh.tp, loader, device, max_model_len,
+            lambda fraction: progress("loading", fraction),
+        )  # fmt: skip
+        pages = _allocate_pages(assignment, spec, plan, mesh, max_model_len, dtype)
+        return _assemble(assignment, spec, plan, mesh, decoder, pages, max_model_len)
+    except BaseException:
+        mesh.close()
+        raise
+
+
+def _assemble(
+    assignment: ShardAssignment, spec: DecoderSpec, plan: ShardPlan, mesh: Mesh, decoder: ShardedDecoder,
+    pages: KVPages, max_model_len: int,
+) -> Shard:  # fmt: skip
+    place, device = mesh.spec, mesh.spec.device
+    eos_token_ids = read_eos_token_ids(Path(assignment.model_dir))
+    samples = place.stage == place.pp_size - 1 and place.tp_rank == 0
+    sampler = Sampler(spec.vocab_size, eos_token_ids, device) if samples else None
+    slots = SlotTable(assignment.max_num_seqs, max_model_len, assignment.block_size, device)
+    num_pages = pages.num_pages
+    limits = SchedulerLimits(
+        max_num_seqs=assignment.max_num_seqs,
+        max_num_batched_tokens=assignment.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        block_size=assignment.block_size,
+        num_pages=num_pages,
+        max_in_flight=place.pp_size if place.pp_size > 1 else 2,
+        lookahead=0 if place.pp_size > 1 else 1,
+        eos_token_ids=frozenset(eos_token_ids),
+    )
+    layers = plan.stages[place.stage]
+    info = ShardInfo(
+        rank=place.rank,
+        stage=place.stage,
+        tp_rank=place.tp_rank,
+        host=assignment.bind_host,
+        pid=os.getpid(),
+        device=assignment.device,
+        first_layer=layers.start,
+        num_layers=len(layers),
+        num_heads=len(plan.heads[place.tp_rank]),
+        num_kv_heads=len(plan.kv_heads[place.tp_rank]),
+        vocab_size=spec.vocab_size,
+        weight_bytes=decoder.num_bytes,
+        kv_bytes=pages.num_bytes,
+        num_kv_tokens=num_pages * assignment.block_size,
+    )
+    return Shard(assignment, info, mesh, ShardRunner(decoder, pages, slots, sampler, mesh), limits)
+
+
+def _allocate_pages(
+    assignment: ShardAssignment, spec: DecoderSpec, plan: ShardPlan, mesh: Mesh, max_model_len: int, dtype: torch.dtype
+) -> KVPages:
+    """As many pages as every rank of the mesh has room for."""
+    place, device = mesh.spec, mesh.spec.device
+    num_layers, num_kv_heads = len(plan.stages[place.stage]), len(plan.kv_heads[place.tp_rank])
+    head_dim, block_size = spec.attention.head_dim, assignment.block_size
+    mesh.agree_on_minimum("weights loaded", 1)  # free memory is measured once everyone's weights are in it
+    budget = PageBudget(
+        page_bytes=KVPages.page_bytes(num_layers, block_size, num_kv_heads, head_dim, dtype),
+        block_size=block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=assignment.max_num_seqs,
+        num_ranks_here=place.nodes.count(place.nodes[place.rank]) if device.type == "cpu" else 1,
+        step_bytes=_step_bytes(assignment, spec, dtype),
+        memory_utilization=assignment.memory_utilization,
+        kv_memory_bytes=assignment.kv_memory_bytes,
+    )
+    num_pages = mesh.agree_on_minimum("pages", choose_num_pages(budget, device))
+    return KVPages(num_layers, num_pages, block_size, num_kv_heads, head_dim, dtype, device)
+
+
+def _step_bytes(assignment: ShardAssignment, spec: DecoderSpec, dtype: torch.dtype) -> int:
+    """An upper estimate of what one step's activations take: the widest layer's inputs and outputs, and the logits."""
+    widest = 4 * spec.hidden_size + 3 * spec.mlp.size + 3 * spec.attention.num_heads * spec.attention.head_dim
+    logits = 3 * 4 * assignment.max_num_seqs * spec.vocab_size
+    return int(assignment.max_num_batched_tokens * widest * max(dtype.itemsize, 4)) + logits
+
+
+def _dtype(name: str, folder: Path) -> torch.dtype:
+    """``auto`` is what the checkpoint was saved in."""
+    if name == "auto":
+        config = read_json(folder / "config.json")
+        name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return _DTYPES[name]
+
+
+def _max_model_len(assignment: ShardAssignment, spec: DecoderSpec) -> int:
+    wanted = assignment.max_model_len or spec.max_positions
+    if wanted > spec.max_positions:
+        raise ModelConfigError(
+            f"model.max_model_len {wanted} exceeds the model's window of {spec.max_positions} tokens (config.json)"
+        )
+    return wanted
+
+
+def _mesh_spec(assignment: ShardAssignment) -> MeshSpec:
+    return MeshSpec(
+        epoch=assignment.epoch,
+        secret=assignment.secret,
+        rank=assignment.rank,
+        tp_size=assignment.tp_size,
+        pp_size=assignment.pp_size,
+        nodes=assignment.nodes or (socket.gethostname(),) * (assignment.tp_size * assignment.pp_size),
+        store_host=assignment.store_host,
+        store_port=assignment.store_port,
+        bind_host=assignment.bind_host,
+        device=torch.device(assignment.device),
+        timeout_s=assignment.step_timeout_s,
+    )
+
+
+def _use_cores(assignment: ShardAssignment) -> None:
+    """Bind the calling thread, and the compute threads it will start, to this rank's cores."""
+    if assignment.cpu_ids:
+        os.sched_setaffinity(0, assignment.cpu_ids)
+    torch.set_num_threads(assignment.num_threads)

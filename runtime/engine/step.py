@@ -1,0 +1,87 @@
+"""The step plan: what every rank of a mesh runs next, sent by the leader as one small frame.
+
+Frames carry deltas: a request's sampling parameters when it takes a slot, pages when they are added, and for each row
+only where it starts. A rank keeps a table of slots that these deltas fill, and no other request state.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from shardray.runtime.engine.request import SamplingParams
+
+
+class SlotStart(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A request takes a slot (again, after a preemption): forget whatever the slot held."""
+
+    slot: int
+    params: SamplingParams
+    prompt_ids: tuple[int, ...]  # only if params.penalizes, else empty
+    generated_ids: tuple[int, ...]  # likewise
+    num_generated: int  # tokens generated before this start, for min_tokens
+
+
+class PageGrant(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """``pages`` follow the pages the slot already has, from block ``first_block`` on."""
+
+    slot: int
+    first_block: int
+    pages: tuple[int, ...]
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Consecutive tokens of one slot. Empty ``token_ids``: one token, the one that the slot sampled last."""
+
+    slot: int
+    start: int  # position of the first token = tokens whose keys and values the slot already holds
+    token_ids: tuple[int, ...]
+    samples: bool  # whether the last token's logits yield a new token
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) or 1
+
+
+class StepPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One step. Every rank runs plans in ``step`` order."""
+
+    step: int
+    starts: tuple[SlotStart, ...]
+    grants: tuple[PageGrant, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows)
+
+
+class Sampled(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """The token of one sampling row."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+class StepResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One entry for each row with ``samples``, in the plan's order."""
+
+    step: int
+    sampled: tuple[Sampled, ...]
+
+
+_encoder = msgspec.msgpack.Encoder()
+_plan_decoder = msgspec.msgpack.Decoder(StepPlan)
+_result_decoder = msgspec.msgpack.Decoder(StepResult)
+
+
+def encode(message: StepPlan | StepResult) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_plan(frame: bytes) -> StepPlan:
+    return _plan_decoder.decode(frame)
+
+
+def decode_result(frame: bytes) -> StepResult:
+    return _result_decoder.decode(frame)

@@ -1,0 +1,36 @@
+"""The families: one small file each, from ``config.json`` to a DecoderSpec and from checkpoint names to parameters."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shardray.runtime.model.families.family import Family
+from shardray.runtime.model.families.gpt2 import GPT2
+from shardray.runtime.model.families.llama import LLAMA
+from shardray.runtime.model.spec import DecoderSpec, ModelConfigError
+
+FAMILIES = (LLAMA, GPT2)
+
+_BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
+
+
+def read_model_config(folder: Path) -> tuple[Family, DecoderSpec]:
+    """The family and the spec of a model folder. Raises ModelConfigError naming the field that is not supported."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    family = _family_of(config)
+    return family, family.read_config(config)
+
+
+def _family_of(config: Mapping[str, Any]) -> Family:
+    model_type = config.get("model_type")
+    if model_type in _BY_MODEL_TYPE:
+        return _BY_MODEL_TYPE[model_type]
+    nearest = difflib.get_close_matches(str(model_type), _BY_MODEL_TYPE, n=1, cutoff=0.0)[0]
+    supported = ", ".join(sorted(_BY_MODEL_TYPE))
+    raise ModelConfigError(
+        f"config.json: model_type {model_type!r} is not supported; the nearest is {nearest!r} (supported: {supported})"
+    )

@@ -1,0 +1,75 @@
+"""Snapshots from a model hub, through huggingface_hub: its cache, its environment variables, its tokens.
+
+HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean everywhere else.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from shardray.runtime.model.model_cache import ModelSourceError, Progress
+
+# Formats that are read; pickled weights never reach the disk.
+_ALLOWED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "*.model"]
+_IGNORED = ["*/*", "consolidated*"]  # copies in other formats that repositories keep beside the model
+
+
+def fetch_from_hub(repo_id: str, revision: str | None, progress: Progress) -> Path:
+    """The snapshot folder of ``repo_id``; an interrupted download goes on where it stopped. Raises ModelSourceError."""
+    from huggingface_hub import errors, snapshot_download  # 0.5 s to import, for those who use a hub
+
+    try:
+        folder = snapshot_download(
+            repo_id,
+            revision=revision,
+            allow_patterns=_ALLOWED,
+            ignore_patterns=_IGNORED,
+            tqdm_class=_progress_bar_class(f"Downloading {repo_id}", progress),
+        )
+    except errors.GatedRepoError as error:
+        raise ModelSourceError(f"{repo_id}: access is gated; accept its terms on its page and set HF_TOKEN") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelSourceError(
+            f"{repo_id}: neither a folder here nor a repository on the hub; a private one needs HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelSourceError(f"{repo_id}: has no revision {revision!r}") from error
+    except errors.LocalEntryNotFoundError as error:
+        reason = "HF_HUB_OFFLINE is set" if _is_offline() else "the hub cannot be reached"
+        raise ModelSourceError(f"{repo_id}: not in the local hub cache and {reason}") from error
+    except (errors.HFValidationError, errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelSourceError(f"{repo_id}: could not be fetched: {first_line}") from error
+    return Path(folder)
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _progress_bar_class(description: str, progress: Progress) -> type[tqdm[Any]]:
+    """A progress bar that draws nothing and reports the bytes fetched to ``progress``."""
+    most_bytes = 0  # one bar counts bytes received, another bytes written; what is further on is reported
+
+    class CallbackBar(tqdm):  # type: ignore[type-arg]  # not subscriptable at run time
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "file": io.StringIO()})
+
+        def update(self, n: float | None = 1) -> None:
+            nonlocal most_bytes
+            self.n += n or 0
+            if self.unit == "B" and self.n > most_bytes:
+                most_bytes = int(self.n)
+                progress(description, most_bytes, int(self.total) if self.total else None)
+
+        def display(self, *args: Any, **options: Any) -> None:
+            """Whoever gave the callback draws."""
+
+    progress(description, 0, None)
+    return CallbackBar
