@@ -204,7 +204,6 @@ class _Session:
     def run(self) -> tuple[dict[str, list[TokenOutput]], EngineStats]:
         self._submit_due()
         self._engine.run(self._publish)
-        self._engine.resume()
         return self._outputs, self._engine.stats()
 
     def _publish(self, outputs: list[TokenOutput]) -> None:

@@ -18,7 +18,7 @@ from shardray.runtime.engine.request import SamplingParams
 
 # Candidates taken at first, and where that was not enough. A row goes on to the next width on its own account alone, so
 # its result does not depend on its neighbours; past the last width it is sorted in full.
-_WIDTHS = (64, 1024)
+_WIDTHS = (64, 1024, 8192)
 
 
 class Candidates(NamedTuple):

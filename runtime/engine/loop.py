@@ -69,7 +69,7 @@ class Engine:
         self._inbox.put(_Cancel(request_id))
 
     def stop(self) -> None:
-        """Make ``run`` return after the step at hand. Requests that are live stay unanswered."""
+        """Make ``run`` return after the step at hand (it can be called again). Live requests stay unanswered till then."""
         self._stopping.set()
         self._inbox.put(None)
 
@@ -92,6 +92,7 @@ class Engine:
                 self._measure(began, planned, ran)
             if outputs:
                 publish(outputs)
+        self._stopping.clear()
 
     def _receive(self) -> list[TokenOutput]:
         """Take in what has arrived; sleeps while there is nothing to do at all."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
+from torch.nn.functional import pad
 
 from shardray.runtime.engine.request import SamplingParams
 
@@ -12,50 +14,64 @@ _SMALLEST_FACTOR = 1e-30  # below it a repetition penalty would round to 0 in fl
 
 
 class SeenTokens:
-    """Per slot, the tokens of prompt and output and how often each was output.
+    """Per slot, the distinct tokens of prompt and output, and how often each was output.
 
-    Dense over the vocabulary, so that a step is a few operations for all rows at once; the tables take
-    num_slots * vocab_size * 5 bytes and grow with the highest slot that penalizes.
+    Kept as lists, not over the whole vocabulary, so that a step reads and writes no more scores than it changes. The
+    tables are (num_slots, width) and grow with the slots that penalize and with what they have seen.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self._seen = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
-        self._counts = torch.zeros(0, vocab_size, dtype=torch.float32, device=device)  # output only
+    def __init__(self, device: torch.device) -> None:
+        self._columns: dict[int, dict[int, int]] = {}  # slot -> token id -> its column in the tables
+        self._token_ids = torch.zeros(0, 256, dtype=torch.int64, device=device)
+        self._counts = torch.zeros(0, 256, dtype=torch.float32, device=device)  # output only
 
     def start(self, slot: int, prompt_ids: Sequence[int], generated_ids: Sequence[int]) -> None:
         """Forget the slot's tokens and take these instead."""
-        self._grow(slot + 1)
-        prompt, generated = self._ids(prompt_ids), self._ids(generated_ids)
-        self._seen[slot] = False
-        self._seen[slot, prompt] = True
-        self._seen[slot, generated] = True
-        self._counts[slot] = torch.bincount(generated, minlength=self._counts.shape[1])
+        counts = Counter(generated_ids)
+        columns = {token_id: column for column, token_id in enumerate(dict.fromkeys((*prompt_ids, *generated_ids)))}
+        self._columns[slot] = columns
+        self._fit(slot + 1, len(columns))
+        self._token_ids[slot, : len(columns)] = self._index(list(columns))
+        self._counts[slot] = 0.0
+        self._counts[slot, : len(columns)] = self._index([counts[token_id] for token_id in columns]).float()
 
-    def add(self, slots: Sequence[int], token_ids: torch.Tensor) -> None:
-        """Count one sampled token of each of these different slots. ``token_ids``: (num_slots,) int64."""
-        index = self._ids(slots)
-        self._seen[index, token_ids] = True
-        self._counts[index, token_ids] += 1.0
+    def add(self, slots: Sequence[int], token_ids: Sequence[int]) -> None:
+        """Count one sampled token of each of these different slots."""
+        columns = [
+            self._columns[slot].setdefault(token_id, len(self._columns[slot]))
+            for slot, token_id in zip(slots, token_ids, strict=True)
+        ]
+        self._fit(0, max(columns) + 1)
+        place = self._index(slots), self._index(columns)
+        self._token_ids[place] = self._index(token_ids)
+        self._counts[place] += 1.0
 
-    def penalize(self, scores: torch.Tensor, slots: Sequence[int], params: Sequence[SamplingParams]) -> torch.Tensor:
-        """``scores`` (num_rows, vocab_size) after the penalties of each row's slot.
+    def penalize(
+        self, logits: torch.Tensor, rows: Sequence[int], slots: Sequence[int], params: Sequence[SamplingParams]
+    ) -> None:
+        """Apply the penalties of ``slots`` to these different ``rows`` of ``logits``, in place.
 
         Repetition divides positive scores and multiplies negative ones (Keskar et al., CTRL, 2019). Then, as the OpenAI
         API defines them, presence is subtracted once and frequency per occurrence, both over the output alone.
         """
-        index = self._ids(slots)
+        lens = self._index([len(self._columns[slot]) for slot in slots])[:, None]
+        # A shorter row repeats its last token, which then gets the same score several times.
+        columns = torch.arange(int(lens.max()), device=logits.device).minimum(lens - 1)  # (num_rows, longest)
+        seen = self._index(slots)[:, None], columns
+        place = self._index(rows)[:, None], self._token_ids[seen]
         table = [(max(p.repetition_penalty, _SMALLEST_FACTOR), p.presence_penalty, p.frequency_penalty) for p in params]
-        repetition, presence, frequency = torch.tensor(table, device=scores.device).T[:, :, None]  # (num_rows, 1)
-        seen, counts = self._seen[index], self._counts[index]  # (num_rows, vocab_size)
-        repeated = torch.where(scores < 0, scores * repetition, scores / repetition)
-        scores = torch.where(seen, repeated, scores)
-        return scores.sub(counts * frequency).sub((counts > 0) * presence)
+        repetition, presence, frequency = torch.tensor(table, device=logits.device).T[:, :, None]  # (num_rows, 1)
+        scores, counts = logits[place], self._counts[seen]  # (num_rows, longest)
+        scores = torch.where(scores < 0, scores * repetition, scores / repetition)
+        logits[place] = scores.sub(counts * frequency).sub((counts > 0) * presence)
 
-    def _grow(self, num_slots: int) -> None:
-        missing = num_slots - self._seen.shape[0]
-        if missing > 0:
-            self._seen = torch.nn.functional.pad(self._seen, (0, 0, 0, missing))
-            self._counts = torch.nn.functional.pad(self._counts, (0, 0, 0, missing))
+    def _fit(self, num_slots: int, width: int) -> None:
+        """Grow the tables to at least this size; the width at least doubles, so that it seldom has to."""
+        old_slots, old_width = self._counts.shape
+        new_width = old_width if width <= old_width else max(width, 2 * old_width)
+        growth = (0, new_width - old_width, 0, max(0, num_slots - old_slots))
+        if any(growth):
+            self._token_ids, self._counts = pad(self._token_ids, growth), pad(self._counts, growth)
 
-    def _ids(self, ids: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(ids, dtype=torch.int64, device=self._seen.device)
+    def _index(self, ids: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(ids, dtype=torch.int64, device=self._counts.device)

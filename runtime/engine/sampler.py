@@ -66,7 +66,7 @@ class Sampler:
         self._device = device
         self._slots: dict[int, _Slot] = {}
         self._plain: dict[int, bool] = {}
-        self._seen = SeenTokens(vocab_size, device)
+        self._seen = SeenTokens(device)
         self._hashed_ids = hash_token_ids(torch.arange(vocab_size, device=device))  # (vocab_size,)
 
     def start(self, start: SlotStart) -> None:
@@ -93,8 +93,9 @@ class Sampler:
         tokens = torch.empty(len(states), dtype=torch.int64, device=self._device)
         for choice in choices:
             tokens[choice.rows] = choice.tokens
-        self._advance(states, tokens)
-        return tokens, _report(choices, states, tokens)
+        sampled = _report(choices, states, tokens)
+        self._advance(states, sampled)
+        return tokens, sampled
 
     def _process(self, logits: torch.Tensor, states: Sequence[_Slot]) -> None:
         """Logit bias, penalties and min_tokens, in place."""
@@ -104,8 +105,8 @@ class Sampler:
             logits[self._index(rows), self._index(token_ids)] += torch.tensor(biases, device=self._device)
         penalized = [row for row, state in enumerate(states) if state.params.penalizes]
         if penalized:
-            index, slots = self._index(penalized), [states[row].slot for row in penalized]
-            logits[index] = self._seen.penalize(logits[index], slots, [states[row].params for row in penalized])
+            slots = [states[row].slot for row in penalized]
+            self._seen.penalize(logits, penalized, slots, [states[row].params for row in penalized])
         barred = [(row, i) for row, state in enumerate(states) if state.num_barred > 0 for i in state.barred_ids]
         if barred:
             rows, token_ids = zip(*barred, strict=True)
@@ -133,7 +134,7 @@ class Sampler:
                 choices.append(_Choice(rows, scores, token_ids, columns))
         return choices
 
-    def _advance(self, states: Sequence[_Slot], tokens: torch.Tensor) -> None:
+    def _advance(self, states: Sequence[_Slot], sampled: Sequence[Sampled]) -> None:
         """Count the tokens for what depends on them: min_tokens and the penalties."""
         for state in states:
             if state.num_barred > 0:
@@ -141,7 +142,7 @@ class Sampler:
                 self._plain[state.slot] = state.plain
         penalized = [row for row, state in enumerate(states) if state.params.penalizes]
         if penalized:
-            self._seen.add([states[row].slot for row in penalized], tokens[self._index(penalized)])
+            self._seen.add([states[row].slot for row in penalized], [sampled[row].token_id for row in penalized])
 
     def _take(self, logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         return logits if len(rows) == len(logits) else logits[self._index(rows)]

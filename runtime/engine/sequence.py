@@ -42,9 +42,7 @@ class Sequence:
 
     def can_decode(self, lookahead: int) -> bool:
         """Whether its one next token may be planned, and the token sampled from it would be within the length limit."""
-        return (
-            self.num_uncomputed == 1 and self.num_unresolved <= lookahead and self.num_computed + 1 < self.max_len
-        )
+        return self.num_uncomputed == 1 and self.num_unresolved <= lookahead and self.num_computed + 1 < self.max_len
 
     def start(self, slot: int) -> SlotStart:
         """Take a slot. Ids travel only when the sampler needs them."""

@@ -64,14 +64,15 @@ class AttentionBlock:
         self, x: Tensor, layer: int, pages: KVPages, view: StepView, angles: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         """(T, H) -> (T, H)"""
-        qkv = self._qkv(x).view(x.shape[0], -1, self._head_dim)  # (T, n + 2 g, d)
+        num_heads = self._num_heads + 2 * self._num_kv_heads
+        qkv = self._qkv(x).view(x.shape[0], num_heads, self._head_dim)  # (T, n + 2 g, d)
         queries, keys, values = qkv.split([self._num_heads, self._num_kv_heads, self._num_kv_heads], dim=1)
         if angles is not None:
             turned = apply_rotary(qkv[:, : self._num_heads + self._num_kv_heads], *angles)
             queries, keys = turned.split([self._num_heads, self._num_kv_heads], dim=1)
         pages.write(layer, keys, values, view.cache_index)
         attended = self._attend(queries, pages, layer, view)
-        return self._out(attended.reshape(x.shape[0], -1))
+        return self._out(attended.reshape(x.shape[0], self._num_heads * self._head_dim))
 
 
 class MlpBlock:

@@ -60,4 +60,6 @@ class GgufFile:
             raise ModelSourceError(
                 f"{self.path}: {name} has type {tensor.tensor_type.name}, not readable here"
             ) from error
-        return torch.from_numpy(values.copy())
+        return torch.from_numpy(
+            values if values.flags.writeable else values.copy()
+        )  # float32 is the mapped file itself

@@ -44,6 +44,11 @@ def fetch_from_hub(repo_id: str, revision: str | None, progress: Progress) -> Pa
     except (errors.HFValidationError, errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelSourceError(f"{repo_id}: could not be fetched: {first_line}") from error
+    if not any(Path(folder).glob("*.safetensors")):
+        raise ModelSourceError(
+            f"{repo_id}: holds no *.safetensors, and nothing else is fetched from a hub; "
+            "choose a repository or a revision (often refs/pr/N) that has them"
+        )
     return Path(folder)
 
 

@@ -19,7 +19,7 @@ from shardray.runtime.model.model_cache import ModelSourceError, Progress, build
 
 __all__ = ["ModelSourceError", "Progress", "resolve_model"]
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def resolve_model(
@@ -36,6 +36,8 @@ def resolve_model(
     Conversions are kept in ``cache_dir`` (default: ``$SHARDRAY_CACHE`` or ``~/.cache/shardray``); hub snapshots stay
     in the hub's own cache. Raises ModelSourceError, in one line that names the fix.
     """
+    if not source:
+        raise _unknown_source(source)
     path = Path(source).expanduser()
     models_dir = (cache_dir or default_cache_dir()) / "models"
     is_hub_id = _HUB_ID.fullmatch(source) is not None and not path.exists() and path.suffix != ".gguf"

@@ -1,0 +1,176 @@
+"""A toy mesh whose every token depends on all that the page tables let it read, and a service that checks its texts.
+
+The toy model's next token is a hash of the tokens found in the simulated KV pages, so a wrong page table, a page reused
+too early, a wrong start or a lost token changes the text.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from dataclasses import dataclass, field
+
+from shardray.runtime.engine.request import EngineRequest, FinishReason, SamplingParams, TokenOutput
+from shardray.runtime.engine.scheduler import Scheduler, SchedulerLimits
+from shardray.runtime.engine.step import Row, Sampled, SlotStart, StepPlan, StepResult
+
+VOCAB_SIZE = 12
+EOS_ID = 0
+
+
+def next_token(history: list[int], num_generated: int, params: SamplingParams) -> int:
+    """A hash of the history; before min_tokens it is drawn again until it is no stop."""
+    barred_ids = {EOS_ID, *params.stop_token_ids} if num_generated < params.min_tokens else set()
+    draw = 0
+    while True:
+        token_id = zlib.crc32(repr((history, params.seed, draw)).encode()) % VOCAB_SIZE
+        if token_id not in barred_ids:
+            return token_id
+        draw += 1
+
+
+def undisturbed_run(request: EngineRequest, max_model_len: int) -> tuple[list[int], FinishReason]:
+    """All generated tokens of a request that has the machine to itself, and why it ends."""
+    params, generated_ids = request.params, list(request.generated_ids)
+    stop_ids = {*params.stop_token_ids} | (set() if params.ignore_eos else {EOS_ID})
+    max_tokens = min(params.max_tokens, max_model_len - len(request.prompt_ids))
+    while True:
+        if len(generated_ids) > params.min_tokens and generated_ids[-1] in stop_ids:
+            return generated_ids, FinishReason.STOP
+        if len(generated_ids) >= max_tokens:
+            return generated_ids, FinishReason.LENGTH
+        generated_ids.append(next_token([*request.prompt_ids, *generated_ids], len(generated_ids), params))
+
+
+@dataclass
+class ToySlot:
+    """What a rank knows of a slot."""
+
+    start: SlotStart
+    pages: list[int] = field(default_factory=list)
+    kv_len: int = 0
+    sampled_ids: list[int] = field(default_factory=list)
+
+
+class ToyMesh:
+    """Runs plans in order over simulated KV pages; results wait in order until they are taken."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.kv: dict[tuple[int, int], tuple[int, int]] = {}  # (page, offset) -> (position, token id)
+        self.slots: dict[int, ToySlot] = {}
+        self.results: deque[StepResult] = deque()
+
+    def run(self, plan: StepPlan) -> None:
+        for start in plan.starts:
+            self.slots[start.slot] = ToySlot(start)
+        for grant in plan.grants:
+            slot = self.slots[grant.slot]
+            assert grant.first_block == len(slot.pages)
+            slot.pages += grant.pages
+        places = [place for row in plan.rows for place in self._write(row)]
+        assert len(set(places)) == len(places), "two rows of one step wrote to one place"
+        sampled = tuple(Sampled(self._sample(self.slots[row.slot])) for row in plan.rows if row.samples)
+        self.results.append(StepResult(plan.step, sampled))
+
+    def _place(self, slot: ToySlot, position: int) -> tuple[int, int]:
+        block, offset = divmod(position, self.block_size)
+        return slot.pages[block], offset
+
+    def _write(self, row: Row) -> list[tuple[int, int]]:
+        slot = self.slots[row.slot]
+        assert row.start == slot.kv_len
+        token_ids = row.token_ids or (slot.sampled_ids[-1],)
+        slot.kv_len += len(token_ids)
+        places = [self._place(slot, position) for position in range(row.start, slot.kv_len)]
+        for position, (place, token_id) in enumerate(zip(places, token_ids, strict=True), row.start):
+            self.kv[place] = (position, token_id)
+        return places
+
+    def _sample(self, slot: ToySlot) -> int:
+        positions, history = zip(*(self.kv[self._place(slot, i)] for i in range(slot.kv_len)), strict=True)
+        assert positions == tuple(range(slot.kv_len)), "a page was overwritten by another sequence"
+        start = slot.start
+        if start.params.penalizes:
+            assert history == (*start.prompt_ids, *start.generated_ids, *slot.sampled_ids)
+        else:
+            assert not start.prompt_ids
+            assert not start.generated_ids
+        num_generated = start.num_generated + len(slot.sampled_ids)
+        slot.sampled_ids.append(next_token(list(history), num_generated, start.params))
+        return slot.sampled_ids[-1]
+
+
+class ToyService:
+    """A scheduler over a toy mesh. Every plan is held against the limits, every token against the undisturbed run."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.limits = limits
+        self.scheduler = Scheduler(limits)
+        self.mesh = ToyMesh(limits.block_size)
+        self.requests: dict[str, EngineRequest] = {}
+        self.live: dict[str, list[int]] = {}  # generated so far
+
+    @property
+    def max_num_steps(self) -> int:
+        """Far more steps than it takes when each one moves at least the most urgent request on."""
+        num_tokens = sum(len(request.prompt_ids) + request.params.max_tokens for request in self.requests.values())
+        return num_tokens * (1 + len(self.requests))
+
+    def add(self, request: EngineRequest) -> None:
+        end = self.scheduler.add(request)
+        self.requests[request.request_id] = request
+        generated_ids, reason = undisturbed_run(request, self.limits.max_model_len)
+        if len(generated_ids) > len(request.generated_ids):
+            assert end is None
+            self.live[request.request_id] = list(request.generated_ids)
+        else:
+            assert end == TokenOutput(request.request_id, finish_reason=reason)
+
+    def cancel(self, request_id: str) -> None:
+        assert self.scheduler.cancel(request_id) == TokenOutput(request_id, finish_reason=FinishReason.ABORTED)
+        assert self.scheduler.cancel(request_id) is None
+        del self.live[request_id]
+
+    def plan(self) -> StepPlan | None:
+        """Plan and run a step."""
+        plan = self.scheduler.plan()
+        if plan is None:
+            assert self.mesh.results or not self.scheduler.has_work, "nothing runs and nothing is due: stuck"
+            return None
+        slots = {row.slot for row in plan.rows}
+        assert 0 < plan.num_tokens <= self.limits.max_num_batched_tokens
+        assert len(slots) == len(plan.rows)
+        assert slots <= set(range(self.limits.max_num_seqs))
+        assert self.limits.lookahead or all(row.token_ids for row in plan.rows)
+        self.mesh.run(plan)
+        assert len(self.mesh.results) <= self.limits.max_in_flight
+        return plan
+
+    def commit(self) -> None:
+        """Commit the oldest result, if any is due."""
+        if self.mesh.results:
+            for output in self.scheduler.commit(self.mesh.results.popleft()):
+                self._check(output)
+
+    def drain(self) -> None:
+        """Run to the end of all requests, with as many plans in flight as may be; then nothing is held any more."""
+        while self.scheduler.has_work:
+            while self.plan() is not None:
+                pass
+            self.commit()
+            assert self.scheduler.stats().num_steps <= self.max_num_steps
+        stats = self.scheduler.stats()
+        assert not self.live
+        assert (stats.num_running, stats.num_waiting, stats.num_used_pages, stats.num_cached_tokens) == (0, 0, 0, 0)
+        self.scheduler.check_integrity()
+
+    def _check(self, output: TokenOutput) -> None:
+        generated_ids = self.live[output.request_id]
+        assert output.token_id is not None
+        generated_ids.append(output.token_id)
+        expected_ids, reason = undisturbed_run(self.requests[output.request_id], self.limits.max_model_len)
+        assert generated_ids == expected_ids[: len(generated_ids)]
+        assert output.finish_reason == (reason if len(generated_ids) == len(expected_ids) else None)
+        if output.finish_reason is not None:
+            del self.live[output.request_id]
