@@ -58,7 +58,7 @@ class PagePool:
             self._free.append(page)
 
     def check_integrity(self, held: Iterable[int] = ()) -> None:
-        """Raise RuntimeError unless free + used == total and ``held``, one entry a holder, accounts for every used page."""
+        """Raise RuntimeError unless free + used == total and every page is in ``held`` as often as it is counted."""
         num_used = self.num_pages - self._ref_counts.count(0)
         num_free = len(set(self._free))
         if num_free != len(self._free) or num_free + num_used != self.num_pages:

@@ -67,10 +67,8 @@ class KVPages:
 
     def write(self, layer: int, keys: Tensor, values: Tensor, cache_index: Tensor) -> None:
         """Store this step's (T, g, d) keys and values."""
-        flat_keys = self.keys[layer].view(-1, *keys.shape[1:])
-        flat_values = self.values[layer].view(-1, *values.shape[1:])
-        flat_keys.index_copy_(0, cache_index, keys)
-        flat_values.index_copy_(0, cache_index, values)
+        self.keys[layer].flatten(0, 1).index_copy_(0, cache_index, keys)
+        self.values[layer].flatten(0, 1).index_copy_(0, cache_index, values)
 
     def gather(self, layer: int, block_table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
         """One row's keys and values, each (context_len, g, d)."""

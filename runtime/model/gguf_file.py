@@ -60,6 +60,6 @@ class GgufFile:
             raise ModelSourceError(
                 f"{self.path}: {name} has type {tensor.tensor_type.name}, not readable here"
             ) from error
-        return torch.from_numpy(
-            values if values.flags.writeable else values.copy()
-        )  # float32 is the mapped file itself
+        if not values.flags.writeable:  # float32 comes as the mapped file itself
+            values = values.copy()
+        return torch.from_numpy(values)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from functools import partial
 from pathlib import Path
 
 from shardray.parallel.checkpoint import Checkpoint, CheckpointError
@@ -32,7 +31,8 @@ def resolve_model(
     """Return the folder of ``source``, fetching or converting it first if need be.
 
     ``source`` is the name of a bundled model (``smollm2-135m``), a folder, a ``.gguf`` file or a hub id (``org/name``).
-    What exists on disk wins over a hub id of the same spelling. ``revision`` is a branch, tag or commit on the hub.
+    What exists on disk wins over a hub id, and a bundled name over both (``./name`` is the folder). ``revision`` is a
+    branch, tag or commit on the hub.
     Conversions are kept in ``cache_dir`` (default: ``$SHARDRAY_CACHE`` or ``~/.cache/shardray``); hub snapshots stay
     in the hub's own cache. Raises ModelSourceError, in one line that names the fix.
     """
@@ -56,11 +56,7 @@ def resolve_model(
 
 def _resolve_bundled(model: BundledModel, models_dir: Path, progress: Progress) -> Path:
     target = models_dir / f"{model.name}-{model.sha256[:12]}-v{CONVERTER_VERSION}"
-    return build_folder(target, partial(_fetch, model, progress), progress)
-
-
-def _fetch(model: BundledModel, progress: Progress, folder: Path) -> None:
-    fetch_bundled(model, folder, progress)
+    return build_folder(target, lambda folder: fetch_bundled(model, folder, progress), progress)
 
 
 def _resolve_gguf(path: Path, models_dir: Path, progress: Progress) -> Path:

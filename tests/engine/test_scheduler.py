@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 
@@ -81,7 +82,7 @@ def test_decodes_go_in_every_plan_while_a_long_prompt_is_prefilled_beside_them()
     for _ in range(3):
         plan = planned(scheduler)
         chunks.append(row_lens(plan))
-        assert [output.request_id for output in committed(scheduler, plan)][0] == "short"
+        assert committed(scheduler, plan)[0].request_id == "short"
     assert chunks == [[1, 15], [1, 15], [1, 10]]
 
 
@@ -153,6 +154,19 @@ def test_a_pipeline_divides_the_prefill_budget_among_its_plans() -> None:
     assert [row_lens(planned(scheduler)), row_lens(planned(scheduler))] == [[8], [8]]
 
 
+def test_a_prompt_gets_on_in_every_plan_of_a_pipeline_even_when_its_share_of_the_budget_is_one_decode() -> None:
+    scheduler = Scheduler(replace(LIMITS, max_num_seqs=3, max_num_batched_tokens=4, max_in_flight=4))
+    add(scheduler, "a", prompt_len=1)
+    add(scheduler, "b", prompt_len=1)
+    stepped(scheduler)
+    stepped(scheduler)
+    add(scheduler, "prompt", prompt_len=8)
+    for _ in range(3):
+        plan = planned(scheduler)
+        assert row_lens(plan) == [1, 1]
+        committed(scheduler, plan)
+
+
 def test_every_sequence_has_its_turn_even_when_only_one_of_several_plans_is_kept_in_flight() -> None:
     scheduler = Scheduler(replace(LIMITS, max_in_flight=4))
     for i in range(4):
@@ -219,6 +233,13 @@ def test_a_prompt_waits_until_its_pages_are_free_beside_those_that_begun_prompts
     assert row_lens(planned(scheduler)) == [8]
 
 
+def test_requests_admitted_together_have_pages_for_all_their_prompts() -> None:
+    scheduler = Scheduler(replace(LIMITS, num_pages=6, max_num_batched_tokens=32))
+    add(scheduler, "a", prompt_len=12, max_tokens=8)
+    add(scheduler, "b", prompt_len=12, max_tokens=8)
+    assert row_lens(planned(scheduler)) == [12]
+
+
 def test_when_pages_run_out_the_latest_of_the_worst_priority_is_preempted_and_computed_again() -> None:
     scheduler = Scheduler(replace(LIMITS, num_pages=9))
     add(scheduler, "late but urgent", prompt_len=4, priority=0)
@@ -239,7 +260,7 @@ def test_when_pages_run_out_the_latest_of_the_worst_priority_is_preempted_and_co
 
 
 def test_a_preempted_request_goes_back_before_those_that_came_after_it() -> None:
-    scheduler = Scheduler(replace(LIMITS, max_num_seqs=2, num_pages=6))
+    scheduler = Scheduler(replace(LIMITS, max_num_seqs=2, max_num_batched_tokens=32, num_pages=6))
     for request_id in ("first", "second", "third"):
         add(scheduler, request_id, max_tokens=18)
     while scheduler.stats().num_preemptions == 0:
@@ -269,23 +290,34 @@ def test_a_preempted_request_takes_its_token_in_flight_and_is_not_admitted_befor
     assert [output.request_id for output in committed(scheduler, plan)] == ["second"]
 
 
-def test_a_sequence_without_a_page_and_with_nobody_to_preempt_leaves_its_turn_to_one_that_can_run() -> None:
+def test_the_least_urgent_sequence_keeps_its_pages_and_sits_out_while_it_cannot_grow() -> None:
+    scheduler = Scheduler(replace(LIMITS, num_pages=5))
+    add(scheduler, "first", max_tokens=16)
+    add(scheduler, "second", max_tokens=16)
+    for _ in range(5):
+        assert len(stepped(scheduler)) == 2
+    assert [output.request_id for output in stepped(scheduler)] == ["first"]
+    stats = scheduler.stats()
+    assert (stats.num_running, stats.num_used_pages, stats.num_preemptions) == (2, 5, 0)
+
+
+def test_in_a_pipeline_a_sequence_that_cannot_grow_leaves_its_turn_to_one_that_can() -> None:
     scheduler = Scheduler(replace(LIMITS, num_pages=5, max_in_flight=2))
-    add(scheduler, "first", prompt_len=4, max_tokens=16)
-    add(scheduler, "second", prompt_len=4, max_tokens=16)
-    outputs = run_to_end(scheduler)
-    assert [output.request_id for output in outputs].count("first") == 16
-    assert [output.request_id for output in outputs].count("second") == 16
+    add(scheduler, "first", max_tokens=16)
+    add(scheduler, "second", max_tokens=16)
+    published = [output.request_id for output in run_to_end(scheduler)]
+    assert (published.count("first"), published.count("second")) == (16, 16)
 
 
 def test_an_urgent_prefill_takes_the_pages_of_a_decode_that_would_have_run_in_the_same_plan() -> None:
-    scheduler = Scheduler(replace(LIMITS, num_pages=8, max_num_batched_tokens=5))
-    add(scheduler, "decode", prompt_len=4, priority=1, max_tokens=24)
+    scheduler = Scheduler(replace(LIMITS, num_pages=13, max_num_batched_tokens=5))
+    add(scheduler, "decode", prompt_len=4, priority=1)
     stepped(scheduler)
-    add(scheduler, "urgent", prompt_len=20, priority=0, max_tokens=8)
+    add(scheduler, "urgent", prompt_len=40, priority=0, max_tokens=8)
     while scheduler.stats().num_preemptions == 0:
-        stepped(scheduler)
-    assert scheduler.stats().num_running == 1
+        plan = planned(scheduler)
+        committed(scheduler, plan)
+    assert row_lens(plan) == [4]
     ends = [output.request_id for output in run_to_end(scheduler) if output.finish_reason]
     assert ends == ["urgent", "decode"]
 
@@ -387,7 +419,7 @@ def test_ids_travel_with_a_start_only_when_the_sampler_penalizes() -> None:
 )
 def test_limits_that_cannot_work_are_refused_by_name(field: str, value: int) -> None:
     with pytest.raises(FieldError, match=f"^{field}: {value} must"):
-        replace(LIMITS, **{field: value})
+        replace(LIMITS, **cast(dict[str, Any], {field: value}))
 
 
 def test_prompts_that_cannot_run_and_ids_in_use_are_refused() -> None:

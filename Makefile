@@ -1,0 +1,63 @@
+# Needs Python 3.11 or newer, make and a package index; no compiler. `make PYTHON=python3.12 ...` picks another Python.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/installed
+
+.PHONY: help demo test test-all test-gpu lint format proto bench ci clean
+
+help:
+	@echo "make demo      fetch a small model, serve it from two hosts on this machine, ask it a question"
+	@echo "make test      the tests (CPU only, some minutes)"
+	@echo "make test-all  and the long rest of the matrices"
+	@echo "make test-gpu  the tests that need CUDA devices"
+	@echo "make lint      ruff, mypy, buf, freshness of the generated code"
+	@echo "make format    ruff format and the fixes that are safe"
+	@echo "make proto     generate proto/shardray/v1/*_pb2* again"
+	@echo "make bench     the benchmarks, one JSON line a run"
+	@echo "make ci        everything that continuous integration runs"
+
+# A torch that the machine already has (a CUDA build, say) is kept; otherwise constraints.txt names the version.
+$(READY): pyproject.toml constraints.txt
+	@if $(PYTHON) -c "import torch" 2>/dev/null; then \
+		$(PYTHON) -m venv --system-site-packages .venv && grep -v '^torch==' constraints.txt > .venv/constraints.txt; \
+	else \
+		$(PYTHON) -m venv .venv && cp constraints.txt .venv/constraints.txt; \
+	fi
+	$(BIN)/pip install --quiet -c .venv/constraints.txt -e ".[cpu,dev,uvloop]"
+	@touch $@
+
+demo: $(READY)
+	@$(BIN)/shardray demo
+
+test: $(READY)
+	$(BIN)/pytest
+
+test-all: $(READY)
+	$(BIN)/pytest -m "not gpu"
+
+test-gpu: $(READY)
+	$(BIN)/pytest -m gpu
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict
+	$(BIN)/buf lint
+	$(BIN)/python proto/generate.py --check
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+proto: $(READY)
+	$(BIN)/python proto/generate.py
+
+bench: $(READY)
+	$(BIN)/pip install --quiet -c .venv/constraints.txt -e ".[bench]"
+	$(BIN)/python -m benchmarks
+
+ci:
+	.ci/run
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,5 @@
+"""The ``shardray`` command."""
+
+from shardray.runtime.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,26 @@
+"""Options that more than one command takes. What is left out is the server's default."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+DEFAULT_SERVER = "127.0.0.1:50051"
+
+Server = Annotated[
+    str, typer.Option("--server", "-s", help="Address of a running `shardray serve`.", metavar="HOST:PORT")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")]
+Temperature = Annotated[float | None, typer.Option(help="0 always takes the most likely token.")]
+TopK = Annotated[int | None, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")]
+TopP = Annotated[float | None, typer.Option(help="Keep the smallest set of tokens that reaches this probability.")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same text; left out: another one each time.")]
+Timeout = Annotated[float | None, typer.Option("--timeout-s", help="Give up after this many seconds.")]
+
+
+def text_or_stdin(text: str) -> str:
+    """``-`` stands for what is piped in."""
+    return sys.stdin.read() if text == "-" else text

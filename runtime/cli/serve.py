@@ -1,0 +1,81 @@
+"""``shardray serve``: the fleet that a YAML file describes, until Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from shardray.runtime.config import Config
+
+
+def command(
+    config: Annotated[
+        Path | None, typer.Argument(help="A YAML file; may be left out if --set says all.", show_default=False)
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override one setting: parallel.tensor_parallel_size=3")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line for each event.")] = False,
+) -> None:
+    """Serve the model of a YAML file.
+
+    Ctrl-C or SIGTERM lets running requests end first; twice does not wait for them.
+    """
+    with starting_up():
+        from shardray.runtime.cli.watchers import json_watcher, text_watcher
+        from shardray.runtime.config import load_config
+        from shardray.runtime.serve import serve
+        from shardray.runtime.server.loop import run
+
+    settings = load_config(config, overrides or ())
+    folder = fetch_model(settings)
+    with (json_watcher if as_json else text_watcher)(settings) as watcher:
+        try:
+            run(_until_signal(lambda stop: serve(settings, folder, watcher, stop)))
+        except asyncio.CancelledError:  # asked to stop twice
+            raise typer.Exit(130) from None
+
+
+@contextlib.contextmanager
+def starting_up() -> Iterator[None]:
+    """Around the imports of a process that will serve: Ctrl-C ends it without more ado."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    # Ray starts its processes by fork and exec, which needs no handlers of gRPC; they would complain on stderr.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    # Some libraries swallow a KeyboardInterrupt while they are imported; there is nothing to clean up yet.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def fetch_model(settings: Config) -> Path:
+    """The model's folder, fetched with progress bars if need be. Not within an event loop: Ctrl-C ends it at once."""
+    from shardray.runtime.cli.progress import fetch_bars
+    from shardray.runtime.model.sources import resolve_model
+
+    with fetch_bars() as progress:
+        return resolve_model(settings.model.source, revision=settings.model.revision, progress=progress)
+
+
+async def _until_signal(serve: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+    """Run ``serve(stop)``; the first SIGINT or SIGTERM sets ``stop``, the next one cancels."""
+    stop = asyncio.Event()
+    serving = asyncio.ensure_future(serve(stop))
+
+    def on_signal() -> None:
+        if stop.is_set():
+            serving.cancel()
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    await serving

@@ -1,0 +1,9 @@
+"""A typed client of a shardray server, for threads and for asyncio. Needs neither torch nor Ray."""
+
+from shardray.runtime.client.aio import AsyncClient
+from shardray.runtime.client.blocking import Client
+from shardray.runtime.client.errors import ServerError
+from shardray.runtime.client.requests import Prompt, SamplingOptions
+from shardray.runtime.client.results import Completion, Delta
+
+__all__ = ["AsyncClient", "Client", "Completion", "Delta", "Prompt", "SamplingOptions", "ServerError"]

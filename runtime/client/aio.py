@@ -1,0 +1,133 @@
+"""The client for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Self, Unpack
+
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from shardray.runtime.client.channel import DEFAULT_ADDRESS, channel_options
+from shardray.runtime.client.errors import ServerError, readable_errors
+from shardray.runtime.client.requests import Prompt, SamplingOptions, generate_request, tokenize_request
+from shardray.runtime.client.results import Completion, Delta, join, to_delta
+from shardray.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+
+class AsyncClient:
+    """Calls one server; make and use it in one event loop. All methods raise ServerError.
+
+    ``timeout_s`` bounds every call that is not given its own; None leaves it to the server.
+    """
+
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_s: float | None = None) -> None:
+        self.address = address
+        self._timeout_s = timeout_s
+        self._channel = grpc.aio.insecure_channel(address, options=channel_options(address))
+        self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        self._control = control_pb2_grpc.ControlServiceStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        *,
+        request_id: str = "",
+        priority: int = 0,
+        timeout_s: float | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> AsyncGenerator[Delta, None]:
+        """The deltas of a generation. Closing the iterator, or cancelling its reader, ends the generation."""
+        request = generate_request(prompt, request_id, priority, options)
+        call = self._inference.Generate(request, timeout=timeout_s or self._timeout_s)
+        with readable_errors(self.address):
+            try:
+                async for response in call:
+                    yield to_delta(response)
+            finally:
+                call.cancel()
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        *,
+        request_id: str = "",
+        priority: int = 0,
+        timeout_s: float | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Completion:
+        """The whole answer at once."""
+        deltas = self.stream(prompt, request_id=request_id, priority=priority, timeout_s=timeout_s, **options)
+        return join([delta async for delta in deltas])
+
+    async def tokenize(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+        """The token ids that ``generate`` would use for a text or for chat messages."""
+        with readable_errors(self.address):
+            response = await self._inference.Tokenize(tokenize_request(prompt), timeout=self._timeout_s)
+            return list(response.token_ids)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        request = inference_pb2.DetokenizeRequest(token_ids=token_ids)
+        with readable_errors(self.address):
+            return (await self._inference.Detokenize(request, timeout=self._timeout_s)).text
+
+    async def model(self) -> inference_pb2.GetModelResponse:
+        """What is served."""
+        with readable_errors(self.address):
+            return await self._inference.GetModel(inference_pb2.GetModelRequest(), timeout=self._timeout_s)
+
+    async def abort(self, request_id: str) -> bool:
+        """End a generation by its id; returns whether it was in flight."""
+        request = inference_pb2.AbortRequest(request_id=request_id)
+        with readable_errors(self.address):
+            return (await self._inference.Abort(request, timeout=self._timeout_s)).was_live
+
+    async def fleet(self) -> control_pb2.Fleet:
+        """The replicas and their shards, now."""
+        with readable_errors(self.address):
+            return (await self._control.GetFleet(control_pb2.GetFleetRequest(), timeout=self._timeout_s)).fleet
+
+    async def watch_fleet(self, min_interval_s: float = 0.5) -> AsyncGenerator[control_pb2.Fleet, None]:
+        """The fleet now, and again after each change, until the server stops or the iterator is closed."""
+        call = self._control.WatchFleet(control_pb2.WatchFleetRequest(min_interval_ms=round(min_interval_s * 1000)))
+        with readable_errors(self.address):
+            try:
+                async for response in call:
+                    yield response.fleet
+            finally:
+                call.cancel()
+
+    async def wait_ready(self, timeout_s: float = 600.0) -> None:
+        """Until the server takes requests; it need not have been started yet."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not await self._watch_until_serving():
+                    await asyncio.sleep(0.1)
+        except TimeoutError:
+            raise ServerError("DEADLINE_EXCEEDED", f"{self.address} was not ready within {timeout_s:g} s") from None
+
+    async def close(self) -> None:
+        """End what is running and close the connection."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def _watch_until_serving(self) -> bool:
+        """False if the server went away first."""
+        call = self._health.Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True)
+        try:
+            async for response in call:
+                if response.status == health_pb2.HealthCheckResponse.SERVING:
+                    return True
+        except grpc.aio.AioRpcError:
+            return False
+        finally:
+            call.cancel()
+        return False

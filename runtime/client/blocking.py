@@ -1,0 +1,131 @@
+"""The client for ordinary, blocking code."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, Self, Unpack
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from shardray.runtime.client.channel import DEFAULT_ADDRESS, channel_options
+from shardray.runtime.client.errors import ServerError, readable_errors
+from shardray.runtime.client.requests import Prompt, SamplingOptions, generate_request, tokenize_request
+from shardray.runtime.client.results import Completion, Delta, join, to_delta
+from shardray.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+
+class Client:
+    """Calls one server; safe to share between threads. All methods raise ServerError.
+
+    ``timeout_s`` bounds every call that is not given its own; None leaves it to the server.
+    """
+
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_s: float | None = None) -> None:
+        self.address = address
+        self._timeout_s = timeout_s
+        self._channel = grpc.insecure_channel(address, options=channel_options(address))
+        self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        self._control = control_pb2_grpc.ControlServiceStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        request_id: str = "",
+        priority: int = 0,
+        timeout_s: float | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generator[Delta, None, None]:
+        """Start a generation; iterate its deltas. Closing the iterator, or leaving it, ends the generation."""
+        request = generate_request(prompt, request_id, priority, options)
+        call = self._inference.Generate(request, timeout=timeout_s or self._timeout_s)
+        return self._deltas(call)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        request_id: str = "",
+        priority: int = 0,
+        timeout_s: float | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Completion:
+        """The whole answer at once."""
+        return join(self.stream(prompt, request_id=request_id, priority=priority, timeout_s=timeout_s, **options))
+
+    def tokenize(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+        """The token ids that ``generate`` would use for a text or for chat messages."""
+        with readable_errors(self.address):
+            return list(self._inference.Tokenize(tokenize_request(prompt), timeout=self._timeout_s).token_ids)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        request = inference_pb2.DetokenizeRequest(token_ids=token_ids)
+        with readable_errors(self.address):
+            return self._inference.Detokenize(request, timeout=self._timeout_s).text
+
+    def model(self) -> inference_pb2.GetModelResponse:
+        """What is served."""
+        with readable_errors(self.address):
+            return self._inference.GetModel(inference_pb2.GetModelRequest(), timeout=self._timeout_s)
+
+    def abort(self, request_id: str) -> bool:
+        """End a generation by its id; returns whether it was in flight."""
+        with readable_errors(self.address):
+            request = inference_pb2.AbortRequest(request_id=request_id)
+            return self._inference.Abort(request, timeout=self._timeout_s).was_live
+
+    def fleet(self) -> control_pb2.Fleet:
+        """The replicas and their shards, now."""
+        with readable_errors(self.address):
+            return self._control.GetFleet(control_pb2.GetFleetRequest(), timeout=self._timeout_s).fleet
+
+    def watch_fleet(self, min_interval_s: float = 0.5) -> Generator[control_pb2.Fleet, None, None]:
+        """The fleet now, and again after each change, until the server stops or the iterator is closed."""
+        call = self._control.WatchFleet(control_pb2.WatchFleetRequest(min_interval_ms=round(min_interval_s * 1000)))
+        with readable_errors(self.address):
+            try:
+                for response in call:
+                    yield response.fleet
+            finally:
+                call.cancel()
+
+    def wait_ready(self, timeout_s: float = 600.0) -> None:
+        """Until the server takes requests; it need not have been started yet."""
+        deadline = time.monotonic() + timeout_s
+        while (remaining_s := deadline - time.monotonic()) > 0:
+            if self._watch_until_serving(remaining_s):
+                return
+            time.sleep(min(0.1, max(0.0, deadline - time.monotonic())))
+        raise ServerError("DEADLINE_EXCEEDED", f"{self.address} was not ready within {timeout_s:g} s")
+
+    def close(self) -> None:
+        """End what is running and close the connection."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _deltas(self, call: Any) -> Generator[Delta, None, None]:
+        with readable_errors(self.address):
+            try:
+                for response in call:
+                    yield to_delta(response)
+            finally:
+                call.cancel()
+
+    def _watch_until_serving(self, timeout_s: float) -> bool:
+        """False if the server went away or said nothing in time."""
+        call = self._health.Watch(health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=True)
+        try:
+            return any(response.status == health_pb2.HealthCheckResponse.SERVING for response in call)
+        except grpc.RpcError:
+            return False
+        finally:
+            call.cancel()

@@ -1,0 +1,85 @@
+"""Python values → request messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias, TypedDict, cast
+
+from shardray.runtime.client.errors import ServerError
+from shardray.v1 import common_pb2, inference_pb2
+
+# Text, token ids, or chat messages such as {"role": "user", "content": "Hello"}.
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Fields of ``SamplingParameters`` in common.proto; what is left out is the server's default."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int | None
+    max_tokens: int | None
+    min_tokens: int
+    ignore_eos: bool
+    stop_token_ids: Sequence[int]
+    stop: Sequence[str]
+    logprobs: int | None
+
+
+def generate_request(
+    prompt: Prompt, request_id: str, priority: int, options: SamplingOptions
+) -> inference_pb2.GenerateRequest:
+    """Raises ServerError (INVALID_ARGUMENT) for a value that no message can hold, TypeError for an unknown option."""
+    request = inference_pb2.GenerateRequest(request_id=request_id, priority=priority)
+    if isinstance(prompt, str):
+        request.text = prompt
+    elif prompt and isinstance(prompt[0], Mapping):
+        request.chat.CopyFrom(chat_messages(cast(Sequence[Mapping[str, str]], prompt)))
+    else:
+        request.token_ids.SetInParent()
+        _set(request.token_ids, "ids", prompt)
+    for name, value in options.items():
+        if name not in common_pb2.SamplingParameters.DESCRIPTOR.fields_by_name:
+            raise TypeError(f"unknown sampling option {name!r}; known: {', '.join(SamplingOptions.__annotations__)}")
+        if value is not None:
+            _set(request.sampling, name, value)
+    return request
+
+
+def tokenize_request(prompt: str | Sequence[Mapping[str, str]]) -> inference_pb2.TokenizeRequest:
+    if isinstance(prompt, str):
+        return inference_pb2.TokenizeRequest(text=prompt)
+    return inference_pb2.TokenizeRequest(chat=chat_messages(prompt))
+
+
+def chat_messages(messages: Sequence[Mapping[str, str]]) -> inference_pb2.ChatMessages:
+    """Raises ServerError (INVALID_ARGUMENT) for a message without role or content."""
+    chat = inference_pb2.ChatMessages()
+    for index, message in enumerate(messages):
+        missing = [key for key in ("role", "content") if not isinstance(message.get(key), str)]
+        if missing:
+            raise _bad_field(f"chat.messages[{index}].{missing[0]}", "is missing or no text")
+        chat.messages.add(role=message["role"], content=message["content"])
+    return chat
+
+
+def _set(message: common_pb2.SamplingParameters | common_pb2.TokenIds, name: str, value: object) -> None:
+    try:
+        if isinstance(value, Mapping):
+            getattr(message, name).update(value)
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            getattr(message, name).extend(value)
+        else:
+            setattr(message, name, value)
+    except (TypeError, ValueError, AttributeError):
+        raise _bad_field(name, f"{value!r:.80} is not accepted") from None
+
+
+def _bad_field(field: str, description: str) -> ServerError:
+    return ServerError("INVALID_ARGUMENT", f"{field}: {description}", {field: description})

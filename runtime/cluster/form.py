@@ -1,0 +1,230 @@
+"""Form: live hosts in, a mesh out. The one operation behind start, heal and scale.
+
+Each host gets its place, the leader opens the rendezvous, all open their groups and load their slices. When one of
+them fails or stands still, the others give up their places again, and the error says who it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from shardray.runtime.cluster.errors import ClusterError, FormError
+from shardray.runtime.cluster.layout import CoreShare, rank_order
+from shardray.runtime.cluster.remote_host import RemoteHost
+from shardray.runtime.cluster.reports import FailureKind, FormReport, RankFailure, place_text
+from shardray.runtime.config import Config
+from shardray.runtime.engine.assignment import ShardAssignment, ShardInfo
+
+RankProgress = Callable[[int, RemoteHost, str, float], None]  # (rank, host, doing, fraction)
+_POLL_S = 0.25
+_GRACE_S = 2.0  # for the other ranks' reports after the first failure
+_RELEASE_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class MeshRecipe:
+    """What to form: the settings (their ``parallel`` gives the shape) and where the model lies."""
+
+    config: Config
+    model_dir: str
+
+    @property
+    def tp_size(self) -> int:
+        return self.config.parallel.tensor_parallel_size
+
+    @property
+    def size(self) -> int:
+        return self.config.parallel.hosts_per_replica
+
+
+@dataclass(frozen=True)
+class FormedMesh:
+    """A mesh that is ready to run; ``hosts`` and ``shards`` are in rank order."""
+
+    epoch: str
+    secret: str
+    address: str  # host:port of the leader's gRPC server
+    tp_size: int
+    hosts: tuple[RemoteHost, ...]
+    shards: tuple[ShardInfo, ...]
+
+
+async def form(
+    hosts: Sequence[RemoteHost],
+    shares: Sequence[CoreShare],
+    recipe: MeshRecipe,
+    bind_hosts: Sequence[str],
+    on_progress: RankProgress,
+) -> FormedMesh:
+    """Form ``recipe``'s mesh from unassigned hosts; ``shares`` and ``bind_hosts`` go with ``hosts``.
+
+    Fails once a host made no progress for ``ray.form_timeout_s``. Raises FormError; the hosts that still answer are
+    then unassigned again and the others killed.
+    """
+    order = rank_order([host.info for host in hosts], recipe.tp_size)
+    ranked = tuple(hosts[index] for index in order)
+    try:
+        assignments = await _assign(ranked, [shares[i] for i in order], recipe, [bind_hosts[i] for i in order])
+        reports = await _Forming(ranked, recipe, on_progress).run(assignments)
+    except ClusterError as error:
+        await dissolve(ranked)
+        raise FormError(f"forming the mesh failed: {error}") from error
+    leader = assignments[0]
+    return FormedMesh(
+        epoch=leader.epoch,
+        secret=leader.secret,
+        address=_join_port(leader.bind_host, reports[0].port),
+        tp_size=recipe.tp_size,
+        hosts=ranked,
+        shards=tuple(report.shard for report in reports if report.shard is not None),
+    )
+
+
+async def dissolve(hosts: Sequence[RemoteHost]) -> list[RemoteHost]:
+    """Take their places from hosts in any state; those that do not let go are killed. Returns the free ones."""
+
+    async def free(host: RemoteHost) -> bool:
+        try:
+            await host.abort(_GRACE_S)
+            await host.release(_RELEASE_TIMEOUT_S)
+        except ClusterError:
+            await host.kill()
+            return False
+        return True
+
+    freed = await asyncio.gather(*(free(host) for host in hosts))
+    return [host for host, is_free in zip(hosts, freed, strict=True) if is_free]
+
+
+async def _assign(
+    hosts: Sequence[RemoteHost], shares: Sequence[CoreShare], recipe: MeshRecipe, bind_hosts: Sequence[str]
+) -> list[ShardAssignment]:
+    """Every rank's assignment, after the leader-to-be opened the rendezvous."""
+    config, timeout_s = recipe.config, recipe.config.ray.form_timeout_s
+    await asyncio.gather(*(h.prepare(s.num_threads, timeout_s) for h, s in zip(hosts, shares, strict=True)))
+    store_host, store_port = await hosts[0].open_rendezvous(bind_hosts[0], timeout_s)
+    epoch, secret = secrets.token_hex(8), secrets.token_hex(32)
+    nodes = tuple(host.info.node_id for host in hosts)
+    return [
+        ShardAssignment(
+            epoch=epoch,
+            secret=secret,
+            rank=rank,
+            tp_size=recipe.tp_size,
+            pp_size=config.parallel.pipeline_parallel_size,
+            nodes=nodes,
+            store_host=store_host,
+            store_port=store_port,
+            bind_host=bind_hosts[rank],
+            device=host.info.device,
+            num_threads=shares[rank].num_threads,
+            cpu_ids=shares[rank].cpu_ids,
+            step_timeout_s=config.engine.step_timeout_s,
+            model_dir=recipe.model_dir,
+            dtype=config.model.dtype,
+            max_model_len=config.model.max_model_len,
+            max_num_seqs=config.engine.max_num_seqs,
+            max_num_batched_tokens=config.engine.max_num_batched_tokens,
+            block_size=config.engine.block_size,
+            memory_utilization=_own_memory(config.engine.memory_utilization, nodes, rank, shares[rank]),
+            kv_memory_bytes=config.engine.kv_memory_bytes,
+            tensor_split=config.parallel.tensor_split,
+            stage_layers=config.parallel.stage_layers,
+        )
+        for rank, host in enumerate(hosts)
+    ]
+
+
+def _own_memory(utilization: float, nodes: Sequence[str], rank: int, share: CoreShare) -> float:
+    """The part of ``utilization`` that this mesh may take where other replicas have hosts on the same node.
+
+    The ranks of one mesh divide it among themselves.
+    """
+    return utilization * nodes.count(nodes[rank]) / share.hosts_on_node
+
+
+class _Forming:
+    """One form under way: a report from every rank, or the reason why not."""
+
+    def __init__(self, hosts: Sequence[RemoteHost], recipe: MeshRecipe, on_progress: RankProgress) -> None:
+        self._hosts = hosts
+        self._recipe = recipe
+        self._stall_timeout_s = recipe.config.ray.form_timeout_s
+        self._on_progress = on_progress
+        self._doing = ["has not begun"] * len(hosts)
+
+    async def run(self, assignments: Sequence[ShardAssignment]) -> list[FormReport]:
+        ranks = [asyncio.create_task(self._form_rank(assignment)) for assignment in assignments]
+        try:
+            await asyncio.wait(ranks, return_when=asyncio.FIRST_EXCEPTION)
+            if any(task.done() and task.exception() for task in ranks):
+                await asyncio.wait(ranks, timeout=_GRACE_S)
+                raise FormError(self._reason(ranks))
+            return [task.result() for task in ranks]
+        finally:
+            for task in ranks:
+                task.cancel()
+            await asyncio.gather(*ranks, return_exceptions=True)
+
+    async def _form_rank(self, assignment: ShardAssignment) -> FormReport:
+        """Raises ClusterError or _RankFailed."""
+        rank, model = assignment.rank, self._recipe.config.model
+        call = asyncio.create_task(self._hosts[rank].form(assignment, model.source, model.revision))
+        try:
+            await self._watch(rank, call)
+        finally:
+            call.cancel()
+        report = call.result()
+        if report.failure is not None:
+            raise _RankFailed(report.failure)
+        return report
+
+    async def _watch(self, rank: int, call: asyncio.Task[FormReport]) -> None:
+        """Pass on a rank's progress until its call ends. Raises FormError when it stands still too long."""
+        seen: tuple[str, float] | None = None
+        moved_at = time.monotonic()
+        while not (await asyncio.wait({call}, timeout=_POLL_S))[0]:
+            try:
+                progress = await self._hosts[rank].progress()
+            except ClusterError:
+                self._doing[rank] = "does not answer"  # if it died, the call says so
+                progress = seen or ("", 0.0)
+            if progress != seen:
+                seen, moved_at = progress, time.monotonic()
+                self._doing[rank] = f"{progress[0]} ({progress[1]:.0%})"
+                self._on_progress(rank, self._hosts[rank], *progress)
+            elif time.monotonic() - moved_at > self._stall_timeout_s:
+                raise FormError(f"no progress for {self._stall_timeout_s:g} s (ray.form_timeout_s)")
+
+    def _reason(self, ranks: Sequence[asyncio.Task[FormReport]]) -> str:
+        """Name the cause: own errors and deaths before those who only lost them, then everyone standing still."""
+        errors = {rank: task.exception() for rank, task in enumerate(ranks) if task.done()}
+        failures = [error.failure for error in errors.values() if isinstance(error, _RankFailed)]
+        raised = [str(failure) for failure in failures if failure.kind is not FailureKind.LOST_PEER]
+        others = {rank: error for rank, error in errors.items() if error and not isinstance(error, _RankFailed)}
+        own = raised + [f"{self._place(rank)}: {error}" for rank, error in others.items()]
+        if own:
+            standing = [f"{self._place(rank)}: {self._doing[rank]}" for rank in others if len(others) > 1]
+            return "; ".join(own + standing)
+        silent = [f"{self._place(rank)} {self._doing[rank]}" for rank, task in enumerate(ranks) if not task.done()]
+        return "; ".join([str(failures[0])] + [f"still waiting for {text}" for text in silent])
+
+    def _place(self, rank: int) -> str:
+        info, tp_size = self._hosts[rank].info, self._recipe.tp_size
+        return place_text(rank // tp_size, rank % tp_size, info.host, info.pid)
+
+
+class _RankFailed(ClusterError):
+    """A rank's form came back with a failure."""
+
+    def __init__(self, failure: RankFailure) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
+
+
+def _join_port(host: str, port: int | None) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,181 @@
+"""The host: a Ray actor with one device, light until it is given a place in a mesh, and free to be given another.
+
+    unassigned --form--> formed --run--> ended --release--> unassigned
+
+``form``, ``run`` and ``release`` go one after the other; ``progress``, ``stop`` and ``abort`` work at any time beside
+them. torch is imported by ``prepare``. Arguments and results are MessagePack or builtins.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import psutil
+import ray
+
+from shardray.runtime.cluster.reports import FailureKind, FormReport, HostInfo, RankFailure, RunReport
+from shardray.runtime.engine.assignment import ShardAssignment
+
+if TYPE_CHECKING:
+    from shardray.runtime.cluster.leader import LeaderServer
+    from shardray.runtime.engine.shard import Rendezvous, Shard
+
+_log = logging.getLogger(__name__)
+_STOPPED = "the replica was stopped"
+
+
+class Host:
+    """One device's owner. See ``RemoteHost`` for the same methods as seen from the driver."""
+
+    def __init__(self) -> None:
+        self._cpu_ids = tuple(sorted(os.sched_getaffinity(0)))  # before any form pins this process
+        self._progress: tuple[str, float] = ("waiting for a place", 0.0)
+        self._assignment: ShardAssignment | None = None
+        self._rendezvous: Rendezvous | None = None
+        self._shard: Shard | None = None
+        self._server: LeaderServer | None = None
+        self._leaving = False  # asked to stop: the end of run is no failure
+
+    @ray.method(concurrency_group="control")
+    def describe(self) -> bytes:
+        """The host's HostInfo."""
+        gpu_ids = tuple(str(gpu) for gpu in ray.get_gpu_ids())
+        info = HostInfo(
+            node_id=ray.get_runtime_context().get_node_id(),
+            host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
+            pid=os.getpid(),
+            device="cuda:0" if gpu_ids else "cpu",  # Ray hides all other GPUs from this process
+            gpu_ids=gpu_ids,
+            cpu_ids=self._cpu_ids,
+            free_memory_bytes=psutil.virtual_memory().available,
+        )
+        return msgspec.msgpack.encode(info)
+
+    @ray.method(concurrency_group="control")
+    def progress(self) -> tuple[str, float]:
+        """What the host is doing, and how far it is (0 to 1). An answer also says that the host is not hung."""
+        return self._progress
+
+    def prepare(self, num_threads: int) -> None:
+        """Import the runtime: the slow part of a form that needs no place yet."""
+        os.environ["OMP_NUM_THREADS"] = str(num_threads)  # read once, when torch is imported
+        self._note("importing the runtime", 0.0)
+        importlib.import_module("shardray.runtime.engine.shard")
+        importlib.import_module("shardray.runtime.cluster.leader")
+        self._note("waiting for a place", 0.0)
+
+    def open_rendezvous(self, bind_host: str) -> tuple[str, int]:
+        """Open the store through which the ranks of the next mesh find each other. Called on the leader-to-be."""
+        from shardray.runtime.engine.shard import open_rendezvous
+
+        self._rendezvous = open_rendezvous(bind_host)
+        return self._rendezvous.host, self._rendezvous.port
+
+    def form(self, assignment: bytes, source: str, revision: str | None) -> bytes:
+        """Take the place that ``assignment`` (a ShardAssignment) names; a FormReport comes back, whatever happens.
+
+        Where its ``model_dir`` does not exist on this machine, the model is resolved from ``source``.
+        """
+        place = msgspec.msgpack.decode(assignment, type=ShardAssignment)
+        self._assignment = place
+        try:
+            report = self._take_place(_with_local_model(place, source, revision, self._note))
+        except Exception as error:  # the boundary to the driver: every failure leaves as data
+            _log.exception("forming rank %d failed", place.rank)
+            report = FormReport(failure=_failure_of(error, place))
+        return msgspec.msgpack.encode(report)
+
+    def run(self) -> bytes:
+        """Run the shard until the mesh ends; a RunReport comes back, whatever happens."""
+        if self._shard is None or self._assignment is None:
+            raise RuntimeError("run: this host has no place in a mesh; form it first")
+        self._progress = ("running", 1.0)
+        failure = None
+        try:
+            if self._server is not None:
+                self._shard.engine.run(self._server.publish)
+            else:
+                self._shard.serve()
+        except Exception as error:  # the boundary to the driver: every failure leaves as data
+            if not self._leaving:
+                _log.exception("rank %d failed", self._assignment.rank)
+                failure = _failure_of(error, self._assignment)
+        if self._server is not None:
+            self._server.stop(_STOPPED if failure is None else str(failure))
+        return msgspec.msgpack.encode(RunReport(failure=failure))
+
+    @ray.method(concurrency_group="control")
+    def stop(self) -> None:
+        """End a leader's run cleanly, between two steps; the other ranks follow when it closes its links."""
+        self._leaving = True
+        if self._server is not None and self._shard is not None:
+            self._shard.engine.stop()
+
+    @ray.method(concurrency_group="control")
+    def abort(self) -> None:
+        """Break off whatever the shard is blocked in, so that ``run`` returns soon."""
+        if self._shard is not None:
+            self._shard.abort()
+
+    def release(self) -> None:
+        """Give up the place: memory, groups and ports are free afterwards, and the host can be formed again."""
+        if self._server is not None:
+            self._server.stop(_STOPPED)
+        if self._shard is not None:
+            self._shard.close()
+        self._server = self._shard = self._rendezvous = self._assignment = None
+        self._leaving = False
+        self._progress = ("waiting for a place", 0.0)
+
+    def _take_place(self, place: ShardAssignment) -> FormReport:
+        from shardray.runtime.engine.shard import form_shard
+
+        shard = form_shard(place, self._note, self._rendezvous)
+        self._shard = shard
+        port = None
+        if place.rank == 0:
+            from shardray.runtime.cluster.leader import LeaderServer
+
+            self._server = LeaderServer()
+            port = self._server.start(place.bind_host, shard.engine, place.secret)
+        self._note("formed", 1.0)
+        return FormReport(shard=shard.info, port=port)
+
+    def _note(self, doing: str, fraction: float) -> None:
+        self._progress = (doing, fraction)
+
+
+def _with_local_model(place: ShardAssignment, source: str, revision: str | None, note: Any) -> ShardAssignment:
+    if Path(place.model_dir).exists():
+        return place
+    from shardray.runtime.model.sources import resolve_model
+
+    note(f"fetching {source}", 0.0)
+    return msgspec.structs.replace(place, model_dir=str(resolve_model(source, revision=revision)))
+
+
+def _failure_of(error: Exception, place: ShardAssignment) -> RankFailure:
+    """``error`` as plain data, with what the engine and the mesh say about it."""
+    from shardray.parallel.errors import MeshError
+
+    return RankFailure(
+        rank=place.rank,
+        stage=place.rank // place.tp_size,
+        tp_rank=place.rank % place.tp_size,
+        host=place.bind_host,
+        pid=os.getpid(),
+        kind=FailureKind.LOST_PEER if isinstance(error, MeshError) else FailureKind.RAISED,
+        cause=" ".join(str(error).split()) or type(error).__name__,
+        step=getattr(error, "step", None),
+        collective=getattr(error, "operation", None),
+    )
+
+
+# A host that dies is replaced, never restarted: its place in the old mesh is gone.
+_OPTIONS: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0, "concurrency_groups": {"control": 4}}
+HostActor: Any = ray.remote(**_OPTIONS)(Host)

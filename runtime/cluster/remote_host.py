@@ -1,0 +1,120 @@
+"""A host as the driver sees it: awaitable calls with deadlines, and plain errors in place of Ray's."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any
+
+import msgspec
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from shardray.runtime.cluster.errors import ClusterError, HostDied, HostSilent
+from shardray.runtime.cluster.host import HostActor
+from shardray.runtime.cluster.placement import HostsNeed
+from shardray.runtime.cluster.reports import FormReport, HostInfo, RunReport
+from shardray.runtime.engine.assignment import ShardAssignment
+
+_ANSWER_TIMEOUT_S = 10.0
+
+
+class RemoteHost:
+    """A started host; ``info`` is what it told about itself. Every call raises HostDied or HostSilent."""
+
+    def __init__(self, actor: Any, bundle_index: int, info: HostInfo) -> None:
+        self._actor = actor
+        self.bundle_index = bundle_index
+        self.info = info
+
+    async def progress(self, timeout_s: float = _ANSWER_TIMEOUT_S) -> tuple[str, float]:
+        doing, fraction = await self._ask("progress", self._actor.progress.remote(), timeout_s)
+        return doing, fraction
+
+    async def prepare(self, num_threads: int, timeout_s: float) -> None:
+        await self._ask("prepare", self._actor.prepare.remote(num_threads), timeout_s)
+
+    async def open_rendezvous(self, bind_host: str, timeout_s: float) -> tuple[str, int]:
+        host, port = await self._ask("open_rendezvous", self._actor.open_rendezvous.remote(bind_host), timeout_s)
+        return host, port
+
+    async def form(self, assignment: ShardAssignment, source: str, revision: str | None) -> FormReport:
+        """Has no deadline of its own: who waits for it also watches ``progress``."""
+        frame = msgspec.msgpack.encode(assignment)
+        report = await self._ask("form", self._actor.form.remote(frame, source, revision), None)
+        return msgspec.msgpack.decode(report, type=FormReport)
+
+    async def run(self) -> RunReport:
+        """Ends when the host's part of the mesh does: the sentinel of its life."""
+        report = await self._ask("run", self._actor.run.remote(), None)
+        return msgspec.msgpack.decode(report, type=RunReport)
+
+    async def stop(self, timeout_s: float = _ANSWER_TIMEOUT_S) -> None:
+        await self._ask("stop", self._actor.stop.remote(), timeout_s)
+
+    async def abort(self, timeout_s: float = _ANSWER_TIMEOUT_S) -> None:
+        await self._ask("abort", self._actor.abort.remote(), timeout_s)
+
+    async def release(self, timeout_s: float = _ANSWER_TIMEOUT_S) -> None:
+        await self._ask("release", self._actor.release.remote(), timeout_s)
+
+    async def kill(self) -> None:
+        """End the host's process, whatever it is doing; a host that is dead already is fine."""
+        await asyncio.to_thread(ray.kill, self._actor)
+
+    async def _ask(self, what: str, ref: Any, timeout_s: float | None) -> Any:
+        return await _answer(ref, timeout_s, f"{self.info} did not answer {what}", str(self.info))
+
+
+async def start_host(group: PlacementGroup, bundle_index: int, need: HostsNeed, timeout_s: float) -> RemoteHost:
+    """Start a host in one bundle. Raises HostDied or HostSilent, naming the bundle."""
+    options = HostActor.options(
+        num_cpus=need.cpus_per_host,
+        num_gpus=need.gpus_per_host,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle_index),
+    )
+    actor = await asyncio.to_thread(options.remote)
+    name = f"the host of bundle {bundle_index}"
+    try:
+        frame = await _answer(actor.describe.remote(), timeout_s, f"{name} has not started", name)
+    except ClusterError:
+        await asyncio.to_thread(ray.kill, actor)
+        raise
+    return RemoteHost(actor, bundle_index, msgspec.msgpack.decode(frame, type=HostInfo))
+
+
+async def _answer(ref: Any, timeout_s: float | None, silence: str, name: str) -> Any:
+    """The result of a Ray call, awaited without blocking the loop."""
+    future = asyncio.wrap_future(ref.future())
+    future.add_done_callback(_take)
+    # Not wait_for: that would cancel Ray's future, which Ray then still completes.
+    done, _ = await asyncio.wait({future}, timeout=timeout_s)
+    if not done:
+        raise HostSilent(f"{silence} within {timeout_s:g} s")
+    try:
+        return future.result()
+    except RayActorError as error:
+        raise HostDied(f"{name} died: {_plain_cause(error)}") from error
+    except RayError as error:
+        raise ClusterError(f"{name}: {' '.join(str(error).split())}") from error
+
+
+def _take(future: asyncio.Future[Any]) -> None:
+    """Look at a late error that nobody waits for any longer, so that asyncio does not complain about it."""
+    if not future.cancelled():
+        future.exception()
+
+
+def _plain_cause(error: RayActorError) -> str:
+    """Ray's paragraph about a death in a few words."""
+    text = " ".join(str(error).split())
+    if "node has died" in text or "its node" in text:
+        return "its node is gone"
+    if "killed by `ray.kill`" in text:
+        return "it was killed by the fleet"
+    if "creation task" in text:
+        return f"it did not start: {text[-300:]}"
+    detail = re.search(r"Worker exit type: (\w+) Worker exit detail: (.*?)(?: Some common causes|$)", text)
+    return f"its process ended ({detail[1]}: {detail[2].rstrip('.')})" if detail else text[:300]

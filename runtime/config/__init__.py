@@ -1,0 +1,28 @@
+"""Settings of a serving fleet: YAML file and overrides in, one frozen and validated ``Config`` out."""
+
+from shardray.runtime.config.errors import ConfigError
+from shardray.runtime.config.load import config_schema, load_config
+from shardray.runtime.config.settings import (
+    Config,
+    EngineSettings,
+    GrpcSettings,
+    LimitsSettings,
+    ModelSettings,
+    ParallelSettings,
+    RaySettings,
+)
+from shardray.runtime.config.units import parse_bytes
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "EngineSettings",
+    "GrpcSettings",
+    "LimitsSettings",
+    "ModelSettings",
+    "ParallelSettings",
+    "RaySettings",
+    "config_schema",
+    "load_config",
+    "parse_bytes",
+]

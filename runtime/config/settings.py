@@ -1,0 +1,155 @@
+"""What a fleet can be told, as frozen dataclasses. Checked once, where they are made; never changed afterwards.
+
+The docstring below each field is the description that ``shardray schema`` hands to editors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NoReturn
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
+
+from shardray.runtime.config.units import Bytes, Count, Flag, Fraction, Listen, NonNegative, Positive, RayAddress, Text
+
+_STRICT_KEYS = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+def _refuse(key: str, value: Any, message: str) -> NoReturn:
+    """Refuse one key of a section because of what another key says."""
+    raise PydanticCustomError("cross_field", "{message}", {"key": key, "value": value, "message": message})
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class ModelSettings:
+    """Which weights to serve, and how."""
+
+    source: Text
+    """A name `shardray pull` knows (smollm2-135m), a hub id (org/name), a folder, or a .gguf file."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights, activations and KV pages; auto takes the checkpoint's."""
+    max_model_len: Count | None = None
+    """Context window in tokens, prompt and output together; null takes the model's own."""
+    revision: Text | None = None
+    """Branch, tag or commit of a hub id; null takes the default branch."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class ParallelSettings:
+    """How many shards, and how the decoder is cut. No count has to divide another."""
+
+    tensor_parallel_size: Count = 1
+    """Ranks that share each layer."""
+    pipeline_parallel_size: Count = 1
+    """Stages that the layers are divided over."""
+    replicas: Count = 1
+    """Independent copies of the tensor × pipeline mesh."""
+    tensor_split: tuple[Positive, ...] | None = None
+    """Relative share of each tensor rank, e.g. [2, 1, 1] for unlike GPUs; null cuts evenly."""
+    stage_layers: tuple[Count, ...] | None = None
+    """Number of layers of each stage, e.g. [10, 12]; null balances them by cost."""
+
+    def __post_init__(self) -> None:
+        self._check_length("tensor_split", self.tensor_split, "tensor_parallel_size", "one share for each tensor rank")
+        self._check_length("stage_layers", self.stage_layers, "pipeline_parallel_size", "one count for each stage")
+
+    def _check_length(self, key: str, entries: tuple[Any, ...] | None, size_key: str, meaning: str) -> None:
+        size = getattr(self, size_key)
+        if entries is not None and len(entries) != size:
+            has = "1 entry" if len(entries) == 1 else f"{len(entries)} entries"
+            _refuse(key, list(entries), f"has {has}, but {size_key} is {size}; give {meaning}")
+
+    @property
+    def hosts_per_replica(self) -> int:
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def num_hosts(self) -> int:
+        return self.hosts_per_replica * self.replicas
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class EngineSettings:
+    """Batching, KV memory and device of each replica."""
+
+    max_num_seqs: Count = 64
+    """Requests that run at the same time in one replica."""
+    max_num_batched_tokens: Count = 2048
+    """Tokens of one step, prefill chunks and decodes together."""
+    memory_utilization: Fraction = 0.9
+    """Share of each device's memory that weights, activations and KV pages may take."""
+    kv_memory_bytes: Bytes | None = None
+    """KV memory of each host, e.g. 2GiB; null takes what memory_utilization leaves after the weights."""
+    block_size: Count = 16
+    """Tokens of one KV page."""
+    step_timeout_s: Positive = 30.0
+    """Seconds after which a rank that does not answer within a step counts as failed."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the shards run; auto takes cuda if the host has it."""
+    threads_per_host: Count | None = None
+    """CPU threads of each host; null divides the machine's cores among its hosts."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class GrpcSettings:
+    """The public gRPC port."""
+
+    listen: Listen = "127.0.0.1:50051"
+    """Address to listen on; 0.0.0.0 accepts other machines, port 0 takes a free port."""
+    tls: None = None
+    """Only null: this version listens in plain text; end TLS in a proxy before it."""
+    auth: None = None
+    """Only null: this version checks no credentials; put a proxy that does before it."""
+    reflection: Flag = True
+    """Whether tools such as grpcurl may list the services."""
+    max_message_bytes: Bytes = 4 * 1024 * 1024
+    """Largest message that a client may send."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class LimitsSettings:
+    """Bounds that protect the fleet from its clients."""
+
+    max_queued_requests: Count = 256
+    """Requests that may wait; the next one is refused with RESOURCE_EXHAUSTED."""
+    default_deadline_s: Positive = 600.0
+    """Seconds that a request may take if its client sets no deadline."""
+    max_deadline_s: Positive = 3600.0
+    """Longest deadline in seconds; longer ones are shortened to it."""
+    shutdown_grace_s: NonNegative = 10.0
+    """Seconds that running requests get to end after SIGTERM or Ctrl-C."""
+
+    def __post_init__(self) -> None:
+        if self.default_deadline_s > self.max_deadline_s:
+            message = f"exceeds max_deadline_s {self.max_deadline_s:g}; lower it or raise max_deadline_s"
+            _refuse("default_deadline_s", self.default_deadline_s, message)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class RaySettings:
+    """Where the hosts are placed."""
+
+    address: RayAddress = "local"
+    """local starts Ray on this machine; auto joins the cluster this machine belongs to; ray://host:port another."""
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """How the hosts of one replica are laid over the nodes (Ray placement group strategy)."""
+    form_timeout_s: Positive = 180.0
+    """Seconds without progress (placing hosts, loading weights) after which a replica is given up, with the reason."""
+    namespace: Text = "shardray"
+    """Ray namespace; give each fleet on one cluster its own."""
+    cpus_per_host: Positive = 1.0
+    """CPUs that Ray reserves for each host."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class Config:
+    """All settings of one fleet."""
+
+    model: ModelSettings
+    parallel: ParallelSettings = dataclasses.field(default_factory=ParallelSettings)
+    engine: EngineSettings = dataclasses.field(default_factory=EngineSettings)
+    grpc: GrpcSettings = dataclasses.field(default_factory=GrpcSettings)
+    limits: LimitsSettings = dataclasses.field(default_factory=LimitsSettings)
+    ray: RaySettings = dataclasses.field(default_factory=RaySettings)

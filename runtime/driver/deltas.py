@@ -1,0 +1,45 @@
+"""What a client is sent: the text and tokens that came since it last read."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from shardray.runtime.engine.request import FinishReason
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """Tokens that a request used."""
+
+    num_prompt_tokens: int
+    num_output_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Where a request's time went, from its acceptance by the driver."""
+
+    queue_s: float  # until a replica had a place for it
+    time_to_first_token_s: float | None  # None: there was no token
+    total_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PositionLogprobs:
+    """Log-probabilities of one position."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
+
+
+@dataclasses.dataclass
+class Delta:
+    """New text and tokens. ``text`` may lag behind ``token_ids``. Only the last delta has a finish_reason."""
+
+    text: str = ""
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[PositionLogprobs] = dataclasses.field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    timing: Timing | None = None

@@ -1,0 +1,31 @@
+"""Why the driver does not take, or cannot finish, a request that is itself in order."""
+
+from __future__ import annotations
+
+
+class RequestError(Exception):
+    """Base of the errors below; the message is one line for the client."""
+
+
+class DuplicateRequestError(RequestError):
+    """A request with the same id is in flight."""
+
+
+class DeadlineExceededError(RequestError):
+    """The request did not end in time."""
+
+
+class RetryableError(RequestError):
+    """The same request may succeed after ``retry_after_s`` seconds."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QueueFullError(RetryableError):
+    """As many requests wait as are allowed to."""
+
+
+class UnavailableError(RetryableError):
+    """No replica takes requests, or the one that ran this request was lost."""

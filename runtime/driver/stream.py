@@ -1,0 +1,100 @@
+"""One client's stream: tokens in, deltas of text out, at the client's own pace.
+
+Tokens are turned into text and matched against stop strings as they arrive, whether or not the client reads. What it
+has not read is one pending delta that grows, bounded by the request's own max_tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+from shardray.runtime.driver.deltas import Delta, PositionLogprobs, Timing, Usage
+from shardray.runtime.driver.journal import JournalEntry
+from shardray.runtime.engine.output import OutputText
+from shardray.runtime.engine.request import FinishReason, TokenOutput
+from shardray.runtime.model.tokenizer import Tokenizer
+
+
+class RequestStream:
+    """Iterate it once, in the driver's loop; raises the request's error where it failed."""
+
+    def __init__(self, entry: JournalEntry, tokenizer: Tokenizer | None) -> None:
+        self.request_id = entry.request_id
+        self._num_logprobs = entry.params.logprobs
+        self._text = OutputText(tokenizer, entry.params, entry.prompt_ids)
+        self._num_prompt_tokens = len(entry.prompt_ids)
+        self._num_output_tokens = 0
+        self._accepted_s = time.monotonic()
+        self._dispatched_s: float | None = None
+        self._first_token_s: float | None = None
+        self._pending = Delta()
+        self._error: Exception | None = None
+        self._news = asyncio.Event()
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will be added."""
+        return self._text.ended or self._error is not None
+
+    def mark_dispatched(self) -> None:
+        """A replica has a place for the request. Only the first time counts."""
+        if self._dispatched_s is None:
+            self._dispatched_s = time.monotonic()
+
+    def push(self, output: TokenOutput) -> None:
+        """Add one token or the end of the stream; ends it as well if a stop string is complete."""
+        if self.ended:
+            return
+        if output.token_id is not None:
+            self._count_token(output.token_id, output)
+        added = self._text.push(output)
+        self._pending.text += added.text
+        self._pending.token_ids += added.token_ids
+        if added.finish_reason is not None:
+            self._end(added.finish_reason)
+        self._news.set()
+
+    def finish(self, reason: FinishReason) -> None:
+        """End the stream after the text that was held back."""
+        self.push(TokenOutput(self.request_id, finish_reason=reason))
+
+    def fail(self, error: Exception) -> None:
+        """End the stream with an error, after what is pending."""
+        if not self.ended:
+            self._error = error
+            self._news.set()
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            delta, self._pending = self._pending, Delta()
+            if delta.token_ids or delta.text or delta.finish_reason is not None:
+                yield delta
+            elif self._error is not None:
+                raise self._error
+            if delta.finish_reason is not None:
+                return
+            if self._error is not None:
+                self._news.set()  # more may have come while the last delta was on its way
+
+    def _count_token(self, token_id: int, output: TokenOutput) -> None:
+        if self._first_token_s is None:
+            self._first_token_s = time.monotonic()
+        self._num_output_tokens += 1
+        if self._num_logprobs is not None and output.logprob is not None:
+            top = output.top_logprobs[: self._num_logprobs]
+            self._pending.logprobs.append(PositionLogprobs(token_id, output.logprob, top))
+
+    def _end(self, reason: FinishReason) -> None:
+        now = time.monotonic()
+        first_s = self._first_token_s
+        self._pending.finish_reason = reason
+        self._pending.usage = Usage(self._num_prompt_tokens, self._num_output_tokens)
+        self._pending.timing = Timing(
+            queue_s=(self._dispatched_s or now) - self._accepted_s,
+            time_to_first_token_s=None if first_s is None else first_s - self._accepted_s,
+            total_s=now - self._accepted_s,
+        )

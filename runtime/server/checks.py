@@ -1,0 +1,168 @@
+"""Checks what a client wrote and turns it into what the driver takes. Nothing past this point fails because of it.
+
+Every refusal is a FieldError that names the proto field, the value, and what would be accepted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import uuid
+from collections.abc import Collection
+
+from shardray.runtime.cluster.messages import DEFAULT_MAX_TOKENS, ServedModel, params_from_proto
+from shardray.runtime.engine.request import EngineRequest, FieldError, SamplingParams
+from shardray.runtime.model.tokenizer import Tokenizer
+from shardray.v1 import common_pb2, inference_pb2
+
+_MAX_REQUEST_ID_LEN = 128
+_MAX_PRIORITY = 100
+_MAX_STOPS = 16
+_MAX_STOP_LEN = 256
+_MAX_STOP_TOKEN_IDS = 128
+_MAX_LOGIT_BIASES = 1024
+_LONG_TEXT_LEN = 16_384  # characters; tokenizing more would hold up the other streams
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedRequest:
+    """A generation that the model can run."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    priority: int
+
+
+async def check_generate(
+    request: inference_pb2.GenerateRequest, tokenizer: Tokenizer | None, model: ServedModel, default_seed: int
+) -> CheckedRequest:
+    """Raises FieldError."""
+    request_id = check_request_id(request.request_id) if request.request_id else f"req-{uuid.uuid4().hex}"
+    if not -_MAX_PRIORITY <= request.priority <= _MAX_PRIORITY:
+        raise FieldError("priority", f"{request.priority} is outside [{-_MAX_PRIORITY}, {_MAX_PRIORITY}]")
+    _check_sampling_sizes(request.sampling, model)
+    if request.sampling.stop:
+        require_tokenizer("sampling.stop", tokenizer)
+    prompt_ids = await _prompt_ids(request, tokenizer, model)
+    params = _sampling_params(request.sampling, len(prompt_ids), model, default_seed)
+    checked = CheckedRequest(request_id, prompt_ids, params, request.priority)
+    # The engine's own check, so that the two cannot drift apart.
+    engine_request = EngineRequest(request_id=request_id, prompt_ids=prompt_ids, params=params)
+    engine_request.check(model.vocab_size, model.max_model_len)
+    return checked
+
+
+def check_request_id(request_id: str) -> str:
+    """The id itself. Raises FieldError."""
+    if not request_id:
+        raise FieldError("request_id", "is empty")
+    if len(request_id) > _MAX_REQUEST_ID_LEN or not (request_id.isascii() and request_id.isprintable()):
+        raise FieldError("request_id", f"give at most {_MAX_REQUEST_ID_LEN} printable ASCII characters")
+    return request_id
+
+
+def check_token_ids(field: str, token_ids: Collection[int], vocab_size: int) -> None:
+    """Raises FieldError with the first id outside of the vocabulary."""
+    if token_ids and max(token_ids) >= vocab_size:
+        first = next(token_id for token_id in token_ids if token_id >= vocab_size)
+        raise FieldError(field, f"token id {first} is outside the vocabulary [0, {vocab_size})")
+
+
+def require_tokenizer(field: str, tokenizer: Tokenizer | None) -> Tokenizer:
+    """Raises FieldError if the model has no tokenizer."""
+    if tokenizer is None:
+        raise FieldError(field, "the model has no tokenizer; send token_ids and read token_ids")
+    return tokenizer
+
+
+async def tokenize(
+    prompt: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest, tokenizer: Tokenizer | None
+) -> list[int]:
+    """Ids of a text or of a conversation. Raises FieldError."""
+    kind = prompt.WhichOneof("prompt")
+    if kind == "text":
+        return await _encode(require_tokenizer("text", tokenizer), prompt.text)
+    if kind == "chat":
+        return await _render_chat(require_tokenizer("chat", tokenizer), prompt.chat)
+    raise FieldError("prompt", "is missing; set one of its fields")
+
+
+async def _prompt_ids(
+    request: inference_pb2.GenerateRequest, tokenizer: Tokenizer | None, model: ServedModel
+) -> tuple[int, ...]:
+    field = request.WhichOneof("prompt") or "prompt"
+    if field == "token_ids":
+        token_ids = tuple(request.token_ids.ids)
+        check_token_ids("token_ids.ids", token_ids, model.vocab_size)
+    else:
+        token_ids = tuple(await tokenize(request, tokenizer))
+    if not token_ids:
+        raise FieldError(field, "the prompt is empty; give at least one token")
+    if len(token_ids) >= model.max_request_len:
+        raise FieldError(
+            field,
+            f"the prompt has {len(token_ids)} tokens, but {_limit(model)}; "
+            f"shorten it by at least {len(token_ids) - model.max_request_len + 1}",
+        )
+    return token_ids
+
+
+async def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    if len(text) < _LONG_TEXT_LEN:
+        return list(tokenizer.encode(text))
+    return list(await asyncio.to_thread(tokenizer.encode, text))
+
+
+async def _render_chat(tokenizer: Tokenizer, chat: inference_pb2.ChatMessages) -> list[int]:
+    if not chat.messages:
+        raise FieldError("chat.messages", "is empty; give at least one message")
+    for index, message in enumerate(chat.messages):
+        if not message.role:
+            raise FieldError(f"chat.messages[{index}].role", "is empty; give system, user or assistant")
+    messages = [{"role": message.role, "content": message.content} for message in chat.messages]
+    try:
+        return list(await asyncio.to_thread(tokenizer.apply_chat_template, messages))
+    except ValueError as error:
+        raise FieldError("chat", " ".join(str(error).split())) from None
+
+
+def _limit(model: ServedModel) -> str:
+    if model.num_kv_tokens < model.max_model_len:
+        return f"the KV cache holds {model.num_kv_tokens} tokens"
+    return f"the context window is {model.max_model_len}"
+
+
+def _check_sampling_sizes(sampling: common_pb2.SamplingParameters, model: ServedModel) -> None:
+    for name, limit in (
+        ("stop", _MAX_STOPS),
+        ("stop_token_ids", _MAX_STOP_TOKEN_IDS),
+        ("logit_bias", _MAX_LOGIT_BIASES),
+    ):
+        count = len(getattr(sampling, name))
+        if count > limit:
+            raise FieldError(f"sampling.{name}", f"has {count} entries, at most {limit} are accepted")
+    for index, stop in enumerate(sampling.stop):
+        if not 1 <= len(stop) <= _MAX_STOP_LEN:
+            raise FieldError(f"sampling.stop[{index}]", f"has {len(stop)} characters, give 1 to {_MAX_STOP_LEN}")
+    check_token_ids("sampling.stop_token_ids", sampling.stop_token_ids, model.vocab_size)
+    check_token_ids("sampling.logit_bias", list(sampling.logit_bias), model.vocab_size)
+
+
+def _sampling_params(
+    sampling: common_pb2.SamplingParameters, prompt_len: int, model: ServedModel, default_seed: int
+) -> SamplingParams:
+    room = model.max_request_len - prompt_len
+    if sampling.HasField("max_tokens") and sampling.max_tokens > room:
+        raise FieldError(
+            "sampling.max_tokens",
+            f"the prompt has {prompt_len} tokens and max_tokens is {sampling.max_tokens}, but {_limit(model)}; "
+            f"at most {room} can be generated",
+        )
+    if not sampling.HasField("max_tokens") and sampling.min_tokens > room:
+        raise FieldError("sampling.min_tokens", f"{sampling.min_tokens} exceeds the {room} that can be generated")
+    default_max_tokens = min(max(DEFAULT_MAX_TOKENS, sampling.min_tokens), room)
+    try:
+        return params_from_proto(sampling, default_seed=default_seed, default_max_tokens=default_max_tokens)
+    except FieldError as error:
+        raise FieldError(f"sampling.{error.field}", error.message) from None

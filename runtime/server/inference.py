@@ -1,0 +1,102 @@
+"""shardray.v1.InferenceService over a driver."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+
+from shardray.runtime.cluster.messages import finish_to_proto, logprob_to_proto
+from shardray.runtime.driver.deltas import Delta, PositionLogprobs
+from shardray.runtime.driver.driver import Driver
+from shardray.runtime.server.checks import (
+    check_generate,
+    check_request_id,
+    check_token_ids,
+    require_tokenizer,
+    tokenize,
+)
+from shardray.v1 import inference_pb2, inference_pb2_grpc
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
+    """Handlers raise the errors of the layers below; an interceptor turns them into statuses."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: _Context
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        driver = self._driver
+        model = driver.check_available()
+        checked = await check_generate(request, driver.tokenizer, model, driver.choose_seed())
+        stream = driver.submit(
+            checked.request_id, checked.prompt_ids, checked.params, context.time_remaining(), checked.priority
+        )
+        # However the call ends, also in the middle of a write: cancel, deadline, lost connection, last token.
+        context.add_done_callback(lambda _: driver.release(stream))  # type: ignore[arg-type]
+        seed: int | None = checked.params.seed
+        async for delta in stream:
+            yield _response(checked.request_id, delta, seed)
+            seed = None
+
+    async def Tokenize(
+        self, request: inference_pb2.TokenizeRequest, context: _Context
+    ) -> inference_pb2.TokenizeResponse:
+        return inference_pb2.TokenizeResponse(token_ids=await tokenize(request, self._driver.tokenizer))
+
+    async def Detokenize(
+        self, request: inference_pb2.DetokenizeRequest, context: _Context
+    ) -> inference_pb2.DetokenizeResponse:
+        tokenizer = require_tokenizer("token_ids", self._driver.tokenizer)
+        check_token_ids("token_ids", request.token_ids, tokenizer.vocab_size)
+        return inference_pb2.DetokenizeResponse(text=tokenizer.decode(list(request.token_ids)))
+
+    async def GetModel(
+        self, request: inference_pb2.GetModelRequest, context: _Context
+    ) -> inference_pb2.GetModelResponse:
+        model = self._driver.model or self._driver.check_available()
+        tokenizer = self._driver.tokenizer
+        return inference_pb2.GetModelResponse(
+            model_id=self._driver.fleet.model_id,
+            vocab_size=model.vocab_size,
+            max_model_len=model.max_model_len,
+            eos_token_ids=model.eos_token_ids,
+            num_kv_tokens=model.num_kv_tokens,
+            takes_text=tokenizer is not None,
+            takes_chat=tokenizer is not None and tokenizer.has_chat_template,
+        )
+
+    async def Abort(self, request: inference_pb2.AbortRequest, context: _Context) -> inference_pb2.AbortResponse:
+        return inference_pb2.AbortResponse(was_live=self._driver.abort(check_request_id(request.request_id)))
+
+
+def _response(request_id: str, delta: Delta, seed: int | None) -> inference_pb2.GenerateResponse:
+    response = inference_pb2.GenerateResponse(
+        request_id=request_id,
+        text=delta.text,
+        token_ids=delta.token_ids,
+        logprobs=[_logprobs(position) for position in delta.logprobs],
+        finish_reason=finish_to_proto(delta.finish_reason),
+        seed=seed,
+    )
+    if delta.usage is not None:
+        response.usage.num_prompt_tokens = delta.usage.num_prompt_tokens
+        response.usage.num_output_tokens = delta.usage.num_output_tokens
+    if delta.timing is not None:
+        response.timing.queue_s = delta.timing.queue_s
+        response.timing.total_s = delta.timing.total_s
+        if delta.timing.time_to_first_token_s is not None:
+            response.timing.time_to_first_token_s = delta.timing.time_to_first_token_s
+    return response
+
+
+def _logprobs(position: PositionLogprobs) -> inference_pb2.TokenLogprobs:
+    return inference_pb2.TokenLogprobs(
+        chosen=logprob_to_proto(position.token_id, position.logprob),
+        top=[logprob_to_proto(token_id, logprob) for token_id, logprob in position.top],
+    )

@@ -1,0 +1,104 @@
+"""The public gRPC server: the services, health, reflection, and an end that loses as little as possible."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from shardray.runtime.config import GrpcSettings
+from shardray.runtime.driver.driver import Driver
+from shardray.runtime.driver.fleet import FleetState
+from shardray.runtime.server.control import ControlService
+from shardray.runtime.server.inference import InferenceService
+from shardray.runtime.server.interceptors import StatusInterceptor
+from shardray.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+_INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+_CONTROL = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
+# Long enough for the last message of every stream to leave.
+_FLUSH_S = 1.0
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class ListenError(OSError):
+    """The address cannot be listened on; the message is one line with the fix."""
+
+
+class Server:
+    """Serves one driver. It is up before the model is: health says NOT_SERVING, Generate UNAVAILABLE."""
+
+    def __init__(self, settings: GrpcSettings, driver: Driver) -> None:
+        self._settings = settings
+        self._driver = driver
+        self._health = health.aio.HealthServicer()
+        self._health_task: asyncio.Task[None] | None = None
+        self._stop_task: asyncio.Task[None] | None = None
+
+    async def start(self) -> int:
+        """Listen and serve; returns the port. Raises ListenError."""
+        self._server = grpc.aio.server(interceptors=[StatusInterceptor()], options=self._options())
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(self._driver), self._server)
+        control_pb2_grpc.add_ControlServiceServicer_to_server(ControlService(self._driver.fleet), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if self._settings.reflection:
+            names = (_INFERENCE, _CONTROL, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
+        try:
+            port = self._server.add_insecure_port(self._settings.listen)
+        except RuntimeError as error:
+            raise ListenError(_explain(self._settings.listen)) from error
+        await self._health.set("", _NOT_SERVING)
+        await self._health.set(_INFERENCE, _NOT_SERVING)
+        await self._health.set(_CONTROL, _SERVING)
+        await self._server.start()
+        self._health_task = asyncio.create_task(self._follow_fleet())
+        return int(port)
+
+    async def stop(self, grace_s: float) -> None:
+        """Health NOT_SERVING, refuse new requests, give streams ``grace_s``, fail the rest, close. Idempotent."""
+        if self._stop_task is None:
+            self._stop_task = asyncio.create_task(self._stop(grace_s))
+        await asyncio.shield(self._stop_task)
+
+    async def wait(self) -> None:
+        """Until the server has stopped."""
+        await self._server.wait_for_termination()
+
+    async def _stop(self, grace_s: float) -> None:
+        if self._health_task is not None:
+            self._health_task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._health_task
+        await self._health.enter_graceful_shutdown()
+        await self._driver.shutdown(grace_s)
+        await self._server.stop(_FLUSH_S)
+
+    async def _follow_fleet(self) -> None:
+        async for status in self._driver.fleet.watch():
+            serving = _SERVING if status.state is FleetState.READY else _NOT_SERVING
+            await self._health.set("", serving)
+            await self._health.set(_INFERENCE, serving)
+
+    def _options(self) -> list[tuple[str, int]]:
+        return [
+            ("grpc.so_reuseport", 0),  # or two servers would share the port without a word
+            ("grpc.max_receive_message_length", self._settings.max_message_bytes),
+            # Clients that ping every 30 s are welcome, also between calls.
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            # A client that vanished without a word is found and its request freed.
+            ("grpc.keepalive_time_ms", 60_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+        ]
+
+
+def _explain(listen: str) -> str:
+    return (
+        f"grpc.listen: cannot listen on {listen}: the port is taken or the address is not one of this machine; "
+        "stop what uses it or choose another, for example --set grpc.listen=127.0.0.1:50052"
+    )

@@ -1,0 +1,71 @@
+"""Form takes live hosts to a mesh, and back to live hosts when it fails: one operation for start, heal and scale."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from shardray.runtime.cluster.errors import FormError
+from shardray.runtime.cluster.form import dissolve
+from shardray.runtime.cluster.ray_session import RaySession
+from shardray.runtime.cluster.supervise import MeshWatch
+from tests.cluster.fleets import fleet_config, form_from, generate, hosts_of, reference_ids, until_gone
+
+pytestmark = [pytest.mark.integration, pytest.mark.asyncio]
+
+
+async def test_the_same_hosts_form_one_mesh_after_another_in_any_shape(local_ray: RaySession, tiny_llama: Path) -> None:
+    expected = reference_ids(tiny_llama)
+    async with hosts_of(fleet_config(tiny_llama, tp_size=3)) as hosts:
+        pids = {host.info.pid for host in hosts}
+        for tp_size, pp_size in ((3, 1), (1, 3), (2, 1)):
+            used = hosts[: tp_size * pp_size]
+            mesh = await form_from(used, fleet_config(tiny_llama, tp_size, pp_size))
+            assert [(shard.stage, shard.tp_rank) for shard in mesh.shards] == [
+                (stage, tp_rank) for stage in range(pp_size) for tp_rank in range(tp_size)
+            ]
+            assert {shard.pid for shard in mesh.shards} <= pids
+            watch = MeshWatch(mesh, step_timeout_s=30)
+            assert await generate(mesh) == expected
+            await watch.stop(timeout_s=5)
+            assert await watch.failure() is None
+            assert await dissolve(used) == used
+
+
+async def test_a_form_that_fails_names_the_rank_and_frees_the_hosts(local_ray: RaySession, tiny_llama: Path) -> None:
+    empty = tiny_llama.parent / "empty"
+    empty.mkdir(exist_ok=True)
+    async with hosts_of(fleet_config(tiny_llama, tp_size=2)) as hosts:
+        with pytest.raises(FormError) as failure:
+            await form_from(hosts, fleet_config(tiny_llama, tp_size=2), folder=empty)
+        reason = str(failure.value)
+        assert "stage 0 tensor rank 0" in reason
+        assert f"pid {hosts[0].info.pid}" in reason or f"pid {hosts[1].info.pid}" in reason
+        assert "config.json" in reason
+        assert "\n" not in reason
+        mesh = await form_from(hosts, fleet_config(tiny_llama, tp_size=2))
+        assert {shard.pid for shard in mesh.shards} == {host.info.pid for host in hosts}
+
+
+async def test_a_host_that_dies_while_forming_is_named(local_ray: RaySession, tiny_llama: Path) -> None:
+    async with hosts_of(fleet_config(tiny_llama, tp_size=2)) as hosts:
+        victim = hosts[1].info
+        forming = asyncio.create_task(form_from(hosts, fleet_config(tiny_llama, tp_size=2)))
+        await asyncio.sleep(0.3)
+        os.kill(victim.pid, signal.SIGKILL)
+        with pytest.raises(FormError, match=rf"pid {victim.pid}\)?.* died"):
+            await forming
+
+
+async def test_a_host_that_stands_still_is_named_at_the_deadline(local_ray: RaySession, tiny_llama: Path) -> None:
+    config = fleet_config(tiny_llama, tp_size=2, form_timeout_s=4.0)
+    async with hosts_of(config) as hosts:
+        victim = hosts[1].info
+        os.kill(victim.pid, signal.SIGSTOP)
+        with pytest.raises(FormError, match=rf"pid {victim.pid}.*within 4 s"):
+            await form_from(hosts, config)
+        assert await until_gone([victim.pid]) == [], "a host that does not answer is ended"

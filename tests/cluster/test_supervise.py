@@ -1,0 +1,86 @@
+"""A mesh that breaks ends with one line that says who, where, when; the hosts that still work can be used again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from shardray.runtime.cluster.form import FormedMesh
+from shardray.runtime.cluster.ray_session import RaySession
+from shardray.runtime.cluster.reports import FailureKind
+from shardray.runtime.cluster.supervise import MeshFailure, MeshWatch
+from tests.cluster.fleets import fleet_config, form_from, generate, hosts_of, until_gone
+
+pytestmark = [pytest.mark.integration, pytest.mark.asyncio]
+
+
+@asynccontextmanager
+async def _watched_mesh(folder: Path, tp_size: int, pp_size: int, step_timeout_s: float) -> AsyncIterator[FormedMesh]:
+    config = fleet_config(folder, tp_size, pp_size, step_timeout_s=step_timeout_s)
+    async with hosts_of(config) as hosts:
+        yield await form_from(hosts, config)
+
+
+async def _break(mesh: FormedMesh, rank: int, signum: signal.Signals, step_timeout_s: float, busy: bool) -> MeshFailure:
+    """Send ``signum`` to one rank, in the middle of a decode if ``busy``, and return what the watch finds."""
+    watch = MeshWatch(mesh, step_timeout_s)
+    request = asyncio.create_task(generate(mesh, num_tokens=480)) if busy else None
+    await asyncio.sleep(0.15)
+    os.kill(mesh.hosts[rank].info.pid, signum)
+    failure = await asyncio.wait_for(watch.failure(), timeout=15)
+    if request is not None:
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+    assert failure is not None
+    return failure
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+async def test_a_killed_rank_is_named_and_the_others_survive(
+    local_ray: RaySession, tiny_llama: Path, rank: int
+) -> None:
+    async with _watched_mesh(tiny_llama, tp_size=2, pp_size=2, step_timeout_s=30) as mesh:
+        began = time.monotonic()
+        failure = await _break(mesh, rank, signal.SIGKILL, step_timeout_s=30, busy=True)
+        assert time.monotonic() - began < 5, "a death is not waited for until a step's deadline"
+        info = mesh.hosts[rank].info
+        expected = f"stage {rank // 2} tensor rank {rank % 2} (host {info.host} pid {info.pid}) died"
+        assert failure.reason.startswith(expected)
+        assert "\n" not in failure.reason
+        assert [end.kind for end in failure.failures].count(FailureKind.DIED) == 1
+        assert {host.info.pid for host in failure.survivors} == {h.info.pid for h in mesh.hosts} - {info.pid}
+        again = await form_from(failure.survivors[:2], fleet_config(tiny_llama, tp_size=2))
+        MeshWatch(again, step_timeout_s=30)
+        assert len(await generate(again)) == 24
+
+
+async def test_a_rank_that_hangs_in_a_step_is_named_with_step_and_collective(
+    local_ray: RaySession, tiny_llama: Path
+) -> None:
+    async with _watched_mesh(tiny_llama, tp_size=2, pp_size=1, step_timeout_s=1.5) as mesh:
+        info = mesh.hosts[1].info
+        failure = await _break(mesh, 1, signal.SIGSTOP, step_timeout_s=1.5, busy=True)
+        cause = failure.failures[0]
+        assert (cause.kind, cause.rank, cause.pid) == (FailureKind.HUNG, 1, info.pid)
+        assert cause.step is not None
+        assert "tensor group" in failure.reason
+        assert [host.info.pid for host in failure.survivors] == [mesh.hosts[0].info.pid]
+        assert await until_gone([info.pid]) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+async def test_a_rank_that_hangs_while_idle_is_found_by_its_heartbeat(
+    local_ray: RaySession, tiny_llama: Path, rank: int
+) -> None:
+    async with _watched_mesh(tiny_llama, tp_size=2, pp_size=1, step_timeout_s=1.0) as mesh:
+        failure = await _break(mesh, rank, signal.SIGSTOP, step_timeout_s=1.0, busy=False)
+        assert failure.failures[0].kind is FailureKind.HUNG
+        assert failure.failures[0].rank == rank
+        assert "does not answer" in failure.reason

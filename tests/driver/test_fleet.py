@@ -1,0 +1,98 @@
+"""The fleet says truly what its replicas do, and tells whoever watches."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from shardray.runtime.driver.fleet import Fleet, FleetState
+from shardray.runtime.driver.journal import JournalEntry
+from shardray.runtime.driver.router import pick_replica
+from shardray.runtime.engine.request import EngineStats, SamplingParams
+from tests.serving import SHARD
+
+pytestmark = pytest.mark.asyncio
+
+
+async def test_a_new_fleet_is_loading_and_says_so() -> None:
+    status = Fleet("m").snapshot()
+    assert status.state is FleetState.LOADING
+    assert "no replica" in status.reason
+
+
+async def test_one_ready_replica_makes_the_fleet_ready() -> None:
+    fleet = Fleet("m")
+    fleet.set_failed(0, "out of memory")
+    fleet.set_loading(1, "loading weights", 0.5)
+    assert fleet.snapshot().state is FleetState.LOADING
+    fleet.set_ready(1, [SHARD])
+    status = fleet.snapshot()
+    assert (status.state, status.reason) == (FleetState.READY, "")
+    assert status.replicas[1].shards == (SHARD,)
+
+
+async def test_a_fleet_of_failed_replicas_names_the_reason_of_each() -> None:
+    fleet = Fleet("m")
+    fleet.set_failed(1, "host lost")
+    fleet.set_failed(0, "out of memory")
+    assert fleet.snapshot().reason == "replica 0: out of memory; replica 1: host lost"
+
+
+async def test_a_stopping_fleet_is_not_ready_whatever_its_replicas_do() -> None:
+    fleet = Fleet("m")
+    fleet.set_ready(0, [])
+    fleet.stop("shutting down")
+    assert fleet.snapshot().state is FleetState.STOPPING
+
+
+async def test_a_watch_begins_with_the_present_tells_changes_and_ends_on_close() -> None:
+    fleet = Fleet("m")
+    seen: list[FleetState] = []
+
+    async def watch() -> None:
+        async for status in fleet.watch():
+            seen.append(status.state)
+
+    task = asyncio.create_task(watch())
+    await asyncio.sleep(0.02)
+    fleet.set_ready(0, [])
+    await asyncio.sleep(0.02)
+    fleet.close()
+    await asyncio.wait_for(task, 1)
+    assert seen[:2] == [FleetState.LOADING, FleetState.READY]
+
+
+async def test_changes_within_the_interval_are_merged_and_close_does_not_wait_for_it() -> None:
+    fleet = Fleet("m")
+    snapshots = fleet.watch(min_interval_s=30)
+    await anext(snapshots)
+    for progress in (0.1, 0.2, 0.3):
+        fleet.set_loading(0, "loading", progress)
+    asyncio.get_running_loop().call_later(0.02, fleet.close)
+    assert (await asyncio.wait_for(anext(snapshots), 1)).replicas[0].progress == 0.3
+    with pytest.raises(StopAsyncIteration):
+        await asyncio.wait_for(anext(snapshots), 1)
+
+
+async def test_the_output_rate_is_that_between_snapshots_and_zero_when_idle() -> None:
+    fleet = Fleet("m")
+    fleet.set_ready(0, [])
+    fleet.set_stats(0, EngineStats(num_running=1, num_output_tokens=0))
+    await asyncio.sleep(0.05)
+    fleet.set_stats(0, EngineStats(num_running=1, num_output_tokens=100))
+    assert 0 < fleet.snapshot().replicas[0].output_tokens_per_s <= 100 / 0.05
+    fleet.set_stats(0, EngineStats(num_output_tokens=100))
+    assert fleet.snapshot().replicas[0].output_tokens_per_s == 0
+
+
+async def test_a_request_goes_to_the_least_loaded_replica_then_to_the_emptier_one() -> None:
+    fleet = Fleet("m")
+    entry = JournalEntry("a", (1,), SamplingParams())
+    for replica_id in (0, 1, 2):
+        fleet.set_ready(replica_id, [])
+    fleet.add_live(0, +1)
+    fleet.set_stats(1, EngineStats(num_pages=10, num_used_pages=5))
+    assert pick_replica(entry, fleet.ready_replicas()).replica_id == 2
+    fleet.add_live(2, +1)
+    assert pick_replica(entry, fleet.ready_replicas()).replica_id == 1

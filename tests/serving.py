@@ -1,0 +1,76 @@
+"""A driver, its server and a client on this machine, with stub replicas behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Callable
+
+from shardray.runtime.client import AsyncClient
+from shardray.runtime.config import GrpcSettings, LimitsSettings
+from shardray.runtime.driver.driver import Driver
+from shardray.runtime.engine.assignment import ShardInfo
+from shardray.runtime.model.tokenizer import Tokenizer
+from shardray.runtime.server.server import Server
+from tests.stub_replica import SECRET, StubReplica
+
+SHARD = ShardInfo(
+    rank=0,
+    stage=0,
+    tp_rank=0,
+    host="here",
+    pid=1,
+    device="cpu",
+    first_layer=0,
+    num_layers=4,
+    num_heads=9,
+    num_kv_heads=3,
+    vocab_size=300,
+    weight_bytes=1000,
+    kv_bytes=2000,
+    num_kv_tokens=4096,
+)
+
+
+@dataclasses.dataclass
+class Serving:
+    driver: Driver
+    server: Server
+    client: AsyncClient
+    address: str
+    replicas: list[StubReplica]
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    tokenizer: Tokenizer | None,
+    num_replicas: int = 1,
+    limits: LimitsSettings | None = None,
+    max_num_seqs: int = 8,
+    grpc: GrpcSettings | None = None,
+    **options: float,
+) -> AsyncIterator[Serving]:
+    """``options`` are those of the stub replicas."""
+    driver = Driver("stub", tokenizer, limits or LimitsSettings(), max_num_seqs)
+    server = Server(grpc or GrpcSettings(listen="127.0.0.1:0"), driver)
+    replicas = [StubReplica(max_num_seqs=max_num_seqs, **options) for _ in range(num_replicas)]
+    try:
+        address = f"127.0.0.1:{await server.start()}"
+        for replica_id, replica in enumerate(replicas):
+            await driver.attach(replica_id, replica.address, SECRET, [SHARD])
+        async with AsyncClient(address, timeout_s=30) as client:
+            yield Serving(driver, server, client, address, replicas)
+    finally:
+        await server.stop(0)
+        for replica in replicas:
+            replica.kill()
+
+
+async def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Wait until ``condition`` holds; fails the test if it does not in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come to hold"
+        await asyncio.sleep(0.01)

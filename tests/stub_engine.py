@@ -1,0 +1,131 @@
+"""An engine without a model: it repeats the prompt, token by token, at a pace. For tests and load on the message plane.
+
+It honours the contract of the real one: submit and cancel from any thread, ``run`` in one thread until stop, one list
+of outputs a step, sleeping when there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+
+from shardray.runtime.engine.request import EngineRequest, EngineStats, FinishReason, TokenOutput
+
+
+@dataclasses.dataclass(frozen=True)
+class StubModel:
+    vocab_size: int = 300
+    max_model_len: int = 512
+    eos_token_ids: tuple[int, ...] = (258,)
+    num_kv_tokens: int = 4096
+
+
+@dataclasses.dataclass
+class _Sequence:
+    request: EngineRequest
+    num_generated: int
+
+    def next_output(self, eos_token_ids: tuple[int, ...]) -> TokenOutput:
+        """Position i of the output is position i of the endlessly repeated prompt."""
+        params, prompt = self.request.params, self.request.prompt_ids
+        token_id = prompt[self.num_generated % len(prompt)]
+        self.num_generated += 1
+        stops = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *eos_token_ids)
+        reason = None
+        if token_id in stops and self.num_generated > params.min_tokens:
+            reason = FinishReason.STOP
+        elif self.num_generated >= params.max_tokens:
+            reason = FinishReason.LENGTH
+        logprob = None if params.logprobs is None else -0.5
+        top = tuple((token_id + rank, -0.5 - rank) for rank in range(params.logprobs or 0))
+        return TokenOutput(self.request.request_id, token_id, logprob, top, reason)
+
+
+class StubEngine:
+    """``step_time_s`` paces it; ``fail_after_steps`` makes ``run`` raise, as a broken mesh does."""
+
+    def __init__(
+        self,
+        step_time_s: float = 0.0,
+        max_num_seqs: int = 8,
+        info: StubModel | None = None,
+        fail_after_steps: int | None = None,
+    ) -> None:
+        self.info = info or StubModel()
+        self._step_time_s = step_time_s
+        self._max_num_seqs = max_num_seqs
+        self._fail_after_steps = fail_after_steps
+        self._waiting: list[EngineRequest] = []
+        self._running: dict[str, _Sequence] = {}
+        self._cancelled: list[str] = []
+        self._news = threading.Condition()
+        self._stopping = threading.Event()
+        self._num_steps = 0
+        self._num_output_tokens = 0
+
+    def submit(self, request: EngineRequest) -> None:
+        request.check(self.info.vocab_size, self.info.max_model_len)
+        with self._news:
+            self._waiting.append(request)
+            self._news.notify()
+
+    def cancel(self, request_id: str) -> None:
+        with self._news:
+            self._cancelled.append(request_id)
+            self._news.notify()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        with self._news:
+            self._news.notify()
+
+    def stats(self) -> EngineStats:
+        with self._news:
+            num_cached = sum(len(s.request.prompt_ids) + s.num_generated for s in self._running.values())
+            return EngineStats(
+                num_running=len(self._running),
+                num_waiting=len(self._waiting),
+                num_pages=256,
+                num_used_pages=-(-num_cached // 16),
+                num_cached_tokens=num_cached,
+                block_size=16,
+                num_steps=self._num_steps,
+                num_output_tokens=self._num_output_tokens,
+                step_time_s=self._step_time_s,
+            )
+
+    def run(self, publish: Callable[[list[TokenOutput]], None]) -> None:
+        while not self._stopping.is_set():
+            with self._news:
+                self._news.wait_for(self._has_work)
+                outputs = self._step()
+            if outputs:
+                publish(outputs)
+            if self._fail_after_steps is not None and self._num_steps >= self._fail_after_steps:
+                raise RuntimeError("stage 0, rank 1 did not answer")
+            self._stopping.wait(self._step_time_s)
+
+    def _has_work(self) -> bool:
+        return bool(self._waiting or self._running or self._cancelled) or self._stopping.is_set()
+
+    def _step(self) -> list[TokenOutput]:
+        outputs = self._cancel_all()
+        while self._waiting and len(self._running) < self._max_num_seqs:
+            request = self._waiting.pop(0)
+            self._running[request.request_id] = _Sequence(request, len(request.generated_ids))
+        tokens = [sequence.next_output(self.info.eos_token_ids) for sequence in self._running.values()]
+        for output in tokens:
+            if output.finish_reason is not None:
+                del self._running[output.request_id]
+        self._num_steps += bool(tokens)
+        self._num_output_tokens += len(tokens)
+        return outputs + tokens
+
+    def _cancel_all(self) -> list[TokenOutput]:
+        cancelled, self._cancelled = set(self._cancelled), []
+        live = cancelled & (self._running.keys() | {request.request_id for request in self._waiting})
+        self._waiting = [request for request in self._waiting if request.request_id not in live]
+        for request_id in live:
+            self._running.pop(request_id, None)
+        return [TokenOutput(request_id, finish_reason=FinishReason.ABORTED) for request_id in sorted(live)]

@@ -1,0 +1,54 @@
+"""A replica as a process of its own: the leader's server around a stub engine. Prints its port, runs until killed."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from shardray.runtime.cluster.leader import LeaderServer
+from tests.stub_engine import StubEngine, StubModel
+
+SECRET = "a secret of the mesh"
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+class StubReplica:
+    """Starts the process; options are those of ``main``, with underscores."""
+
+    def __init__(self, **options: float) -> None:
+        arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        command = [sys.executable, "-m", "tests.stub_replica", *arguments]
+        self.process = subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.address = f"127.0.0.1:{int(self.process.stdout.readline())}"
+
+    def kill(self) -> None:
+        """As the kernel would: SIGKILL."""
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--step-time-s", type=float, default=0.0)
+    parser.add_argument("--max-num-seqs", type=int, default=8)
+    parser.add_argument("--max-model-len", type=int, default=512)
+    parser.add_argument("--num-kv-tokens", type=int, default=4096)
+    parser.add_argument("--fail-after-steps", type=int)
+    options = parser.parse_args()
+    model = StubModel(max_model_len=options.max_model_len, num_kv_tokens=options.num_kv_tokens)
+    engine = StubEngine(options.step_time_s, options.max_num_seqs, model, options.fail_after_steps)
+    server = LeaderServer()
+    print(server.start("127.0.0.1", engine, SECRET), flush=True)
+    try:
+        engine.run(server.publish)
+    except RuntimeError as error:
+        server.stop(str(error))
+
+
+if __name__ == "__main__":
+    main()

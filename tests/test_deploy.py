@@ -1,0 +1,41 @@
+"""The files in deploy/ are what they say: settings that load, a cluster file that Ray accepts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import ray
+import yaml
+
+from shardray.runtime.config import config_schema, load_config
+
+DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
+EXAMPLES = sorted((DEPLOY / "examples").glob("*.yaml"))
+NUM_HOSTS = {"cpu-demo": 2, "one-gpu": 1, "tensor-8": 8, "three-unlike-gpus": 3, "two-nodes-pipeline": 16}
+
+
+def test_every_example_is_known_here() -> None:
+    assert {path.stem for path in EXAMPLES} == set(NUM_HOSTS)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_loads_and_takes_the_hosts_it_promises(path: Path) -> None:
+    assert load_config(path).parallel.num_hosts == NUM_HOSTS[path.stem]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_passes_the_schema_that_editors_use(path: Path) -> None:
+    jsonschema.validate(yaml.safe_load(path.read_text(encoding="utf-8")), config_schema())
+
+
+def test_the_unlike_gpus_share_by_weight() -> None:
+    assert load_config(DEPLOY / "examples" / "three-unlike-gpus.yaml").parallel.tensor_split == (2.0, 1.0, 1.0)
+
+
+def test_the_cluster_file_passes_rays_own_schema() -> None:
+    schema_path = Path(ray.__file__).parent / "autoscaler" / "ray-schema.json"
+    cluster = yaml.safe_load((DEPLOY / "ray-cluster.yaml").read_text(encoding="utf-8"))
+    jsonschema.validate(cluster, json.loads(schema_path.read_text(encoding="utf-8")))
