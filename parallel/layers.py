@@ -36,7 +36,7 @@ class Linear:
 
 
 def _can_prepack(weight: Tensor) -> bool:
-    return weight.numel() > 0 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return weight.numel() > 0 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class ColumnParallelLinear(Linear):

@@ -33,7 +33,7 @@ async def serve(config: Config, model_dir: Path, watcher: Watcher, stop: asyncio
     The server listens while the model loads. Raises ClusterError, ListenError or what a broken model folder raises;
     nothing is left behind then, nor when the task is cancelled.
     """
-    driver = Driver(config.model.source, Tokenizer.load(model_dir), config.limits, config.engine.max_num_seqs)
+    driver = Driver(config.model.source, Tokenizer.load_optional(model_dir), config.limits, config.engine.max_num_seqs)
     server = Server(config.grpc, driver)
     async with contextlib.AsyncExitStack() as cleanup:
         port = await server.start()

@@ -60,7 +60,7 @@ async def serving(
         address = f"127.0.0.1:{await server.start()}"
         for replica_id, replica in enumerate(replicas):
             await driver.attach(replica_id, replica.address, SECRET, [SHARD])
-        async with AsyncClient(address, timeout_s=30) as client:
+        async with AsyncClient(address, timeout_s=120) as client:
             yield Serving(driver, server, client, address, replicas)
     finally:
         await server.stop(0)

@@ -14,12 +14,11 @@ SECRET = "a secret of the mesh"
 _ROOT = Path(__file__).resolve().parent.parent
 
 
-class StubReplica:
-    """Starts the process; options are those of ``main``, with underscores."""
+class ReplicaProcess:
+    """A module of the tests that prints the port of its leader."""
 
-    def __init__(self, **options: float) -> None:
-        arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-        command = [sys.executable, "-m", "tests.stub_replica", *arguments]
+    def __init__(self, module: str, *arguments: str) -> None:
+        command = [sys.executable, "-m", module, *arguments]
         self.process = subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.address = f"127.0.0.1:{int(self.process.stdout.readline())}"
@@ -30,6 +29,14 @@ class StubReplica:
         self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
+
+
+class StubReplica(ReplicaProcess):
+    """Options are those of ``main``, with underscores."""
+
+    def __init__(self, **options: float) -> None:
+        arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        super().__init__("tests.stub_replica", *arguments)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ _TEMPLATE = (
 )
 
 
-def write_tokenizer(folder: Path) -> Path:
+def write_tokenizer(folder: Path, keep_config: bool = False) -> Path:
     """Ids 0–255 are bytes in the order of the byte-level alphabet, 256 and on the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
@@ -27,5 +27,6 @@ def write_tokenizer(folder: Path) -> Path:
     backend.save(str(folder / "tokenizer.json"))
     config = {"eos_token": "<eos>", "chat_template": _TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "config.json").write_text(json.dumps({"eos_token_id": EOS_ID}))
+    if not keep_config:
+        (folder / "config.json").write_text(json.dumps({"eos_token_id": EOS_ID}))
     return folder

@@ -1,4 +1,4 @@
-"""Progress bars on stderr, so that stdout stays for what a script reads."""
+"""Progress bars on stderr, if that is a terminal; stdout stays for what a script reads."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -30,7 +31,7 @@ def fetch_bars() -> Iterator[FetchProgress]:
         TransferSpeedColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with _bars(*columns) as bars:
         tasks: dict[str, TaskID] = {}
 
         def report(description: str, done: int, total: int | None) -> None:
@@ -49,7 +50,7 @@ def load_bars() -> Iterator[LoadProgress]:
         BarColumn(),
         TextColumn("{task.percentage:3.0f} %  {task.description}"),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with _bars(*columns) as bars:
         tasks: dict[str, TaskID] = {}
 
         def report(host: str, doing: str, fraction: float) -> None:
@@ -58,3 +59,8 @@ def load_bars() -> Iterator[LoadProgress]:
             bars.update(tasks[host], description=doing, completed=fraction)
 
         yield report
+
+
+def _bars(*columns: ProgressColumn) -> Progress:
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -51,10 +52,13 @@ def starting_up() -> Iterator[None]:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     # Ray starts its processes by fork and exec, which needs no handlers of gRPC; they would complain on stderr.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    # Read when ray is imported, and not for the hosts to inherit: SIGTERM is how this process is stopped, not a crash.
+    os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] = "1"
     # Some libraries swallow a KeyboardInterrupt while they are imported; there is nothing to clean up yet.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    del os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"]
 
 
 def fetch_model(settings: Config) -> Path:
@@ -74,6 +78,8 @@ async def _until_signal(serve: Callable[[asyncio.Event], Awaitable[None]]) -> No
     def on_signal() -> None:
         if stop.is_set():
             serving.cancel()
+        elif sys.stderr.isatty():
+            print("Stopping when what runs has ended; Ctrl-C again stops at once.", file=sys.stderr)
         stop.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -67,6 +67,8 @@ async def form(
     """
     order = rank_order([host.info for host in hosts], recipe.tp_size)
     ranked = tuple(hosts[index] for index in order)
+    for rank, host in enumerate(ranked):
+        on_progress(rank, host, "importing the runtime", 0.0)
     try:
         assignments = await _assign(ranked, [shares[i] for i in order], recipe, [bind_hosts[i] for i in order])
         reports = await _Forming(ranked, recipe, on_progress).run(assignments)
@@ -181,6 +183,7 @@ class _Forming:
         report = call.result()
         if report.failure is not None:
             raise _RankFailed(report.failure)
+        self._on_progress(rank, self._hosts[rank], "formed", 1.0)
         return report
 
     async def _watch(self, rank: int, call: asyncio.Task[FormReport]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections.abc import Callable
 
 from shardray.parallel.errors import MeshError
 from shardray.parallel.link import Link
@@ -20,12 +21,13 @@ class MeshExecutor:
     """Runs plans on a whole mesh (see the Executor protocol in loop.py). This rank's part runs in a thread of its own,
     so that planning the next step overlaps with running the last one."""
 
-    def __init__(self, mesh: Mesh, runner: ShardRunner) -> None:
+    def __init__(self, mesh: Mesh, runner: ShardRunner, prepare_thread: Callable[[], None]) -> None:
         self._workers = [link for rank, link in sorted(mesh.links.items()) if rank != mesh.spec.rank]
         sampler_rank = mesh.spec.rank_at(mesh.spec.pp_size - 1, 0)
         self._sampler: Link | None = mesh.links.get(sampler_rank)  # None: this rank samples
         self._timeout_s = mesh.spec.timeout_s
         self._runner = runner
+        self._prepare_thread = prepare_thread
         self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[StepResult | Exception | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run_plans, name="shard-runner", daemon=True)
@@ -62,6 +64,7 @@ class MeshExecutor:
                 _log.debug("no goodbye to a rank: %s", error)
 
     def _run_plans(self) -> None:
+        self._prepare_thread()
         while (plan := self._plans.get()) is not None:
             try:
                 self._results.put(self._runner.run(plan))

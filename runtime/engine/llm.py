@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import cast
 
 import msgspec
 import torch
@@ -95,7 +96,7 @@ class LLM:
 
         Raises FieldError for a request that cannot run.
         """
-        batch = [prompts] if _is_one(prompts) else list(prompts)
+        batch = _as_batch(prompts)
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(batch)
         streams = [self._start(prompt, own) for prompt, own in zip(batch, each, strict=True)]
         return [stream.read() for stream in streams]
@@ -126,6 +127,8 @@ class LLM:
         self.close()
 
     def _start(self, prompt: Prompt, params: SamplingParams) -> _Stream:
+        if params.seed is None:
+            params = msgspec.structs.replace(params, seed=secrets.randbits(64))
         prompt_ids = tuple(self._need_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt)
         request = EngineRequest(request_id=secrets.token_hex(8), prompt_ids=prompt_ids, params=params)
         stream = _Stream(self, request, OutputText(self.tokenizer, params, prompt_ids))
@@ -203,10 +206,9 @@ class _Stream:
         return output
 
 
-def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-
-
-def with_seed(params: SamplingParams) -> SamplingParams:
-    """``params`` with a random seed, for requests that do not choose one."""
-    return msgspec.structs.replace(params, seed=secrets.randbits(64))
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [cast(Sequence[int], prompts)]
+    return list(cast(Sequence[Prompt], prompts))

@@ -69,7 +69,7 @@ class Engine:
         self._inbox.put(_Cancel(request_id))
 
     def stop(self) -> None:
-        """Make ``run`` return after the step at hand (it can be called again). Live requests stay unanswered till then."""
+        """Make ``run`` return after the step at hand; live requests wait until it is called again."""
         self._stopping.set()
         self._inbox.put(None)
 

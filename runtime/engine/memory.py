@@ -1,4 +1,4 @@
-"""How many KV pages fit: what the device has left after the weights and a step's activations, or what the operator says."""
+"""How many KV pages fit: into what weights and activations leave of the device, or into what the operator grants."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """How the next token is chosen and when to stop.
 
     ``temperature == 0`` is greedy: top_k, top_p and min_p then have no effect. Processing order is that of
-    ``transformers``: logit bias, repetition / presence / frequency penalties, min_tokens, temperature, top_k, top_p, min_p.
+    ``transformers``: logit bias, repetition / presence / frequency penalties, min_tokens, temperature, top_k, top_p,
+    min_p.
     Noise is a function of (seed, position) alone, so a request gives the same text whoever shares its batch.
     Raises FieldError naming the field that is out of range.
     """
@@ -47,7 +48,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     presence_penalty: float = 0.0  # over output, subtracted once
     frequency_penalty: float = 0.0  # over output, subtracted per occurrence
     logit_bias: dict[int, float] = {}
-    seed: int = 0  # 64 bits
+    seed: int | None = None  # 64 bits; None: the front door draws one before the engine sees the request
     max_tokens: int = 256
     min_tokens: int = 0  # no end-of-sequence or stop id before this many
     ignore_eos: bool = False
@@ -63,7 +64,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _check_range("presence_penalty", self.presence_penalty, -100.0, 100.0)
         _check_range("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
         _check_range("top_k", self.top_k, 0, 2**31 - 1)
-        _check_range("seed", self.seed, 0, 2**64 - 1)
+        if self.seed is not None:
+            _check_range("seed", self.seed, 0, 2**64 - 1)
         _check_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _check_range("min_tokens", self.min_tokens, 0, self.max_tokens)
         if self.logprobs is not None:

@@ -1,4 +1,4 @@
-"""Runs step plans on one rank: keeps the slot table that plans fill, lays a plan out as tensors, runs the rank's layers.
+"""Runs step plans on one rank: keeps the slot table that plans fill, lays a plan out as tensors, runs the layers.
 
 Legend: T tokens of the step, R rows, S sampling rows.
 """

@@ -117,7 +117,7 @@ class Sampler:
         greedy = [row for row, p in enumerate(params) if p.greedy]
         free = [row for row, p in enumerate(params) if not p.greedy and not is_filtered(p)]
         filtered = [row for row, p in enumerate(params) if not p.greedy and is_filtered(p)]
-        keys = {row: noise_key(params[row].seed, positions[row]) for row in (*free, *filtered)}
+        keys = {row: noise_key(params[row].seed or 0, positions[row]) for row in (*free, *filtered)}
         choices = []
         if greedy:
             scores = self._take(logits, greedy)

@@ -169,7 +169,7 @@ class Scheduler:
 
     def _admit(self, draft: _Draft, budget: int) -> None:
         """Start waiting sequences in their order, as far as slots, budget and pages go. Never preempts."""
-        num_spare = self._num_spare_pages() if self._waiting else 0
+        num_spare = self._num_spare_pages() if self._waiting and self._free_slots else 0
         while budget and self._waiting and self._free_slots:
             sequence = self._waiting.first
             num_pages = self._pool.pages_for(len(sequence.token_ids))
@@ -240,6 +240,6 @@ class Scheduler:
         assert sequence.slot is not None
         self._running.remove(sequence)
         self._free_slots.append(sequence.slot)
-        for page in sequence.pages:
+        for page in reversed(sequence.pages):  # so that they are handed out in this order again
             self._pool.release(page)
         sequence.reset()

@@ -28,6 +28,7 @@ from shardray.runtime.model.attention import KVPages
 from shardray.runtime.model.decoder import ShardedDecoder
 from shardray.runtime.model.families import read_model_config
 from shardray.runtime.model.folder import read_eos_token_ids, read_json
+from shardray.runtime.model.kernels import choose_ops
 from shardray.runtime.model.load import ParameterLoader
 from shardray.runtime.model.parameters import model_sizes
 from shardray.runtime.model.spec import DecoderSpec, ModelConfigError
@@ -87,7 +88,7 @@ class Shard:
 
     @cached_property
     def _executor(self) -> MeshExecutor:
-        return MeshExecutor(self._mesh, self._runner)
+        return MeshExecutor(self._mesh, self._runner, lambda: _use_cores(self.assignment))
 
 
 def form_shard(
@@ -113,8 +114,9 @@ def form_shard(
     try:
         place = mesh.spec
         loader = ParameterLoader(Checkpoint(folder), family, spec, plan, place.tp_rank, dtype)
+        ops = choose_ops(device, dtype, assignment.num_threads)
         decoder = ShardedDecoder(
-            spec, plan, place.stage, place.tp_rank, mesh.tp, loader, device, max_model_len,
+            spec, plan, place.stage, place.tp_rank, mesh.tp, ops, loader, device, max_model_len,
             lambda fraction: progress("loading", fraction),
         )  # fmt: skip
         pages = _allocate_pages(assignment, spec, plan, mesh, max_model_len, dtype)

@@ -86,25 +86,26 @@ class PagedAttention:
         self.scale = attention.scale
         self._one_to_one = kv_of_head == tuple(range(self.num_heads))
         self._kv_of_head = torch.tensor(kv_of_head, dtype=torch.int64, device=device)
+        num_kv_heads = kv_of_head[-1] + 1 if kv_of_head else 0
+        edges = [sum(kv < group for kv in kv_of_head) for group in range(num_kv_heads + 1)]
+        self.groups = torch.tensor(edges, dtype=torch.int64)  # heads [groups[i], groups[i + 1]) read KV head i
 
     def __call__(self, queries: Tensor, pages: KVPages, layer: int, view: StepView) -> Tensor:
         """(T, n, d) -> (T, n, d); this step's keys and values are in the pages already."""
         if self.num_heads == 0:
             return queries
         out = torch.empty_like(queries)
-        if view.num_decodes:
-            count = view.num_decodes
-            self.decode(queries[:count], out[:count], pages, layer, view)
-        for row in view.prefills:
-            part = slice(row.first, row.first + row.num_tokens)
-            out[part] = self._attend_row(queries[part], pages, layer, view.block_tables[row.row], row.context_len)
-        return out
-
-    def decode(self, queries: Tensor, out: Tensor, pages: KVPages, layer: int, view: StepView) -> None:
-        """(D, n, d) into ``out``: one token for each of the first D rows."""
         for row, context_len in enumerate(view.context_lens[: view.num_decodes].tolist()):
             part = slice(row, row + 1)
             out[part] = self._attend_row(queries[part], pages, layer, view.block_tables[row], context_len)
+        self.attend_prefills(queries, out, pages, layer, view)
+        return out
+
+    def attend_prefills(self, queries: Tensor, out: Tensor, pages: KVPages, layer: int, view: StepView) -> None:
+        """The rows of several tokens, into ``out``."""
+        for row in view.prefills:
+            part = slice(row.first, row.first + row.num_tokens)
+            out[part] = self._attend_row(queries[part], pages, layer, view.block_tables[row.row], row.context_len)
 
     def _attend_row(self, queries: Tensor, pages: KVPages, layer: int, block_table: Tensor, context_len: int) -> Tensor:
         keys, values = pages.gather(layer, block_table, context_len)

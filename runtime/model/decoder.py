@@ -1,4 +1,4 @@
-"""One rank's part of a decoder: the layers of its stage, its heads and columns of each, and the two ends where it has them."""
+"""One rank's part of a decoder: the layers of its stage, its heads and columns of each, and the ends that it has."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from shardray.parallel.comm import Comm
 from shardray.parallel.layers import VocabParallelEmbedding, VocabParallelHead
 from shardray.parallel.plan import ShardPlan
 from shardray.runtime.model.attention import KVPages, StepView
-from shardray.runtime.model.blocks import DecoderLayer, Parameters, make_norm
+from shardray.runtime.model.blocks import DecoderLayer, Parameters, norm_weights
+from shardray.runtime.model.kernels.ops import Ops
 from shardray.runtime.model.load import ParameterLoader
 from shardray.runtime.model.rotary import rotary_table
 from shardray.runtime.model.spec import DecoderSpec, Learned, Rotary
@@ -20,21 +21,21 @@ Progress = Callable[[float], None]
 
 
 class ShardedDecoder:
-    """Loads and runs one rank's part. The first stage takes token ids, later ones hidden states; the last gives logits."""
+    """Loads and runs one rank's part: token ids or hidden states in, hidden states or logits out."""
 
     def __init__(
-        self, spec: DecoderSpec, plan: ShardPlan, stage: int, tp_rank: int, comm: Comm, loader: ParameterLoader,
-        device: torch.device, max_positions: int, progress: Progress = lambda fraction: None,
+        self, spec: DecoderSpec, plan: ShardPlan, stage: int, tp_rank: int, comm: Comm, ops: Ops,
+        loader: ParameterLoader, device: torch.device, max_positions: int, progress: Progress = lambda fraction: None,
     ) -> None:  # fmt: skip
         layers = plan.stages[stage]
         kv_of_head = plan.kv_of_heads(tp_rank)
         self.embedding = _Embedding(spec, plan, tp_rank, comm, _to(device, loader.embedding())) if stage == 0 else None
         self.layers: list[DecoderLayer] = []
         for index in layers:
-            self.layers.append(DecoderLayer(spec, kv_of_head, _to(device, loader.layer(index)), comm))
+            self.layers.append(DecoderLayer(spec, kv_of_head, _to(device, loader.layer(index)), comm, ops))
             progress((index - layers.start + 1) / len(layers))
         last = stage == plan.pp_size - 1
-        self.head = _Head(spec, plan, comm, _to(device, loader.head())) if last else None
+        self.head = _Head(spec, plan, comm, ops, _to(device, loader.head())) if last else None
         self._angles = _rotary(spec, max_positions, device)
         parts = [self.embedding, *self.layers, self.head]
         self.num_bytes = sum(part.num_bytes for part in parts if part is not None)
@@ -45,13 +46,14 @@ class ShardedDecoder:
         if self.embedding is not None:
             x = self.embedding(view)
         assert x is not None
-        angles = None
+        angles, delta = None, None
         if self._angles is not None:
             cos, sin = self._angles
-            angles = cos[view.positions][:, None], sin[view.positions][:, None]
+            angles = cos[view.positions], sin[view.positions]
         for layer, block in enumerate(self.layers):
-            x = block(x, layer, pages, view, angles)
-        return x if self.head is None else self.head(x, view)
+            x, delta = block(x, delta, layer, pages, view, angles)
+        assert delta is not None
+        return x + delta if self.head is None else self.head(x, delta, view)
 
 
 class _Embedding:
@@ -68,13 +70,17 @@ class _Embedding:
 
 
 class _Head:
-    def __init__(self, spec: DecoderSpec, plan: ShardPlan, comm: Comm, parameters: Parameters) -> None:
-        self._norm = make_norm(spec.norm, "final_norm", parameters)
+    def __init__(self, spec: DecoderSpec, plan: ShardPlan, comm: Comm, ops: Ops, parameters: Parameters) -> None:
+        self._ops = ops
+        self._norm = norm_weights(spec.norm, "final_norm", parameters)
         self._logits = VocabParallelHead(parameters["head.weight"], [len(block) for block in plan.vocab], comm)
         self.num_bytes = self._logits.num_bytes
 
-    def __call__(self, x: Tensor, view: StepView) -> Tensor | None:
-        return self._logits(self._norm(x[view.sampled_tokens])) if view.sampled_tokens.numel() else None
+    def __call__(self, x: Tensor, delta: Tensor, view: StepView) -> Tensor | None:
+        if view.sampled_tokens.numel() == 0:
+            return None
+        _, normed = self._ops.add_norm(self._norm, x[view.sampled_tokens], delta[view.sampled_tokens])
+        return self._logits(normed)
 
 
 def _rotary(spec: DecoderSpec, max_positions: int, device: torch.device) -> tuple[Tensor, Tensor] | None:

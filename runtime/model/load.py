@@ -31,7 +31,13 @@ class ParameterLoader:
     """One rank's reader: whole parameters in the checkpoint, owned slices out, in the model's dtype."""
 
     def __init__(
-        self, checkpoint: Checkpoint, family: Family, spec: DecoderSpec, plan: ShardPlan, tp_rank: int, dtype: torch.dtype
+        self,
+        checkpoint: Checkpoint,
+        family: Family,
+        spec: DecoderSpec,
+        plan: ShardPlan,
+        tp_rank: int,
+        dtype: torch.dtype,
     ) -> None:
         self._checkpoint = checkpoint
         self._sources = family.sources(spec)

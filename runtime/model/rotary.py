@@ -47,7 +47,9 @@ def _read_scaling(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> S
             return _read_yarn(parameters, int(trained or 0))
     except KeyError as error:
         raise ModelConfigError(f"config.json: rope_scaling of type {kind!r} lacks {error.args[0]!r}") from None
-    raise ModelConfigError(f"config.json: rope_type {kind!r} is not supported (supported: default, linear, llama3, yarn)")
+    raise ModelConfigError(
+        f"config.json: rope_type {kind!r} is not supported (supported: default, linear, llama3, yarn)"
+    )
 
 
 def _read_yarn(parameters: Mapping[str, Any], trained: int) -> YarnScaling:

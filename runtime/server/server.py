@@ -15,6 +15,7 @@ from shardray.runtime.driver.fleet import FleetState
 from shardray.runtime.server.control import ControlService
 from shardray.runtime.server.inference import InferenceService
 from shardray.runtime.server.interceptors import StatusInterceptor
+from shardray.runtime.server.listen import ListenError, check_listen
 from shardray.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 _INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
@@ -23,10 +24,6 @@ _CONTROL = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
 _FLUSH_S = 1.0
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-class ListenError(OSError):
-    """The address cannot be listened on; the message is one line with the fix."""
 
 
 class Server:
@@ -41,6 +38,7 @@ class Server:
 
     async def start(self) -> int:
         """Listen and serve; returns the port. Raises ListenError."""
+        check_listen(self._settings.listen)
         self._server = grpc.aio.server(interceptors=[StatusInterceptor()], options=self._options())
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(self._driver), self._server)
         control_pb2_grpc.add_ControlServiceServicer_to_server(ControlService(self._driver.fleet), self._server)
@@ -51,7 +49,7 @@ class Server:
         try:
             port = self._server.add_insecure_port(self._settings.listen)
         except RuntimeError as error:
-            raise ListenError(_explain(self._settings.listen)) from error
+            raise ListenError(self._settings.listen, f"{error}; choose another address") from None
         await self._health.set("", _NOT_SERVING)
         await self._health.set(_INFERENCE, _NOT_SERVING)
         await self._health.set(_CONTROL, _SERVING)
@@ -95,10 +93,3 @@ class Server:
             ("grpc.keepalive_time_ms", 60_000),
             ("grpc.keepalive_timeout_ms", 20_000),
         ]
-
-
-def _explain(listen: str) -> str:
-    return (
-        f"grpc.listen: cannot listen on {listen}: the port is taken or the address is not one of this machine; "
-        "stop what uses it or choose another, for example --set grpc.listen=127.0.0.1:50052"
-    )

@@ -12,14 +12,14 @@ from shardray.runtime.config import RaySettings
 from tests.cluster.fleets import make_tiny_llama
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("tiny_llama"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def local_ray() -> Iterator[RaySession]:
-    """One Ray for the tests of a module; sessions that they open join it."""
+    """One Ray for the tests of this folder; sessions that they open join it."""
     session = RaySession(RaySettings(), num_hosts=4)
     yield session
     session.stop()

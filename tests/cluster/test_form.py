@@ -62,10 +62,10 @@ async def test_a_host_that_dies_while_forming_is_named(local_ray: RaySession, ti
 
 
 async def test_a_host_that_stands_still_is_named_at_the_deadline(local_ray: RaySession, tiny_llama: Path) -> None:
-    config = fleet_config(tiny_llama, tp_size=2, form_timeout_s=4.0)
+    config = fleet_config(tiny_llama, tp_size=2, form_timeout_s=2.5)
     async with hosts_of(config) as hosts:
         victim = hosts[1].info
         os.kill(victim.pid, signal.SIGSTOP)
-        with pytest.raises(FormError, match=rf"pid {victim.pid}.*within 4 s"):
+        with pytest.raises(FormError, match=rf"pid {victim.pid}.*within 2.5 s"):
             await form_from(hosts, config)
         assert await until_gone([victim.pid]) == [], "a host that does not answer is ended"

@@ -42,23 +42,20 @@ async def _break(mesh: FormedMesh, rank: int, signum: signal.Signals, step_timeo
     return failure
 
 
-@pytest.mark.parametrize("rank", [0, 3])
-async def test_a_killed_rank_is_named_and_the_others_survive(
-    local_ray: RaySession, tiny_llama: Path, rank: int
-) -> None:
+async def test_a_killed_leader_is_named_and_the_others_form_again(local_ray: RaySession, tiny_llama: Path) -> None:
     async with _watched_mesh(tiny_llama, tp_size=2, pp_size=2, step_timeout_s=30) as mesh:
         began = time.monotonic()
-        failure = await _break(mesh, rank, signal.SIGKILL, step_timeout_s=30, busy=True)
+        failure = await _break(mesh, 0, signal.SIGKILL, step_timeout_s=30, busy=True)
         assert time.monotonic() - began < 5, "a death is not waited for until a step's deadline"
-        info = mesh.hosts[rank].info
-        expected = f"stage {rank // 2} tensor rank {rank % 2} (host {info.host} pid {info.pid}) died"
-        assert failure.reason.startswith(expected)
+        info = mesh.hosts[0].info
+        assert failure.reason.startswith(f"stage 0 tensor rank 0 (host {info.host} pid {info.pid}) died")
         assert "\n" not in failure.reason
         assert [end.kind for end in failure.failures].count(FailureKind.DIED) == 1
         assert {host.info.pid for host in failure.survivors} == {h.info.pid for h in mesh.hosts} - {info.pid}
         again = await form_from(failure.survivors[:2], fleet_config(tiny_llama, tp_size=2))
-        MeshWatch(again, step_timeout_s=30)
+        watch = MeshWatch(again, step_timeout_s=30)
         assert len(await generate(again)) == 24
+        await watch.stop(timeout_s=5)
 
 
 async def test_a_rank_that_hangs_in_a_step_is_named_with_step_and_collective(
@@ -75,12 +72,9 @@ async def test_a_rank_that_hangs_in_a_step_is_named_with_step_and_collective(
         assert await until_gone([info.pid]) == []
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-async def test_a_rank_that_hangs_while_idle_is_found_by_its_heartbeat(
-    local_ray: RaySession, tiny_llama: Path, rank: int
-) -> None:
+async def test_a_rank_that_hangs_while_idle_is_found_by_its_heartbeat(local_ray: RaySession, tiny_llama: Path) -> None:
     async with _watched_mesh(tiny_llama, tp_size=2, pp_size=1, step_timeout_s=1.0) as mesh:
-        failure = await _break(mesh, rank, signal.SIGSTOP, step_timeout_s=1.0, busy=False)
+        failure = await _break(mesh, 0, signal.SIGSTOP, step_timeout_s=1.0, busy=False)
         assert failure.failures[0].kind is FailureKind.HUNG
-        assert failure.failures[0].rank == rank
+        assert failure.failures[0].rank == 0
         assert "does not answer" in failure.reason

@@ -46,7 +46,7 @@ async def engine_is_idle(up: Serving) -> None:
         [stats] = [replica.stats for replica in up.driver.fleet.ready_replicas()]
         return 0 < stats.num_output_tokens < 100 and stats.num_running == stats.num_waiting == 0
 
-    await eventually(idle, timeout_s=1.5)
+    await eventually(idle)
 
 
 @pytest_asyncio.fixture

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from shardray.runtime.engine.request import EngineRequest, FinishReason, SamplingParams
 from shardray.runtime.model.sources import resolve_model
-
 from tests.ranks import Arrival, RankPool
 from tests.tiny_models import Reference, save_gpt2, save_llama
 
@@ -67,7 +67,9 @@ def make_arrivals(vocab_size: int, prompt_lens: list[int], max_tokens: int, seed
     ]
 
 
-def check_tokens(pool: RankPool, reference: Reference, shape: tuple[int, int], arrivals: list[Arrival], **fields: object) -> None:
+def check_tokens(
+    pool: RankPool, reference: Reference, shape: tuple[int, int], arrivals: list[Arrival], **fields: object
+) -> None:
     with pool.mesh(reference.folder, *shape, **fields) as mesh:
         served = mesh.serve(arrivals)
     for arrival in arrivals:

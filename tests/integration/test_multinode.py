@@ -24,10 +24,10 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head without room for hosts, and three nodes with room for two each."""
+    """A head without room for hosts, and two nodes with room for two each."""
     head = {"num_cpus": 0, "object_store_memory": _STORE_BYTES, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(3):
+    for _ in range(2):
         cluster.add_node(num_cpus=2, object_store_memory=_STORE_BYTES)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
     yield cluster
@@ -42,9 +42,9 @@ def _nodes_of(fleet: ReplicaSet) -> list[str]:
 
 
 async def test_a_tensor_group_spans_nodes(cluster: Cluster, tiny_llama: Path) -> None:
-    config = fleet_config(tiny_llama, tp_size=3, address="auto", placement_strategy="STRICT_SPREAD")
+    config = fleet_config(tiny_llama, tp_size=2, address="auto", placement_strategy="STRICT_SPREAD")
     async with running(config) as fleet:
-        assert len(set(_nodes_of(fleet))) == 3
+        assert len(set(_nodes_of(fleet))) == 2
         assert await generate(fleet.replicas[0]) == reference_ids(tiny_llama)
 
 

@@ -27,7 +27,7 @@ async def nothing_runs(up: Serving) -> None:
         stats = status.replicas[0].stats
         return status.num_live_requests == 0 and 0 < stats.num_output_tokens < 100 and stats.num_running == 0
 
-    await eventually(idle, timeout_s=2)
+    await eventually(idle)
 
 
 async def test_text_token_ids_and_chat_messages_are_continued(tokenizer: Tokenizer) -> None:

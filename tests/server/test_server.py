@@ -16,7 +16,8 @@ from shardray.runtime.client import ServerError
 from shardray.runtime.config import GrpcSettings, LimitsSettings
 from shardray.runtime.driver.driver import Driver
 from shardray.runtime.model.tokenizer import Tokenizer
-from shardray.runtime.server.server import ListenError, Server
+from shardray.runtime.server.listen import ListenError
+from shardray.runtime.server.server import Server
 from shardray.v1 import control_pb2
 from tests.serving import SHARD, Serving, serving
 
@@ -112,13 +113,20 @@ async def test_reflection_can_be_switched_off(tokenizer: Tokenizer) -> None:
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-async def test_a_taken_port_is_one_line_with_the_fix(tokenizer: Tokenizer) -> None:
+async def test_a_taken_port_is_one_line_with_the_fix(tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]) -> None:
     async with serving(tokenizer, num_replicas=0) as up:
         second = Server(GrpcSettings(listen=up.address), Driver("m", tokenizer, LimitsSettings(), 1))
-        with pytest.raises(ListenError, match=r"grpc\.listen: .*--set grpc\.listen=") as caught:
+        with pytest.raises(ListenError, match=r"another process listens there; .* --set grpc\.listen=127") as caught:
             await second.start()
         assert up.address in str(caught.value)
         assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+async def test_an_address_of_another_machine_is_refused_as_such() -> None:
+    server = Server(GrpcSettings(listen="192.0.2.1:5000"), Driver("m", None, LimitsSettings(), 1))
+    with pytest.raises(ListenError, match="no such address"):
+        await server.start()
 
 
 async def test_a_message_beyond_the_limit_is_refused(tokenizer: Tokenizer) -> None:

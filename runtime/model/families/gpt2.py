@@ -62,7 +62,10 @@ def _sources(spec: DecoderSpec) -> dict[str, Source]:
     for module, name in norms.items():
         found |= {f"{module}.{part}": Source(f"{name}.{part}") for part in ("weight", "bias")}
     for module, name in linears.items():
-        found |= {f"{module}.weight": Source(f"{name}.weight", transposed=True), f"{module}.bias": Source(f"{name}.bias")}
+        found |= {
+            f"{module}.weight": Source(f"{name}.weight", transposed=True),
+            f"{module}.bias": Source(f"{name}.bias"),
+        }
     for index, module in enumerate("qkv"):
         start = index * hidden
         found[f"{module}.weight"] = Source(layer + "attn.c_attn.weight", transposed=True, start=start)

@@ -1,0 +1,102 @@
+"""The operations of a layer on CPUs, compiled: float32 and bfloat16. What is not covered runs as torch calls."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from shardray.runtime.model.attention import KVPages, PagedAttention, StepView
+from shardray.runtime.model.kernels import cpu_attention, cpu_elementwise, jit
+from shardray.runtime.model.kernels.jit import Kernel
+from shardray.runtime.model.kernels.ops import Angles, NormWeights, Ops
+from shardray.runtime.model.spec import Activation
+
+_ELEMENTS = {torch.float32: jit.FLOAT32, torch.bfloat16: jit.BFLOAT16}
+_TOKENS_A_THREAD = 8  # fewer are not worth waking a second thread for
+
+
+def supports(dtype: torch.dtype) -> bool:
+    return dtype in _ELEMENTS
+
+
+class CpuOps(Ops):
+    """Kernels for one dtype, run by ``num_threads`` of torch's threads."""
+
+    def __init__(self, dtype: torch.dtype, num_threads: int) -> None:
+        kernels = _compile(dtype)
+        self._add_rms_norm, self._rotate_and_store, self._silu_gate, self._decode = kernels
+        self._num_threads = num_threads
+
+    def add_norm(self, norm: NormWeights, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        if norm.norm.kind != "rms" or not x.is_contiguous():
+            return super().add_norm(norm, x, delta)
+        num_tokens, size = x.shape
+        out = torch.empty_like(x)
+        address = 0 if delta is None else delta.data_ptr()
+        self._add_rms_norm(
+            self._threads(num_tokens), num_tokens, size, x.data_ptr(), address, norm.weight.data_ptr(),
+            _float_address(norm.norm.eps), out.data_ptr(),
+        )  # fmt: skip
+        return x, out
+
+    def rotate_and_store(
+        self, qkv: Tensor, num_heads: int, angles: Angles | None, pages: KVPages, layer: int, view: StepView
+    ) -> Tensor:
+        if angles is None:
+            return super().rotate_and_store(qkv, num_heads, angles, pages, layer, view)
+        num_tokens, total_heads, head_dim = qkv.shape
+        cos, sin = angles
+        self._rotate_and_store(
+            self._threads(num_tokens), num_tokens, num_heads, (total_heads - num_heads) // 2, head_dim, cos.shape[1],
+            qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), view.cache_index.data_ptr(),
+            pages.keys[layer].data_ptr(), pages.values[layer].data_ptr(),
+        )  # fmt: skip
+        return qkv[:, :num_heads]
+
+    def attend(self, attention: PagedAttention, queries: Tensor, pages: KVPages, layer: int, view: StepView) -> Tensor:
+        if view.num_decodes == 0 or attention.num_heads == 0:
+            return attention(queries, pages, layer, view)
+        out = torch.empty(queries.shape, dtype=queries.dtype)
+        num_kv_heads, head_dim = pages.keys.shape[3:]
+        self._decode(
+            self._num_threads, view.num_decodes, attention.num_heads, num_kv_heads, head_dim, pages.block_size,
+            view.block_tables.shape[1], queries.data_ptr(), queries.stride(0), pages.keys[layer].data_ptr(),
+            pages.values[layer].data_ptr(), view.block_tables.data_ptr(), view.context_lens.data_ptr(),
+            attention.groups.data_ptr(), out.data_ptr(), _float_address(attention.scale),
+        )  # fmt: skip
+        attention.attend_prefills(queries, out, pages, layer, view)
+        return out
+
+    def activate(self, inner: Tensor, activation: Activation, gated: bool) -> Tensor:
+        if not gated or activation != "silu":
+            return super().activate(inner, activation, gated)
+        num_tokens, size = inner.shape[0], inner.shape[1] // 2
+        out = inner.new_empty(num_tokens, size)
+        self._silu_gate(self._threads(num_tokens), num_tokens, size, inner.data_ptr(), out.data_ptr())
+        return out
+
+    def _threads(self, num_tokens: int) -> int:
+        return max(1, min(self._num_threads, num_tokens // _TOKENS_A_THREAD))
+
+
+@functools.cache
+def _compile(dtype: torch.dtype) -> tuple[Kernel, ...]:
+    functions = (
+        cpu_elementwise.add_rms_norm,
+        cpu_elementwise.rotate_and_store,
+        cpu_elementwise.silu_gate,
+        cpu_attention.decode,
+    )
+    return tuple(jit.compile_kernel(function, _ELEMENTS[dtype]) for function in functions)
+
+
+@functools.cache
+def _float_tensor(value: float) -> Tensor:
+    return torch.tensor([value], dtype=torch.float32)
+
+
+def _float_address(value: float) -> int:
+    """Where ``value`` lies as a float32; it stays there."""
+    return _float_tensor(value).data_ptr()

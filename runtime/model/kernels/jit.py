@@ -1,0 +1,170 @@
+"""How compiled CPU kernels are built and started: numba functions over raw addresses, run on torch's OpenMP threads.
+
+A kernel is ``void kernel(int64 *args)``. args[0] is the shared task counter; the rest are addresses and sizes. Every
+thread takes tasks off the counter until none is left, so uneven tasks balance. Starting one costs a few microseconds
+and no interpreter lock is held meanwhile. Nothing is compiled ahead: machine code is cached beside this file (or in
+NUMBA_CACHE_DIR) after the first use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+_ARGS: Any = types.CPointer(types.int64)  # type: ignore[no-untyped-call]
+_SIGNATURE = types.void(_ARGS)
+# Sums may be reordered and products fused, for vector code; NaN and infinity keep their meaning.
+MATH = {"reassoc", "contract", "nsz", "arcp"}
+
+Kernel = Callable[..., None]
+
+
+class Element(NamedTuple):
+    """How a kernel reads and writes tensors of one dtype; it computes in float32."""
+
+    name: str
+    pointer: Any  # address -> typed pointer
+    load: Any  # (source, start, count, words)
+    store: Any  # (words, count, target, start)
+
+
+@intrinsic
+def take_task(typing_context: Any, args: Any) -> Any:
+    """Atomically ``args[0]++``; returns the old value."""
+
+    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
+        one = context.get_constant(types.int64, 1)
+        return builder.atomic_rmw("add", operands[0], one, "monotonic")
+
+    return types.int64(_ARGS), generate
+
+
+def _pointer_intrinsic(element: Any) -> Any:
+    pointer_type: Any = types.CPointer(element)  # type: ignore[no-untyped-call]
+
+    @intrinsic
+    def pointer(typing_context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
+            kind = context.get_value_type(pointer_type)
+            return builder.inttoptr(operands[0], kind)
+
+        return pointer_type(types.int64), generate
+
+    return pointer
+
+
+pointer_u16 = _pointer_intrinsic(types.uint16)
+pointer_u32 = _pointer_intrinsic(types.uint32)
+pointer_f32 = _pointer_intrinsic(types.float32)
+pointer_i32 = _pointer_intrinsic(types.int32)
+pointer_i64 = _pointer_intrinsic(types.int64)
+
+
+def compile_kernel(function: Callable[..., None], element: Element) -> Kernel:
+    """A Python callable that runs ``function`` over (num_threads, *args).
+
+    In the function's body the global names ``pointer``, ``load`` and ``store`` become those of ``element``: a function
+    of its own name and globals, since a closure would not be found in the cache again.
+    """
+    names = {**function.__globals__, **element._asdict()}
+    own = FunctionType(function.__code__, names, f"{function.__name__}_{element.name}")
+    own.__qualname__ = own.__name__
+    own.__module__ = function.__module__
+    compiled = numba.cfunc(_SIGNATURE, cache=True, fastmath=MATH, error_model="numpy")(own)
+    address: int = compiled.address  # type: ignore[assignment]  # an address, once it is compiled
+    direct = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+    team = _openmp()
+
+    def run(num_threads: int, *args: int) -> None:
+        block = (ctypes.c_int64 * (len(args) + 1))(0, *args)
+        if num_threads > 1 and team is not None:
+            team(address, ctypes.addressof(block), num_threads, 0)
+        else:
+            direct(ctypes.addressof(block))
+
+    run.compiled = compiled  # type: ignore[attr-defined]  # owns the machine code
+    return run
+
+
+@functools.cache
+def _openmp() -> Any:
+    """``GOMP_parallel`` of the OpenMP library that torch computes with: the same threads, so no two pools compete."""
+    paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/lib" in line}
+    for path in sorted(paths, key=lambda path: "torch" not in path):
+        if Path(path).name.startswith(("libgomp", "libiomp5", "libomp")):
+            try:
+                team = ctypes.CDLL(path).GOMP_parallel
+            except (OSError, AttributeError):
+                continue
+            team.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+            team.restype = None
+            return team
+    return None
+
+
+@numba.njit(inline="always", fastmath=MATH)
+def widen(source: Any, start: int, count: int, words: Any) -> None:
+    """bfloat16 source[start : start + count] into the upper halves of ``words`` (uint32, seen as float32)."""
+    for i in range(count):
+        words[i] = np.uint32(source[start + i]) << np.uint32(16)
+
+
+@numba.njit(inline="always", fastmath=MATH)
+def narrow(words: Any, count: int, target: Any, start: int) -> None:
+    """float32 bits in ``words`` into bfloat16 target[start : start + count], to nearest, ties to even."""
+    for i in range(count):
+        bits = words[i]
+        target[start + i] = np.uint16(
+            (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        )
+
+
+@numba.njit(inline="always", fastmath=MATH)
+def copy_in(source: Any, start: int, count: int, words: Any) -> None:
+    """float32 bits source[start : start + count] into ``words``."""
+    for i in range(count):
+        words[i] = source[start + i]
+
+
+@numba.njit(inline="always", fastmath=MATH)
+def copy_out(words: Any, count: int, target: Any, start: int) -> None:
+    """float32 bits in ``words`` into target[start : start + count]."""
+    for i in range(count):
+        target[start + i] = words[i]
+
+
+BFLOAT16 = Element("bfloat16", pointer_u16, widen, narrow)
+FLOAT32 = Element("float32", pointer_u32, copy_in, copy_out)
+
+
+@numba.njit(inline="always", fastmath=MATH)
+def exp_in_place(values: Any, bits: Any, count: int) -> None:
+    """e ** values for values <= 88, within 2e-7 relative; lower ones than -87 count as -87. ``bits`` is int32 scratch.
+
+    2 ** (n + f) with |f| <= 1/2: the power of two by exponent bits, the rest by its Taylor series to the 7th order.
+    """
+    scale = bits.view(np.float32)
+    for i in range(count):
+        value = max(values[i], np.float32(-87.0))
+        whole = np.rint(value * np.float32(1.4426950408889634))
+        f = value - whole * np.float32(0.693359375) + whole * np.float32(2.12194440e-4)  # ln 2 in two parts
+        p = np.float32(1.0 / 5040.0)
+        p = p * f + np.float32(1.0 / 720.0)
+        p = p * f + np.float32(1.0 / 120.0)
+        p = p * f + np.float32(1.0 / 24.0)
+        p = p * f + np.float32(1.0 / 6.0)
+        p = p * f + np.float32(0.5)
+        p = p * f + np.float32(1.0)
+        values[i] = p * f + np.float32(1.0)
+        bits[i] = (np.int32(whole) + np.int32(127)) << np.int32(23)
+    for i in range(count):
+        values[i] *= scale[i]

@@ -1,0 +1,36 @@
+"""Whether an address can be listened on, found out before gRPC tries and logs lines of its own."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from shardray.runtime.config.units import join_listen, parse_listen
+
+_REASONS = {
+    errno.EADDRINUSE: "another process listens there; stop it or choose another port",
+    errno.EADDRNOTAVAIL: "this machine has no such address; choose one of its own, or 0.0.0.0 for all",
+    errno.EACCES: "ports below 1024 need more rights; choose a higher port",
+}
+
+
+class ListenError(OSError):
+    """The address cannot be listened on; the message is one line with the fix."""
+
+    def __init__(self, listen: str, reason: str) -> None:
+        host, port = parse_listen(listen)
+        example = join_listen(host, port + 1 if 1023 < port < 65535 else 50051)
+        super().__init__(f"grpc.listen: cannot listen on {listen}: {reason}, for example --set grpc.listen={example}")
+
+
+def check_listen(listen: str) -> None:
+    """Raises ListenError. What is free now may still be taken a moment later."""
+    host, port = parse_listen(listen)
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does: old connections do not count
+            probe.bind(address)
+            probe.listen(1)
+    except OSError as error:
+        raise ListenError(listen, _REASONS.get(error.errno or 0, f"{error.strerror}; choose another address")) from None

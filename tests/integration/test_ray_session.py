@@ -1,0 +1,122 @@
+"""A connection to Ray ends without a trace, in whichever way its process ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from shardray.runtime.cluster.errors import ClusterError
+from shardray.runtime.cluster.ray_session import RaySession
+from shardray.runtime.config import RaySettings
+
+pytestmark = pytest.mark.integration
+_REPOSITORY = Path(__file__).parents[2]
+_OPEN_AND_WAIT = """
+import time
+from shardray.runtime.cluster.ray_session import RaySession
+from shardray.runtime.config import RaySettings
+session = RaySession(RaySettings(), num_hosts=2)
+print("ready", flush=True)
+time.sleep(60)
+"""
+_START_A_FLEET = """
+import asyncio
+from shardray.runtime.cluster.replica import ReplicaSet
+from shardray.runtime.config import Config, ModelSettings
+config = Config(model=ModelSettings(source="/nowhere"))
+print("ready", flush=True)
+asyncio.run(ReplicaSet.start(config, "/nowhere"))
+"""
+# Ray's agents try for a minute to report their killed parents before they end themselves.
+_SLOW_TO_LEAVE = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+
+
+@contextmanager
+def _driver(script: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A process that runs ``script``, once that printed "ready", and the mark that all its descendants carry."""
+    mark = uuid.uuid4().hex
+    driver = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=_REPOSITORY,
+        env={**os.environ, "SHARDRAY_TEST_MARK": mark},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert driver.stdout is not None
+    assert driver.stdout.readline() == b"ready\n"
+    try:
+        yield driver, mark
+    finally:
+        driver.kill()
+        driver.wait()
+        driver.stdout.close()
+
+
+def _marked(mark: str) -> list[str]:
+    """The command of every live process that carries ``mark``."""
+    commands = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("SHARDRAY_TEST_MARK") == mark:
+                commands.append(" ".join(process.cmdline()))
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+    return commands
+
+
+def _left_of(mark: str, but: tuple[str, ...] = (), timeout_s: float = 20.0) -> list[str]:
+    """What is still there after ``timeout_s``."""
+    deadline = time.monotonic() + timeout_s
+    while (left := [name for name in _marked(mark) if not name.startswith(but)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+def test_a_local_ray_ends_when_its_driver_is_killed() -> None:
+    with _driver(_OPEN_AND_WAIT) as (driver, mark):
+        assert len(_marked(mark)) > 3
+        driver.kill()
+        driver.wait(timeout=10)
+        assert _left_of(mark, but=_SLOW_TO_LEAVE) == []
+
+
+@pytest.mark.parametrize("delay_s", [0.5, 2.5])
+def test_ctrl_c_while_ray_starts_leaves_no_process(delay_s: float) -> None:
+    with _driver(_START_A_FLEET) as (driver, mark):
+        time.sleep(delay_s)
+        driver.send_signal(signal.SIGINT)
+        driver.wait(timeout=30)
+        assert _left_of(mark) == []
+
+
+def test_joining_where_no_ray_runs_says_how_to_start_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with pytest.raises(ClusterError, match=r"ray\.address: auto: no running Ray found; start one \(ray start --head\)"):
+        RaySession(RaySettings(address="auto"), num_hosts=1)
+
+
+def test_an_unreachable_cluster_is_named() -> None:
+    with pytest.raises(ClusterError, match=r"ray\.address: ray://127\.0\.0\.1:1: nothing answers there"):
+        RaySession(RaySettings(address="ray://127.0.0.1:1"), num_hosts=1)
+
+
+@pytest.mark.asyncio
+async def test_signals_stay_with_the_program() -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    session = await asyncio.to_thread(RaySession, RaySettings(), 1)
+    after = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    await asyncio.to_thread(session.stop)
+    await asyncio.to_thread(session.stop)  # idempotent
+    assert after == before
