@@ -58,6 +58,7 @@ class RankPool:
 
     @contextmanager
     def mesh(self, folder: Path, tp_size: int, pp_size: int, **fields: Any) -> Iterator[FormedMesh]:
+        """A formed mesh. ``fields`` override the assignment's; ``{rank}`` in ``device`` stands for the rank."""
         size = tp_size * pp_size
         host, port = self.call(0, "open_rendezvous")
         shared = {
@@ -75,7 +76,8 @@ class RankPool:
             "max_model_len": 1024,
             "kv_memory_bytes": 64 << 20,
         } | fields
-        places = [ShardAssignment(rank=rank, **shared) for rank in range(size)]
+        device = shared.pop("device")
+        places = [ShardAssignment(rank=rank, device=device.format(rank=rank), **shared) for rank in range(size)]
         infos = self.call_all(size, "form", places)
         try:
             yield FormedMesh(self, infos)

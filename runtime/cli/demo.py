@@ -26,12 +26,11 @@ def command(
     max_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 96,
 ) -> None:
     """Serve a small model here and ask it something."""
-    from shardray.runtime.cli.serve import fetch_model, starting_up
+    from shardray.runtime.cli.serve import fetch_model, import_all
 
-    with starting_up():
-        import shardray.runtime.serve  # noqa: F401 - with everything that it needs
-        from shardray.runtime.config import load_config
-        from shardray.runtime.server.loop import run
+    import_all()
+    from shardray.runtime.config import load_config
+    from shardray.runtime.server.loop import run
 
     example = Path(str(resources.files("shardray").joinpath("deploy/examples/cpu-demo.yaml")))
     settings = load_config(example, ["grpc.listen=127.0.0.1:0", *(overrides or ())])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,11 +30,11 @@ def command(
 
     Ctrl-C or SIGTERM lets running requests end first; twice does not wait for them.
     """
-    with starting_up():
-        from shardray.runtime.cli.watchers import json_watcher, text_watcher
-        from shardray.runtime.config import load_config
-        from shardray.runtime.serve import serve
-        from shardray.runtime.server.loop import run
+    import_all()
+    from shardray.runtime.cli.watchers import json_watcher, text_watcher
+    from shardray.runtime.config import load_config
+    from shardray.runtime.serve import serve
+    from shardray.runtime.server.loop import run
 
     settings = load_config(config, overrides or ())
     folder = fetch_model(settings)
@@ -46,9 +45,8 @@ def command(
             raise typer.Exit(130) from None
 
 
-@contextlib.contextmanager
-def starting_up() -> Iterator[None]:
-    """Around the imports of a process that will serve: Ctrl-C ends it without more ado."""
+def import_all() -> None:
+    """Import what a process that serves needs; until that is done, Ctrl-C ends it without more ado."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     # Ray starts its processes by fork and exec, which needs no handlers of gRPC; they would complain on stderr.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
@@ -56,7 +54,10 @@ def starting_up() -> Iterator[None]:
     os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] = "1"
     # Some libraries swallow a KeyboardInterrupt while they are imported; there is nothing to clean up yet.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    yield
+    import shardray.runtime.cli.watchers
+    import shardray.runtime.model.sources
+    import shardray.runtime.server.loop  # noqa: F401 - with all that these three import
+
     signal.signal(signal.SIGINT, signal.default_int_handler)
     del os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"]
 

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before ray is imported: it reads the environment once
 
 import ray
+from ray.exceptions import RayError
 
 from shardray.runtime.cluster.errors import ClusterError
 from shardray.runtime.config import RaySettings
@@ -75,7 +76,7 @@ class RaySession:
                 logging_level=logging.ERROR,
                 **(self._local_options(num_hosts) if self.is_local else {}),
             )
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        except (OSError, RuntimeError, ValueError, RayError) as error:
             raise ClusterError(self._explain(error)) from error
 
     def _local_options(self, num_hosts: int) -> dict[str, Any]:
@@ -92,9 +93,10 @@ class RaySession:
         cause = " ".join(str(error).split())
         if address == "local":
             return f"ray.address: local: Ray did not start on this machine: {cause}"
-        if address == "auto":
+        if "Could not find any running Ray" in cause:
             return "ray.address: auto: no running Ray found; start one (ray start --head), or use ray.address: local"
-        return f"ray.address: {address}: no connection to that cluster: {cause}"
+        hint = "a cluster with token authentication needs RAY_AUTH_MODE=token in this environment"
+        return f"ray.address: {address}: no connection to that cluster: {cause} ({hint})"
 
 
 def _check_reachable(address: str) -> None:

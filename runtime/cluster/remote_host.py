@@ -116,5 +116,9 @@ def _plain_cause(error: RayActorError) -> str:
         return "it was killed by the fleet"
     if "creation task" in text:
         return f"it did not start: {text[-300:]}"
-    detail = re.search(r"Worker exit type: (\w+) Worker exit detail: (.*?)(?: Some common causes|$)", text)
-    return f"its process ended ({detail[1]}: {detail[2].rstrip('.')})" if detail else text[:300]
+    detail = re.search(r"Worker exit detail: (.*?)(?: Some common causes|$)", text)
+    if detail is None:
+        return text[:300]
+    if "connection error" in detail[1]:
+        return "its process ended without a word (killed, crashed, or out of memory)"
+    return f"its process ended ({detail[1].rstrip('.')})"

@@ -129,3 +129,31 @@ def test_tensor_split_and_stage_layers_change_no_token(pool: RankPool, tiny: Ref
 def test_more_tensor_ranks_than_heads_change_no_token(pool: RankPool, tmp_path: Path) -> None:
     reference = Reference(save_llama(tmp_path, num_attention_heads=3, num_key_value_heads=1))
     check_tokens(pool, reference, (5, 1), make_arrivals(250, [5, 33], max_tokens=8))
+
+
+def test_seeded_sampling_gives_the_same_tokens_on_every_shape(pool: RankPool, tiny: Reference) -> None:
+    params = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "repetition_penalty": 1.2, "frequency_penalty": 0.3}
+    arrivals = [
+        Arrival(
+            EngineRequest(
+                request_id=f"r{index}",
+                prompt_ids=tuple(range(3, 8 + 9 * index)),
+                params=SamplingParams(seed=index, max_tokens=24, ignore_eos=True, logprobs=2, **params),
+            ),
+            after_step=3 * index,
+        )
+        for index in range(5)
+    ]
+    shapes = [(1, 1), (3, 1), (2, 2)]
+    served = []
+    for tp, pp in shapes:
+        with pool.mesh(tiny.folder, tp, pp, max_num_seqs=2 + tp, max_num_batched_tokens=16 * tp) as mesh:
+            served.append(mesh.serve(arrivals))
+    for arrival in arrivals:
+        request_id = arrival.request.request_id
+        first = served[0].outputs[request_id]
+        for other in served[1:]:
+            assert other.token_ids(request_id) == served[0].token_ids(request_id)
+            pairs = zip(first, other.outputs[request_id], strict=True)
+            assert all(a.logprob == pytest.approx(b.logprob, abs=1e-3) for a, b in pairs)
+    assert len({tuple(served[0].token_ids(f"r{index}")) for index in range(5)}) == 5

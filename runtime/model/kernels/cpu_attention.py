@@ -55,7 +55,7 @@ def _accumulate(weights, first, values, num_tokens, head_dim, out):
 
 
 def decode(args):
-    """args: D, n, g, d, b, W, queries, their row stride, keys, values, block tables, context lengths, groups, out, scale
+    """args: D, n, g, d, b, W, queries, row stride, keys, values, block tables, context lengths, groups, out, scale
 
     ``groups`` is (g + 1,) int64: query heads [groups[i], groups[i + 1]) read KV head i. ``scale`` is the address of a
     float32. Tensors are contiguous but for the rows of ``queries``; out is (D, n, d).

@@ -1,0 +1,56 @@
+"""shardray in this process: ``LLM``, one rank. Each request is streamed to a thread of its own, as a program would."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from typing import Any
+
+from benchmarks.contestants.base import main, now_s
+from benchmarks.contestants.engine_figures import KV_MEMORY_BYTES, MAX_NUM_SEQS, figures
+from benchmarks.protocol import Request, Setup, Trace
+from shardray.runtime.engine.llm import LLM
+from shardray.runtime.engine.request import SamplingParams
+
+
+class InProcess:
+    def __init__(self, setup: Setup) -> None:
+        self.details: dict[str, Any] = {"versions": {name: version(name) for name in ("shardray", "torch")}}
+        self._llm = LLM(
+            setup.model_dir,
+            dtype=setup.dtype,
+            max_num_seqs=MAX_NUM_SEQS,
+            kv_memory_bytes=KV_MEMORY_BYTES,
+            num_threads=setup.num_threads,
+        )
+        self._readers = ThreadPoolExecutor(MAX_NUM_SEQS)
+
+    def prepare(self, requests: list[Request]) -> None:
+        """Nothing: batches form as requests come."""
+
+    def serve(self, requests: list[Request]) -> list[Trace]:
+        traces, readers = [], []
+        for request in requests:
+            trace = Trace(now_s())
+            params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=request.max_tokens)
+            readers.append(self._readers.submit(_read, self._llm.stream(request.prompt_ids, params), trace))
+            traces.append(trace)
+        for reader in readers:
+            reader.result()
+        return traces
+
+    def sample(self) -> dict[str, float]:
+        return figures(self._llm.stats())
+
+    def close(self) -> None:
+        self._readers.shutdown(cancel_futures=True)
+        self._llm.close()
+
+
+def _read(deltas: Any, trace: Trace) -> None:
+    for delta in deltas:
+        trace.add(list(delta.token_ids), now_s())
+
+
+if __name__ == "__main__":
+    main(InProcess)

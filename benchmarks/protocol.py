@@ -1,0 +1,92 @@
+"""What the harness and a contestant's process say to each other: JSON lines over the process's stdin and stdout.
+
+Imports nothing outside the standard library: it also runs in the environments of the peers. Times are seconds of
+``time.perf_counter``, which on Linux is one clock for all processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Request:
+    """One greedy generation of exactly ``max_tokens`` tokens; an end-of-sequence id does not end it."""
+
+    prompt_ids: list[int]
+    max_tokens: int
+
+    @property
+    def total_len(self) -> int:
+        return len(self.prompt_ids) + self.max_tokens
+
+
+@dataclass
+class Trace:
+    """What became of one request: when it was handed over, and each token with the time the caller had it."""
+
+    submitted_s: float
+    token_ids: list[int] = field(default_factory=list)
+    token_times_s: list[float] = field(default_factory=list)
+
+    def add(self, token_ids: list[int], time_s: float) -> None:
+        self.token_ids += token_ids
+        self.token_times_s += [time_s] * len(token_ids)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Sent once. ``options`` are those of the contestant's label; ``first`` is the request that ends the start-up."""
+
+    model_dir: str
+    dtype: str
+    num_threads: int
+    spawned_s: float
+    first: Request
+    options: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Ready:
+    """The answer to Setup, sent once the first request has its first token."""
+
+    startup_s: float  # from the start of the process to that token
+    details: dict[str, Any]  # versions, and what the contestant chose
+
+
+@dataclass(frozen=True)
+class Run:
+    """Serve all of ``requests``, handed over at once, ``num_passes`` times after a short warm-up in the same shapes."""
+
+    requests: list[Request]
+    num_passes: int
+    num_warmup_tokens: int = 4
+
+
+@dataclass
+class Ran:
+    """The answer to Run."""
+
+    passes: list[list[Trace]]  # in the order of the requests
+    cpu_s: float  # of the process and its descendants, in the passes
+    peak_rss_bytes: int  # sum over them of each one's own peak; shared pages count in each
+    pss_bytes: int  # sum over them at the end; shared pages count once
+    details: dict[str, Any]  # of the engine, in the passes
+
+
+def request_from(fields: dict[str, Any]) -> Request:
+    return Request(**fields)
+
+
+def setup_from(fields: dict[str, Any]) -> Setup:
+    return Setup(**{**fields, "first": request_from(fields["first"])})
+
+
+def run_from(fields: dict[str, Any]) -> Run:
+    return Run(**{**fields, "requests": [request_from(request) for request in fields["requests"]]})
+
+
+def ran_from(fields: dict[str, Any]) -> Ran:
+    passes = [[Trace(**trace) for trace in traces] for traces in fields["passes"]]
+    return Ran(**{**fields, "passes": passes})

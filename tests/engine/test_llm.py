@@ -1,0 +1,90 @@
+"""The engine in process, as a user of the package meets it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import shardray
+from shardray import LLM, SamplingParams
+from shardray.runtime.engine.request import FieldError, FinishReason
+
+from tests.tiny_models import Reference, save_llama
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM("smollm2-135m", dtype="float32", max_model_len=512, max_num_seqs=8, num_threads=1) as llm:
+        yield llm
+
+
+def wait_until_idle(llm: LLM) -> None:
+    for _ in range(200):
+        if llm.stats().num_used_pages == 0 and llm.stats().num_running == 0:
+            return
+        threading.Event().wait(0.02)
+    raise AssertionError(f"still busy: {llm.stats()}")
+
+
+def test_the_package_offers_the_engine_by_name() -> None:
+    assert shardray.LLM is LLM
+
+
+def test_a_chat_is_answered_and_ends_by_itself(llm: LLM) -> None:
+    answer = llm.chat([{"role": "user", "content": "What is the capital of France?"}], GREEDY)
+    assert answer.text == "The capital of France is Paris."
+    assert answer.finish_reason is FinishReason.STOP
+
+
+def test_a_batch_of_texts_and_ids_comes_back_in_order(llm: LLM) -> None:
+    prompts = ["Once upon a time", [504, 3575, 282, 4649], "The sun"]
+    together = llm.generate(prompts, GREEDY)
+    alone = [llm.generate(prompt, GREEDY)[0] for prompt in prompts]
+    assert [completion.token_ids for completion in together] == [completion.token_ids for completion in alone]
+
+
+def test_a_stream_adds_up_to_the_completion(llm: LLM) -> None:
+    whole = llm.generate("The sun", GREEDY)[0]
+    assert "".join(delta.text for delta in llm.stream("The sun", GREEDY)) == whole.text
+
+
+def test_a_dropped_stream_frees_its_pages(llm: LLM) -> None:
+    stream = llm.stream("The sun", SamplingParams(max_tokens=400, ignore_eos=True))
+    next(stream)
+    assert llm.stats().num_used_pages > 0
+    stream.close()
+    wait_until_idle(llm)
+
+
+def test_a_stop_string_ends_the_text_before_itself(llm: LLM) -> None:
+    whole = llm.generate("Once upon a time", GREEDY)[0].text
+    stop = whole[10:14]
+    stopped = llm.generate("Once upon a time", SamplingParams(temperature=0.0, max_tokens=24, stop=(stop,)))[0]
+    assert stopped.text == whole[: whole.index(stop)]
+    assert stopped.finish_reason is FinishReason.STOP
+    wait_until_idle(llm)
+
+
+def test_requests_without_a_seed_differ_and_with_one_agree(llm: LLM) -> None:
+    free = llm.generate(["Once upon a time"] * 3, SamplingParams(max_tokens=16))
+    assert len({completion.text for completion in free}) == 3
+    seeded = llm.generate(["Once upon a time"] * 3, SamplingParams(max_tokens=16, seed=5))
+    assert len({completion.text for completion in seeded}) == 1
+
+
+def test_a_request_beyond_the_window_is_refused_with_the_numbers(llm: LLM) -> None:
+    with pytest.raises(FieldError, match=r"prompt of 500 tokens \+ max_tokens 24 exceeds the context window of 512"):
+        llm.generate([[5] * 500], GREEDY)
+
+
+def test_a_folder_without_a_tokenizer_serves_token_ids(tmp_path: Path) -> None:
+    reference = Reference(save_llama(tmp_path))
+    with LLM(tmp_path, max_model_len=128, num_threads=1) as llm:
+        params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+        assert llm.generate([[3, 4, 5]], params)[0].token_ids == reference.greedy((3, 4, 5), 8)
+        with pytest.raises(ValueError, match=r"no tokenizer\.json"):
+            llm.generate("text", params)
