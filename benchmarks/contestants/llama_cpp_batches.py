@@ -20,6 +20,7 @@ from benchmarks.protocol import Request, Setup, Trace
 MAX_NUM_SEQS = 64
 _BATCH_TOKENS = 2048  # llama.cpp's default
 _LEN_STEP = 256  # llama.cpp rounds the length of a sequence up to this
+_LOG_LEVEL_ERROR = 3  # of ggml; the package does not export it
 
 
 class LlamaCpp:
@@ -139,7 +140,7 @@ class _Sequence:
 
 
 def _only_errors(level: int, text: bytes, _: Any) -> None:
-    if level == llama_cpp.GGML_LOG_LEVEL_ERROR:
+    if level == _LOG_LEVEL_ERROR:
         print(text.decode(errors="replace"), end="", flush=True)
 
 

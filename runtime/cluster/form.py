@@ -201,20 +201,22 @@ class _Forming:
                 self._doing[rank] = f"{progress[0]} ({progress[1]:.0%})"
                 self._on_progress(rank, self._hosts[rank], *progress)
             elif time.monotonic() - moved_at > self._stall_timeout_s:
-                raise FormError(f"no progress for {self._stall_timeout_s:g} s (ray.form_timeout_s)")
+                last = f"last seen: {self._doing[rank]}"
+                raise FormError(f"no progress for {self._stall_timeout_s:g} s (ray.form_timeout_s); {last}")
 
     def _reason(self, ranks: Sequence[asyncio.Task[FormReport]]) -> str:
-        """Name the cause: own errors and deaths before those who only lost them, then everyone standing still."""
+        """Name the cause: own errors, deaths and stand-stills before those who only lost a peer."""
         errors = {rank: task.exception() for rank, task in enumerate(ranks) if task.done()}
         failures = [error.failure for error in errors.values() if isinstance(error, _RankFailed)]
-        raised = [str(failure) for failure in failures if failure.kind is not FailureKind.LOST_PEER]
-        others = {rank: error for rank, error in errors.items() if error and not isinstance(error, _RankFailed)}
-        own = raised + [f"{self._place(rank)}: {error}" for rank, error in others.items()]
-        if own:
-            standing = [f"{self._place(rank)}: {self._doing[rank]}" for rank in others if len(others) > 1]
-            return "; ".join(own + standing)
-        silent = [f"{self._place(rank)} {self._doing[rank]}" for rank, task in enumerate(ranks) if not task.done()]
-        return "; ".join([str(failures[0])] + [f"still waiting for {text}" for text in silent])
+        parts = _one_per_cause([failure for failure in failures if failure.kind is not FailureKind.LOST_PEER])
+        for rank, error in errors.items():
+            if error is not None and not isinstance(error, _RankFailed):
+                parts.append(f"{self._place(rank)}: {error}")
+        if not parts:
+            waiting = [rank for rank, task in enumerate(ranks) if not task.done()]
+            parts = _one_per_cause(failures)
+            parts += [f"still waiting for {self._place(rank)}, last seen: {self._doing[rank]}" for rank in waiting]
+        return "; ".join(parts)
 
     def _place(self, rank: int) -> str:
         info, tp_size = self._hosts[rank].info, self._recipe.tp_size
@@ -227,6 +229,14 @@ class _RankFailed(ClusterError):
     def __init__(self, failure: RankFailure) -> None:
         super().__init__(str(failure))
         self.failure = failure
+
+
+def _one_per_cause(failures: Sequence[RankFailure]) -> list[str]:
+    """What is wrong with the model is wrong on every rank: say it once."""
+    by_cause: dict[str, list[RankFailure]] = {}
+    for failure in failures:
+        by_cause.setdefault(failure.cause, []).append(failure)
+    return [f"{first}{f' (and on {len(others)} more)' if others else ''}" for first, *others in by_cause.values()]
 
 
 def _join_port(host: str, port: int | None) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,13 +151,18 @@ class Host:
         self._progress = (doing, fraction)
 
 
-def _with_local_model(place: ShardAssignment, source: str, revision: str | None, note: Any) -> ShardAssignment:
+def _with_local_model(
+    place: ShardAssignment, source: str, revision: str | None, note: Callable[[str, float], None]
+) -> ShardAssignment:
     if Path(place.model_dir).exists():
         return place
     from shardray.runtime.model.sources import resolve_model
 
+    def progress(description: str, done: int, total: int | None) -> None:
+        note(f"{description}, {done} done" if total is None else description, done / total if total else 0.0)
+
     note(f"fetching {source}", 0.0)
-    return msgspec.structs.replace(place, model_dir=str(resolve_model(source, revision=revision)))
+    return msgspec.structs.replace(place, model_dir=str(resolve_model(source, revision=revision, progress=progress)))
 
 
 def _failure_of(error: Exception, place: ShardAssignment) -> RankFailure:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from typing import Any
 
 import msgspec
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -18,6 +19,7 @@ from shardray.runtime.cluster.placement import HostsNeed
 from shardray.runtime.cluster.reports import FormReport, HostInfo, RunReport
 from shardray.runtime.engine.assignment import ShardAssignment
 
+_log = logging.getLogger(__name__)
 _ANSWER_TIMEOUT_S = 10.0
 
 
@@ -62,7 +64,10 @@ class RemoteHost:
 
     async def kill(self) -> None:
         """End the host's process, whatever it is doing; a host that is dead already is fine."""
-        await asyncio.to_thread(ray.kill, self._actor)
+        try:
+            await asyncio.to_thread(ray.kill, self._actor)
+        except (RayError, ConnectionError) as error:  # the cluster itself is gone
+            _log.warning("%s could not be told to end: %s", self.info, error)
 
     async def _ask(self, what: str, ref: Any, timeout_s: float | None) -> Any:
         return await _answer(ref, timeout_s, f"{self.info} did not answer {what}", str(self.info))
@@ -98,7 +103,8 @@ async def _answer(ref: Any, timeout_s: float | None, silence: str, name: str) ->
     except RayActorError as error:
         raise HostDied(f"{name} died: {_plain_cause(error)}") from error
     except RayError as error:
-        raise ClusterError(f"{name}: {' '.join(str(error).split())}") from error
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        raise ClusterError(f"{name}: {type(cause).__name__}: {' '.join(str(cause).split())}") from error
 
 
 def _take(future: asyncio.Future[Any]) -> None:

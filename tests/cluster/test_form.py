@@ -46,8 +46,10 @@ async def test_a_form_that_fails_names_the_rank_and_frees_the_hosts(local_ray: R
         assert "stage 0 tensor rank 0" in reason
         assert f"pid {hosts[0].info.pid}" in reason or f"pid {hosts[1].info.pid}" in reason
         assert "config.json" in reason
+        assert "(and on 1 more)" in reason, "the same cause on both ranks is told once"
         assert "\n" not in reason
-        mesh = await form_from(hosts, fleet_config(tiny_llama, tp_size=2))
+        # Where the driver's folder does not exist, hosts find the model by its source.
+        mesh = await form_from(hosts, fleet_config(tiny_llama, tp_size=2), folder=Path("/not/on/this/node"))
         assert {shard.pid for shard in mesh.shards} == {host.info.pid for host in hosts}
 
 

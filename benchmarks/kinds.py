@@ -1,0 +1,91 @@
+"""Who can take part, and how a label such as ``served:tp=2,threads=1`` names one contestant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PEERS_DIR = Path(__file__).parent / ".peers"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A runtime. ``packages``: what its own environment holds; without any it runs in the harness's."""
+
+    name: str
+    module: str  # in benchmarks.contestants
+    packages: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()  # those that its label may carry, beside threads
+
+    @property
+    def environment_variable(self) -> str:
+        """Names an interpreter to run it with instead."""
+        return f"SHARDRAY_BENCH_{self.name.partition('.')[0].upper()}_PYTHON"
+
+    @property
+    def environment_dir(self) -> Path:
+        """Where ``python -m benchmarks peers`` makes its environment."""
+        return PEERS_DIR / self.name
+
+    def python(self) -> Path | None:
+        """The interpreter, or None if its environment has not been made."""
+        if configured := os.environ.get(self.environment_variable):
+            return Path(configured)
+        python = self.environment_dir / "bin" / "python" if self.packages else Path(sys.executable)
+        return python if python.exists() else None
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("shardray", "in_process"),
+        Kind("served", "served", options=("tp", "pp")),
+        Kind("transformers", "hf_generate", options=("cache",)),
+        Kind("llama.cpp", "llama_cpp_batches", packages=("llama-cpp-python==0.3.36",), options=("dtype", "unified")),
+    )
+}
+
+DEFAULT_LABELS = (
+    "shardray",
+    "served",
+    "transformers",
+    "llama.cpp",
+    "served:threads=1",
+    "served:tp=2,threads=1",
+)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A kind with its options."""
+
+    label: str
+    kind: Kind
+    options: dict[str, str] = field(default_factory=dict)
+
+    def num_threads(self, default: int) -> int:
+        """Compute threads of each of its processes."""
+        return int(self.options.get("threads", default))
+
+
+def parse_label(label: str) -> Contestant:
+    """``kind`` or ``kind:key=value,key=value``. Raises ValueError naming what is not known."""
+    name, _, text = label.partition(":")
+    if name not in KINDS:
+        raise ValueError(f"contestant {label!r}: unknown kind {name!r}; known: {', '.join(KINDS)}")
+    kind = KINDS[name]
+    options = {}
+    for part in text.split(",") if text else ():
+        key, _, value = part.partition("=")
+        if key not in (*kind.options, "threads") or not value:
+            known = ", ".join(f"{option}=..." for option in (*kind.options, "threads"))
+            raise ValueError(f"contestant {label!r}: {part!r} is not an option of {name}; known: {known}")
+        options[key] = value
+    return Contestant(label, kind, options)
+
+
+def parse_labels(labels: Sequence[str]) -> list[Contestant]:
+    return [parse_label(label) for label in labels]
