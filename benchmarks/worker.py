@@ -29,6 +29,7 @@ class Worker:
     """A contestant's process, loaded and warm for its first request. Made by ``start_worker``."""
 
     def __init__(self, process: subprocess.Popen[bytes], label: str, log: IO[bytes], timeout_s: float) -> None:
+        self.spawned_s = time.perf_counter()
         self._process = process
         self._label = label
         self._log = log
@@ -86,6 +87,9 @@ def start_worker(contestant: Contestant, python: Path, log_path: Path, timeout_s
         )
         try:
             yield Worker(process, contestant.label, log, timeout_s)
+        except BaseException:
+            process.terminate()  # it may be in the middle of a long run
+            raise
         finally:
             _end(process)
 

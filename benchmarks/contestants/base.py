@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -46,6 +47,7 @@ def main(load: Callable[[Setup], Contestant]) -> None:
     def reply(message: Ready | Ran) -> None:
         print(json.dumps(asdict(message)), file=replies, flush=True)
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of ``close``, also in the middle of a run
     setup = setup_from(json.loads(sys.stdin.readline()))
     contestant = load(setup)
     try:
@@ -91,6 +93,8 @@ def _sampling(contestant: Contestant) -> Iterator[list[dict[str, float]]]:
     finally:
         done.set()
         thread.join()
+        if sample := contestant.sample():
+            samples.append(sample)
 
 
 def _medians(samples: list[dict[str, float]]) -> dict[str, float]:

@@ -32,8 +32,10 @@ class HfGenerate:
             raise ValueError(f"transformers:cache={self._fixed_cache} is unknown; give {' or '.join(_CACHES)}")
         self._cache = self._fixed_cache or _CACHES[0]
         dtype = getattr(torch, setup.dtype)
-        model = AutoModelForCausalLM.from_pretrained(setup.model_dir, dtype=dtype, attn_implementation="sdpa")
-        self._model = model.eval()
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            setup.model_dir, dtype=dtype, attn_implementation="sdpa"
+        )
+        self._model.eval()
         self._model.generation_config.eos_token_id = None
         self.details: dict[str, Any] = {"versions": {name: version(name) for name in ("transformers", "torch")}}
 
@@ -87,7 +89,7 @@ class HfGenerate:
 _Steps = list[tuple[float, list[int]]]  # of each step its time and one token a row
 
 
-class _StepStreamer(BaseStreamer):  # type: ignore[misc]
+class _StepStreamer(BaseStreamer):
     def __init__(self) -> None:
         self.steps: _Steps = []
         self._saw_prompt = False

@@ -43,8 +43,8 @@ class InProcess:
         return figures(self._llm.stats())
 
     def close(self) -> None:
+        self._llm.close()  # first: what the readers wait for ends with it
         self._readers.shutdown(cancel_futures=True)
-        self._llm.close()
 
 
 def _read(deltas: Any, trace: Trace) -> None:

@@ -87,7 +87,7 @@ class Server:
             ("grpc.so_reuseport", 0),  # or two servers would share the port without a word
             ("grpc.max_receive_message_length", self._settings.max_message_bytes),
             # Clients that ping every 30 s are welcome, also between calls.
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),
             # A client that vanished without a word is found and its request freed.
             ("grpc.keepalive_time_ms", 60_000),

@@ -1,0 +1,126 @@
+"""``python -m benchmarks``: run contestants side by side (the default), compare results, install peers."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.compare import read_records, to_markdown
+from benchmarks.harness import Harness, Options
+from benchmarks.kinds import DEFAULT_LABELS, KINDS, parse_label
+from benchmarks.machine import measure_machine
+from benchmarks.peers import PeerError, make_environments
+from benchmarks.workloads import WORKLOADS, make_workload
+from shardray.runtime.model.sources import resolve_model
+
+RESULTS_DIR = Path(__file__).parent / "results"
+
+app = typer.Typer(
+    help="Measures shardray side by side with other runtimes. Without a command: run.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback(invoke_without_command=True)
+def _default(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        run()
+
+
+@app.command()
+def run(
+    contestants: Annotated[
+        list[str] | None,
+        typer.Option("--contestant", "-c", help=f"KIND[:KEY=VALUE,...] of {', '.join(KINDS)}."),
+    ] = None,
+    workloads: Annotated[
+        list[str] | None, typer.Option("--workload", "-w", help=f"One of {', '.join(WORKLOADS)}; repeat.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="What shardray pull takes.")] = "smollm2-135m",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    threads: Annotated[int, typer.Option(help="Compute threads, and cores, of each contestant.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Times that every contestant gets its turn.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    scale: Annotated[float, typer.Option(help="Below 1: shorter and fewer requests, to try things out.")] = 1.0,
+    quiet_timeout_s: Annotated[float, typer.Option(help="Longest wait for a quiet machine before a run.")] = 120.0,
+    run_timeout_s: Annotated[float, typer.Option(help="Longest time for one run.")] = 1800.0,
+    output: Annotated[Path | None, typer.Option(help="Default: a new file in benchmarks/results.")] = None,
+) -> None:
+    """Print one JSON line a run (on stdout, and into a file), then the comparison on stderr."""
+    started = time.strftime("%Y%m%d-%H%M%S")
+    chosen = [_or_exit(parse_label, label) for label in contestants or DEFAULT_LABELS]
+    if unknown := sorted(set(workloads or ()) - set(WORKLOADS)):
+        raise typer.BadParameter(f"unknown workload {unknown[0]!r}; known: {', '.join(WORKLOADS)}")
+    _use_cores(threads)
+    model_dir = resolve_model(model)
+    vocab_size = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    options = Options(
+        model_dir=model_dir,
+        dtype=dtype,
+        num_threads=threads,
+        num_rounds=rounds,
+        quiet_timeout_s=quiet_timeout_s,
+        run_timeout_s=run_timeout_s,
+        log_dir=RESULTS_DIR / "logs" / started,
+    )
+    target = output or RESULTS_DIR / f"{started}.jsonl"
+    emit = _emitter(target, {"run_id": started, "seed": seed, "scale": scale})
+    work = [make_workload(name, vocab_size, seed, scale) for name in workloads or WORKLOADS]
+    succeeded = Harness(options, measure_machine(threads), work, emit).run(chosen)
+    print(f"\n{to_markdown(read_records([target]))}\n{target}", file=sys.stderr)
+    raise typer.Exit(0 if succeeded else 1)
+
+
+@app.command()
+def compare(
+    files: Annotated[list[Path] | None, typer.Argument(help="Result files; default: the newest.")] = None,
+    allow_busy: Annotated[bool, typer.Option(help="Count runs that had to share the machine.")] = False,
+) -> None:
+    """Print the figures and ratios of earlier runs as Markdown."""
+    newest = sorted(RESULTS_DIR.glob("*.jsonl"))[-1:]
+    print(to_markdown(read_records(files or newest), allow_busy), end="")
+
+
+@app.command()
+def peers() -> None:
+    """Make the environments of the peers that need one of their own."""
+    _or_exit(make_environments)
+
+
+def _or_exit(work: Any, *arguments: Any) -> Any:
+    """What a person can mend is one line."""
+    try:
+        return work(*arguments)
+    except (ValueError, PeerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+def _use_cores(num_cores: int) -> None:
+    """Bind this process, and so all that it starts, to that many cores: every contestant gets the same ones."""
+    available = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, available[:num_cores])
+
+
+def _emitter(target: Path, common: dict[str, Any]) -> Any:
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+    def emit(record: dict[str, Any]) -> None:
+        line = json.dumps(common | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | record)
+        print(line, flush=True)
+        with target.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    return emit
+
+
+if __name__ == "__main__":
+    app()

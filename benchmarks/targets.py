@@ -1,0 +1,34 @@
+"""What shardray is meant to reach, each as a ratio between contestants of one run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """``metric`` of ``contestant`` over that of the best of ``rivals`` in the same round."""
+
+    what: str
+    workload: str
+    metric: str
+    contestant: str
+    rivals: tuple[str, ...]
+    at_least: float
+    lower_is_better: bool = False  # then the ratio is the other way round: above 1 is better still
+
+    def ratio(self, own: float, rivals: list[float]) -> float:
+        return min(rivals) / own if self.lower_is_better else own / max(rivals)
+
+
+_TP2, _TP1 = "served:tp=2,threads=1", "served:threads=1"
+
+TARGETS = (
+    Target("decode, over transformers", "single", "decode_tok_s", "shardray", ("transformers",), 1.7),
+    Target("output, over the best peer", "concurrent", "output_tok_s", "shardray", ("transformers", "llama.cpp"), 1.3),
+    Target("first token, transformers' over ours", "single", "ttft_s", "shardray", ("transformers",), 1.0, True),
+    Target("decode, gRPC over in process", "single", "decode_tok_s", "served", ("shardray",), 0.95),
+    Target("output, gRPC over in process", "concurrent", "output_tok_s", "served", ("shardray",), 0.95),
+    Target("decode, 2 tensor ranks over 1", "single", "decode_tok_s", _TP2, (_TP1,), 1.5),
+    Target("output, 2 tensor ranks over 1", "concurrent", "output_tok_s", _TP2, (_TP1,), 1.5),
+)

@@ -1,0 +1,306 @@
+"""Collectives among real processes: exact sums, the same bits everywhere, and deadlines that name who is missing."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shardray.parallel.comm import SoloComm
+from shardray.parallel.errors import MeshAborted
+from shardray.parallel.gloo import GlooComm
+from shardray.parallel.mesh import Mesh, open_mesh
+from shardray.parallel.shm import ShmComm
+from tests.parallel.rank_processes import (
+    HIDDEN_SIZE,
+    MAX_TOKENS,
+    Failure,
+    Gone,
+    RankProcesses,
+    end_this_process,
+    own_place,
+    start_clock,
+)
+
+SLOT_BYTES = 4 << 20
+KINDS = {"shm": ShmComm, "gloo": GlooComm}
+
+
+def nodes(kind: str, size: int) -> tuple[str, ...]:
+    return ("here",) * size if kind == "shm" else tuple(f"node {rank}" for rank in range(size))
+
+
+def part_of(rank: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def exact_sum(size: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    """In float32 and in rank order, rounded once."""
+    total = part_of(0, shape, dtype, seed).float()
+    for rank in range(1, size):
+        total = total + part_of(rank, shape, dtype, seed).float()
+    return total.to(dtype)
+
+
+def check_backend(mesh: Mesh, kind: str) -> None:
+    assert type(mesh.tp) is KINDS[kind], type(mesh.tp)
+
+
+def reduce_many_shapes(mesh: Mesh, kind: str) -> str:
+    check_backend(mesh, kind)
+    shapes = [(1,), (3,), (7, 5), (0,), (4, 0), (1, 576), (33, 129), (101, 997), (SLOT_BYTES // 4 + 12_345,)]
+    for seed, shape in enumerate(shapes):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            found = mesh.tp.all_reduce(part_of(mesh.tp.rank, shape, dtype, seed))
+            assert found.dtype == dtype
+            assert torch.equal(found, exact_sum(mesh.tp.size, shape, dtype, seed)), (shape, dtype)
+    return "done"
+
+
+def use_rows_that_are_not_contiguous(mesh: Mesh, kind: str) -> str:
+    comm, shape = mesh.tp, (6, 10)
+    whole = part_of(comm.rank, shape, torch.float32, 1)
+    expected = exact_sum(comm.size, shape, torch.float32, 1)
+    assert torch.equal(comm.all_reduce(whole.t()), expected.t())
+    whole = part_of(comm.rank, shape, torch.float32, 1)
+    assert torch.equal(comm.all_reduce(whole[:, 2:7]), expected[:, 2:7])
+    target = torch.zeros(4, 9) if comm.rank else torch.arange(36.0).view(4, 9)
+    comm.broadcast(target[:, 1:5])
+    assert torch.equal(target[:, 1:5], torch.arange(36.0).view(4, 9)[:, 1:5])
+    assert comm.rank == 0 or not target[:, 5:].any()
+    rows = part_of(comm.rank, (5, 8), torch.float32, 2)
+    gathered = comm.gather(rows[:, 1:4], [3] * comm.size)
+    if comm.rank == 0:
+        parts = [part_of(rank, (5, 8), torch.float32, 2)[:, 1:4] for rank in range(comm.size)]
+        assert torch.equal(gathered, torch.cat(parts, dim=1))
+    return "done"
+
+
+def gather_widths(mesh: Mesh, widths: list[int], rows: int) -> str:
+    comm = mesh.tp
+    for dtype in (torch.float32, torch.bfloat16):
+        found = comm.gather(part_of(comm.rank, (rows, widths[comm.rank]), dtype, 5), widths)
+        if comm.rank != 0:
+            assert found is None
+            continue
+        expected = torch.cat([part_of(rank, (rows, width), dtype, 5) for rank, width in enumerate(widths)], dim=1)
+        assert found is not None
+        assert torch.equal(found, expected)
+    return "done"
+
+
+def broadcast_many_shapes(mesh: Mesh) -> str:
+    comm = mesh.tp
+    for seed, shape in enumerate([(1,), (0,), (5, 7), (SLOT_BYTES // 8 + 77,)]):
+        for dtype in (torch.int64, torch.float32, torch.bfloat16):
+            expected = (part_of(0, shape, torch.float32, seed) * 1000).to(dtype)
+            x = expected.clone() if comm.rank == 0 else torch.zeros(shape, dtype=dtype)
+            assert torch.equal(comm.broadcast(x), expected)
+    return "done"
+
+
+def mix_operations(mesh: Mesh, num_operations: int, naps: bool) -> int:
+    """A pseudorandom sequence of operations that every rank knows; each rank dawdles at moments of its own."""
+    comm, chance, own = mesh.tp, random.Random(3), random.Random(mesh.tp.rank)
+    digest = 0
+    for seed in range(num_operations):
+        if naps and own.random() < 0.01:
+            time.sleep(0.002)
+        rows, width = chance.randrange(0, 4), chance.randrange(1, 40)
+        match chance.randrange(3):
+            case 0:
+                x = torch.full((rows, width), float(comm.rank * 10_000 + seed))
+                total = sum(rank * 10_000 + seed for rank in range(comm.size))
+                assert torch.equal(comm.all_reduce(x), torch.full((rows, width), float(total))), seed
+                digest ^= hash((seed, total))
+            case 1:
+                x = torch.full((rows, width), float(seed if comm.rank == 0 else -1))
+                assert torch.equal(comm.broadcast(x), torch.full((rows, width), float(seed))), seed
+            case _:
+                widths = [(width + 3 * rank) % 7 for rank in range(comm.size)]
+                out = comm.gather(torch.full((rows, widths[comm.rank]), float(comm.rank + seed)), widths)
+                if out is not None:
+                    expected = [torch.full((rows, w), float(rank + seed)) for rank, w in enumerate(widths)]
+                    assert torch.equal(out, torch.cat(expected, dim=1)), seed
+    return digest
+
+
+def bits_of_sums(mesh: Mesh) -> list[bytes]:
+    sums = [
+        mesh.tp.all_reduce(part_of(mesh.tp.rank, (count,), dtype, count))
+        for count in (1, 17, 1000, 40_000)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    return [total.view(torch.uint8).numpy().tobytes() for total in sums]
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sum_is_exact_in_float32_and_rank_order_for_any_shape(ranks: RankProcesses, kind: str, size: int) -> None:
+    done = ranks.run(reduce_many_shapes, kind, tp_size=size, nodes=nodes(kind, size))
+    assert done == ["done"] * size
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_views_that_are_not_contiguous_are_safe(ranks: RankProcesses, kind: str, size: int) -> None:
+    done = ranks.run(use_rows_that_are_not_contiguous, kind, tp_size=size, nodes=nodes(kind, size))
+    assert done == ["done"] * size
+
+
+@pytest.mark.parametrize(
+    ("widths", "rows"),
+    [([3, 5], 4), ([0, 5], 3), ([5, 0], 3), ([0, 0], 3), ([4, 4], 0), ([7, 0, 1], 5), ([3, 1, 0, 2, 8], 6)],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_of_uneven_and_zero_width_are_gathered(
+    ranks: RankProcesses, kind: str, widths: list[int], rows: int
+) -> None:
+    size = len(widths)
+    assert ranks.run(gather_widths, widths, rows, tp_size=size, nodes=nodes(kind, size)) == ["done"] * size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_larger_than_a_slot_are_gathered_in_pieces(ranks: RankProcesses, kind: str) -> None:
+    widths = [30_001, 29_999, 0]
+    assert ranks.run(gather_widths, widths, 50, tp_size=3, nodes=nodes(kind, 3)) == ["done"] * 3
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_broadcast_carries_any_dtype_and_length(ranks: RankProcesses, kind: str, size: int) -> None:
+    assert ranks.run(broadcast_many_shapes, tp_size=size, nodes=nodes(kind, size)) == ["done"] * size
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "count"), [("shm", 2, 6000), ("shm", 3, 3000), ("shm", 5, 800), ("gloo", 3, 800)]
+)
+def test_thousands_of_mixed_operations_keep_their_order(ranks: RankProcesses, kind: str, size: int, count: int) -> None:
+    digests = ranks.run(mix_operations, count, True, tp_size=size, nodes=nodes(kind, size))
+    assert all(isinstance(digest, int) for digest in digests), digests
+    assert len(set(digests)) == 1
+
+
+def test_a_sum_has_the_same_bits_on_every_rank_and_over_shared_memory_and_tcp(ranks: RankProcesses) -> None:
+    bits = [found for kind in KINDS for found in ranks.run(bits_of_sums, tp_size=3, nodes=nodes(kind, 3))]
+    assert len(bits) == 6
+    assert all(found == bits[0] for found in bits)
+
+
+def lose_rank_1(mesh: Mesh, how: signal.Signals) -> None:
+    for _ in range(3):
+        mesh.tp.all_reduce(torch.ones(8))
+    if mesh.spec.tp_rank == 1:
+        end_this_process(how)
+    start_clock()
+    mesh.tp.all_reduce(torch.ones(8))
+
+
+def be_late(mesh: Mesh, late_s: float) -> None:
+    mesh.tp.all_reduce(torch.ones(8))
+    if mesh.spec.tp_rank == 2:
+        time.sleep(late_s)
+    start_clock()
+    mesh.tp.all_reduce(torch.ones(8))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_that_does_not_arrive_is_named_within_the_deadline(ranks: RankProcesses, kind: str) -> None:
+    outcomes = ranks.run(be_late, 2.5, tp_size=3, nodes=nodes(kind, 3), timeout_s=1.0)
+    for rank in (0, 1):
+        failure = outcomes[rank]
+        assert failure.kind == "CollectiveTimeout", failure
+        assert failure.missing == (2,)
+        assert 0.9 < failure.after_s < 2.0
+        pid = ranks.pid(2)
+        expected = f"stage 0 tensor group all_reduce: stage 0 tensor rank 2 (rank 2, pid {pid} on 127.0.0.1) did not"
+        assert failure.message == f"{expected} arrive within 1 s"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_rank_is_named_long_before_the_deadline(ranks: RankProcesses, kind: str) -> None:
+    pid = ranks.pid(1)
+    outcomes = ranks.run(lose_rank_1, signal.SIGKILL, tp_size=2, nodes=nodes(kind, 2), timeout_s=20.0, lost=[1])
+    assert outcomes[1] == Gone()
+    failure = outcomes[0]
+    assert (failure.kind, failure.missing) == ("PeerLost", (1,))
+    assert failure.after_s < 2.0
+    assert f"stage 0 tensor rank 1 (rank 1, pid {pid} on 127.0.0.1)" in failure.message
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stopped_rank_is_named_at_the_deadline(ranks: RankProcesses, kind: str) -> None:
+    outcomes = ranks.run(lose_rank_1, signal.SIGSTOP, tp_size=2, nodes=nodes(kind, 2), timeout_s=0.8, lost=[1])
+    failure = outcomes[0]
+    assert (failure.kind, failure.missing) == ("CollectiveTimeout", (1,))
+    assert 0.7 < failure.after_s < 2.0
+
+
+def abort_while_blocked(mesh: Mesh) -> float | None:
+    mesh.tp.all_reduce(torch.ones(4))
+    if mesh.spec.tp_rank == 1:
+        time.sleep(1.5)
+        return None
+    threading.Timer(0.3, mesh.abort).start()
+    began = time.monotonic()
+    with pytest.raises(MeshAborted):
+        mesh.tp.all_reduce(torch.ones(4))
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_abort_from_another_thread_wakes_a_blocked_rank(ranks: RankProcesses, kind: str) -> None:
+    blocked_s, other = ranks.run(abort_while_blocked, tp_size=2, nodes=nodes(kind, 2))
+    assert other is None
+    assert 0.2 < blocked_s < 1.0
+
+
+def what_is_open() -> dict[str, int]:
+    gc.collect()
+    in_shm = [name for name in os.listdir("/dev/shm") if "shardray" in name]
+    return {"fds": len(os.listdir("/proc/self/fd")), "threads": len(os.listdir("/proc/self/task")), "shm": len(in_shm)}
+
+
+def open_again_and_again(mesh: Mesh, times: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Forms further meshes of the same shape through this one's rendezvous, under names of their own."""
+    spec, before = mesh.spec, {}
+    for turn in range(times):
+        place = own_place(
+            spec.rank, spec.tp_size, spec.pp_size, spec.store_port, f"{spec.epoch}-{turn}", nodes=spec.nodes
+        )
+        again = open_mesh(place, MAX_TOKENS, HIDDEN_SIZE, torch.float32)
+        again.tp.all_reduce(torch.ones(1000))
+        again.agree_on_minimum("closing", turn)
+        again.close()
+        del again
+        before = before or what_is_open()
+    return before, what_is_open()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_meshes_formed_again_and_again_leave_nothing_open(ranks: RankProcesses, kind: str) -> None:
+    outcomes = ranks.run(open_again_and_again, 20, tp_size=2, pp_size=2, nodes=nodes(kind, 4))
+    for outcome in outcomes:
+        assert not isinstance(outcome, Failure), outcome
+        before, after = outcome
+        assert after == before
+
+
+def test_a_group_of_one_takes_the_same_path() -> None:
+    comm = SoloComm()
+    x = torch.ones(3)
+    assert comm.all_reduce(x) is x
+    assert comm.broadcast(x) is x
+    assert comm.gather(x, [3]) is x
+    comm.abort()
+    comm.close()
