@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/installed
 
-.PHONY: help demo test test-all test-gpu lint format proto bench ci clean
+.PHONY: help demo test test-all test-gpu lint format proto bench bench-peers ci clean
 
 help:
 	@echo "make demo      fetch a small model, serve it from two hosts on this machine, ask it a question"
@@ -14,6 +14,7 @@ help:
 	@echo "make format    ruff format and the fixes that are safe"
 	@echo "make proto     generate proto/shardray/v1/*_pb2* again"
 	@echo "make bench     the benchmarks, one JSON line a run"
+	@echo "make bench-peers  an environment for each peer that needs its own (llama.cpp: compiles)"
 	@echo "make ci        everything that continuous integration runs"
 
 # A torch that the machine already has (a CUDA build, say) is kept; otherwise constraints.txt names the version.
@@ -53,8 +54,10 @@ proto: $(READY)
 	$(BIN)/python proto/generate.py
 
 bench: $(READY)
-	$(BIN)/pip install --quiet -c .venv/constraints.txt -e ".[bench]"
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks run
+
+bench-peers: $(READY)
+	$(BIN)/python -m benchmarks peers
 
 ci:
 	.ci/run

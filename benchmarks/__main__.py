@@ -59,8 +59,10 @@ def run(
     chosen = [_or_exit(parse_label, label) for label in contestants or DEFAULT_LABELS]
     if unknown := sorted(set(workloads or ()) - set(WORKLOADS)):
         raise typer.BadParameter(f"unknown workload {unknown[0]!r}; known: {', '.join(WORKLOADS)}")
+    if threads > len(os.sched_getaffinity(0)):
+        raise typer.BadParameter(f"--threads {threads}: this process may use {len(os.sched_getaffinity(0))} cores")
     _use_cores(threads)
-    model_dir = resolve_model(model)
+    model_dir = _or_exit(resolve_model, model)
     vocab_size = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     options = Options(
         model_dir=model_dir,
@@ -85,8 +87,10 @@ def compare(
     allow_busy: Annotated[bool, typer.Option(help="Count runs that had to share the machine.")] = False,
 ) -> None:
     """Print the figures and ratios of earlier runs as Markdown."""
-    newest = sorted(RESULTS_DIR.glob("*.jsonl"))[-1:]
-    print(to_markdown(read_records(files or newest), allow_busy), end="")
+    chosen = files or sorted(RESULTS_DIR.glob("*.jsonl"))[-1:]
+    if not chosen:
+        raise typer.BadParameter(f"no results in {RESULTS_DIR} yet; give a file, or run first")
+    print(to_markdown(read_records(chosen), allow_busy), end="")
 
 
 @app.command()

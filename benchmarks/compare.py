@@ -106,8 +106,9 @@ def round_ratios(target: Target, records: Sequence[Record]) -> list[float]:
     mine = [record for record in records if record["workload"] == target.workload]
     for number in sorted({record["round"] for record in mine}):
         by_label = {record["contestant"]: record[target.metric] for record in mine if record["round"] == number}
+        rivals = [value for label, value in by_label.items() if target.is_rival(label)]
         if target.contestant in by_label and all(rival in by_label for rival in target.rivals):
-            ratios.append(target.ratio(by_label[target.contestant], [by_label[rival] for rival in target.rivals]))
+            ratios.append(target.ratio(by_label[target.contestant], rivals))
     return ratios
 
 

@@ -6,6 +6,7 @@ float32; everything else is copied as it is. Prompts are token ids, so the file 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -38,8 +39,8 @@ _TYPES = {
 
 def gguf_of(model_dir: Path, dtype: str, folder: Path) -> Path:
     """The GGUF file of ``model_dir`` in ``folder``, written first if it is not there. Raises ValueError."""
-    target = folder / f"{model_dir.name}-{dtype}.gguf"
-    if not target.exists() or target.stat().st_mtime < (model_dir / "config.json").stat().st_mtime:
+    target = folder / f"{model_dir.name}-{_content_digest(model_dir)}-{dtype}.gguf"
+    if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(f".{os.getpid()}.partial")
         try:
@@ -48,6 +49,15 @@ def gguf_of(model_dir: Path, dtype: str, folder: Path) -> Path:
         finally:
             partial.unlink(missing_ok=True)
     return target
+
+
+def _content_digest(model_dir: Path) -> str:
+    """Other weights under the same name are another model."""
+    digest = hashlib.sha256()
+    for path in (model_dir / "config.json", *sorted(model_dir.glob("*.safetensors"))):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]
 
 
 def write_gguf(model_dir: Path, dtype: str, path: Path) -> None:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PEERS = ("transformers", "llama.cpp")
+
 
 @dataclass(frozen=True)
 class Target:
-    """``metric`` of ``contestant`` over that of the best of ``rivals`` in the same round."""
+    """``metric`` of ``contestant`` over that of the best of ``rivals`` in the same round.
+
+    A peer stands for all of its variants that took part: ``llama.cpp`` also for ``llama.cpp:dtype=float16``.
+    """
 
     what: str
     workload: str
@@ -16,6 +21,9 @@ class Target:
     rivals: tuple[str, ...]
     at_least: float
     lower_is_better: bool = False  # then the ratio is the other way round: above 1 is better still
+
+    def is_rival(self, label: str) -> bool:
+        return label in self.rivals or any(label.startswith(f"{rival}:") for rival in self.rivals if rival in PEERS)
 
     def ratio(self, own: float, rivals: list[float]) -> float:
         return min(rivals) / own if self.lower_is_better else own / max(rivals)

@@ -1,8 +1,12 @@
 """Collectives over one group of ranks: the only home of a sum across ranks.
 
-A group is an object that is passed in; nothing here knows of a world. Sums run over float32 in rank order, so every
-rank holds the same bits. Three implementations behind one interface: ``SoloComm`` (a group of one, no-ops),
-``ShmComm`` (shared memory, ranks on one machine's CPUs; parallel/shm.py), ``TorchComm`` (gloo between machines, NCCL between GPUs).
+A group is an object that is passed in; nothing here knows of a world. On CPUs a sum runs in float32 and in rank order,
+so every rank holds the same bits, on one machine or on several. Implementations behind one interface:
+
+    SoloComm     a group of one: no-ops
+    ShmComm      ranks on one machine's CPUs: shared memory            parallel/shm.py
+    GlooComm     ranks on the CPUs of several machines: gloo           parallel/gloo.py
+    NcclComm     ranks on GPUs: NCCL
 """
 
 from __future__ import annotations
@@ -33,8 +37,37 @@ class Comm(Protocol):
     def broadcast(self, x: Tensor) -> Tensor:
         """Rank 0's ``x``, written into ``x`` on the others."""
 
+    def abort(self) -> None:
+        """Make an operation that is blocked raise MeshAborted soon. The group is of no use afterwards. Thread-safe."""
+
     def close(self) -> None:
         """Leave the group. Never blocks on other ranks."""
+
+
+class PairComm(Protocol):
+    """Point-to-point messages of a group of two."""
+
+    def start_send(self, x: Tensor) -> Any:
+        """Begin sending ``x``, which may not change until ``finish_send`` has taken what this returns."""
+
+    def finish_send(self, sending: Any) -> None: ...
+
+    def recv(self, x: Tensor) -> Tensor:
+        """The next message, written into ``x``."""
+
+    def abort(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def sum_in_rank_order(parts: Sequence[Tensor], out: Tensor) -> Tensor:
+    """The sum of one part a rank, in float32, rounded once into ``out`` (which may be one of the parts)."""
+    if len(parts) == 2:  # one addition rounds like this anyway
+        return torch.add(parts[0], parts[1], out=out)
+    total = parts[0].to(torch.float32, copy=True)
+    for part in parts[1:]:
+        total += part
+    return out.copy_(total)
 
 
 class SoloComm:
@@ -52,12 +85,15 @@ class SoloComm:
     def broadcast(self, x: Tensor) -> Tensor:
         return x
 
+    def abort(self) -> None:
+        return None
+
     def close(self) -> None:
         return None
 
 
-class TorchComm:
-    """A group over a process group of torch.distributed (gloo or NCCL) that belongs to this object alone."""
+class NcclComm:
+    """A group over an NCCL communicator that belongs to this object alone. NCCL cannot tell which rank is missing."""
 
     def __init__(self, group: Any, rank: int, size: int, timeout_s: float, name: str) -> None:
         self.rank = rank
@@ -67,72 +103,64 @@ class TorchComm:
         self._name = name
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        self._wait("all_reduce", lambda: self._group.allreduce([x]))
+        x = x.contiguous()
+        self._run("all_reduce", lambda: self._group.allreduce([x]))
         return x
 
     def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor | None:
         padded = torch.nn.functional.pad(x, (0, max(widths) - widths[self.rank])).contiguous()
         blocks = [torch.empty_like(padded) for _ in widths]
-        self._wait("gather", lambda: self._group.allgather([blocks], [padded]))
+        self._run("gather", lambda: self._group.allgather([blocks], [padded]))
         if self.rank != 0:
             return None
         return torch.cat([block[..., :width] for block, width in zip(blocks, widths, strict=True)], dim=-1)
 
     def broadcast(self, x: Tensor) -> Tensor:
-        self._wait("broadcast", lambda: self._group.broadcast([x], _broadcast_options()))
+        buffer = x.contiguous()
+        self._run("broadcast", lambda: self._group.broadcast([buffer], _from_rank_0()))
+        return x if buffer is x else x.copy_(buffer)
+
+    def start_send(self, x: Tensor) -> Any:
+        x = x.contiguous()
+        return x, self._explained("send", lambda: self._group.send([x], 1 - self.rank, 0))
+
+    def finish_send(self, sending: Any) -> None:
+        self._explained("send", sending[1].wait)
+
+    def recv(self, x: Tensor) -> Tensor:
+        self._run("receive", lambda: self._group.recv([x], 1 - self.rank, 0))
         return x
 
-    def start_send(self, x: Tensor, to_rank: int) -> Any:
-        """Begin sending ``x``, which must live until ``finish`` has taken the returned work."""
-        return self._start(f"send to stage {to_rank}", lambda: self._group.send([x], to_rank, 0))
-
-    def recv(self, x: Tensor, from_rank: int) -> Tensor:
-        self._wait(f"receive from stage {from_rank}", lambda: self._group.recv([x], from_rank, 0))
-        return x
-
-    def finish(self, operation: str, work: Any) -> None:
-        try:
-            work.wait()
-        except RuntimeError as error:
-            raise self._explain(operation, error) from error
+    def abort(self) -> None:
+        if self._group is not None:
+            self._group.abort()
 
     def close(self) -> None:
         self._group = None
 
-    def _wait(self, operation: str, start: Callable[[], Any]) -> None:
-        self.finish(operation, self._start(operation, start))
+    def _run(self, operation: str, start: Callable[[], Any]) -> None:
+        self._explained(operation, lambda: start().wait())
 
-    def _start(self, operation: str, start: Callable[[], Any]) -> Any:
+    def _explained(self, operation: str, call: Callable[[], Any]) -> Any:
         try:
-            return start()
+            return call()
         except RuntimeError as error:
-            raise self._explain(operation, error) from error
+            raise self._explain(f"{self._name} {operation}", error) from error
 
     def _explain(self, operation: str, error: RuntimeError) -> MeshError:
-        what = f"{self._name} {operation}"
         if "imed out" in str(error):
-            return CollectiveTimeout(what, self._timeout_s)
-        return PeerLost(what, str(error).splitlines()[0])
+            return CollectiveTimeout(operation, self._timeout_s)
+        return PeerLost(operation, str(error).splitlines()[0])
 
 
-def open_torch_comm(
-    store: dist.Store, rank: int, size: int, device: torch.device, bind_host: str, timeout_s: float, name: str
-) -> TorchComm:
-    """A process group of its own for one group of ranks: NCCL on CUDA, gloo (TCP on ``bind_host``) on CPU."""
-    timeout = datetime.timedelta(seconds=timeout_s)
-    if device.type == "cuda":
-        nccl = dist.ProcessGroupNCCL.Options()
-        nccl._timeout = timeout
-        group: Any = dist.ProcessGroupNCCL(store, rank, size, nccl)
-    else:
-        gloo = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=bind_host)]
-        gloo._timeout = timeout
-        group = dist.ProcessGroupGloo(store, rank, size, gloo)  # type: ignore[call-overload]
-    return TorchComm(group, rank, size, timeout_s, name)
+def open_nccl_comm(store: dist.Store, rank: int, size: int, timeout_s: float, name: str) -> NcclComm:
+    """A communicator of its own for one group of ranks."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = datetime.timedelta(seconds=timeout_s)
+    return NcclComm(dist.ProcessGroupNCCL(store, rank, size, options), rank, size, timeout_s, name)
 
 
-def _broadcast_options() -> Any:
+def _from_rank_0() -> Any:
     options = dist.BroadcastOptions()
     options.rootRank = 0
     options.rootTensor = 0

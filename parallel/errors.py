@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from shardray.parallel.place import Member
+
 
 class MeshError(RuntimeError):
     """A mesh can no longer run; it has to be formed again."""
@@ -13,25 +17,28 @@ class MeshError(RuntimeError):
 class CollectiveTimeout(MeshError):
     """A rank did not arrive at a collective within its deadline.
 
-    ``missing`` holds the ranks (of the group) known not to have arrived; empty when the backend cannot tell.
+    ``missing`` holds the ranks of the mesh known not to have arrived; empty when the backend cannot tell.
     """
 
-    def __init__(self, operation: str, waited_s: float, missing: tuple[int, ...] = ()) -> None:
-        who = f"rank {', '.join(map(str, missing))} did not arrive" if missing else "a rank did not arrive"
-        super().__init__(f"{operation}: {who} within {waited_s:g} s")
+    def __init__(self, operation: str, waited_s: float, missing: Sequence[Member] = ()) -> None:
+        super().__init__(f"{operation}: {_names(missing)} did not arrive within {waited_s:g} s")
         self.operation = operation
         self.waited_s = waited_s
-        self.missing = missing
+        self.missing = tuple(member.rank for member in missing)
 
 
 class PeerLost(MeshError):
-    """A rank's process ended, or its connection broke."""
+    """A rank's process ended, or its connection broke. ``missing``: the ranks of the mesh, where they are known."""
 
-    def __init__(self, operation: str, cause: str, missing: tuple[int, ...] = ()) -> None:
-        super().__init__(f"{operation}: {cause}")
+    def __init__(self, operation: str, cause: str, missing: Sequence[Member] = ()) -> None:
+        super().__init__(f"{operation}: lost {_names(missing)}: {cause}")
         self.operation = operation
-        self.missing = missing
+        self.missing = tuple(member.rank for member in missing)
 
 
 class MeshAborted(MeshError):
     """This rank was told to leave its mesh."""
+
+
+def _names(members: Sequence[Member]) -> str:
+    return " and ".join(map(str, members)) or "a rank"

@@ -6,6 +6,7 @@ A block may be empty (more ranks than heads): its product is zeros, and the sum 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -13,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardray.parallel.comm import Comm
-
-_PREPACKABLE = (torch.bfloat16, torch.float16)
 
 
 class Linear:
@@ -24,7 +23,7 @@ class Linear:
         self.out_size, self.in_size = weight.shape
         self.num_bytes = weight.numel() * weight.element_size()
         self._bias = bias
-        self._packed = weight.device.type == "cpu" and weight.dtype in _PREPACKABLE and _can_prepack(weight)
+        self._packed = weight.device.type == "cpu" and weight.numel() > 0 and _can_prepack(weight.dtype)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._packed else weight
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -35,8 +34,14 @@ class Linear:
         return F.linear(x, self._weight, self._bias)
 
 
-def _can_prepack(weight: Tensor) -> bool:
-    return weight.numel() > 0 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+@functools.cache
+def _can_prepack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has kernels for this two-byte type on this processor."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float16 and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 class ColumnParallelLinear(Linear):

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import enum
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 _Penalty = Callable[[float, float], float]
 _ALIGNMENT = 8  # rows per unit of a wide axis where it divides: 16 bytes of a two-byte type, what tensor cores want
@@ -99,8 +101,8 @@ def make_plan(
 
 def split_units(count: int, weights: Sequence[float]) -> tuple[range, ...]:
     """``count`` units in contiguous blocks proportional to ``weights`` (largest remainders are rounded up)."""
-    total = sum(weights)
-    quotas = [count * weight / total for weight in weights]
+    exact = [Fraction(weight) for weight in weights]  # no rounding, so that the blocks always add up
+    quotas = [count * weight / sum(exact) for weight in exact]
     shares = [int(quota) for quota in quotas]
     by_remainder = sorted(range(len(weights)), key=lambda rank: (shares[rank] - quotas[rank], rank))
     for rank in by_remainder[: count - sum(shares)]:
@@ -145,7 +147,9 @@ def _lowest_cut(
 def _stages(sizes: ModelSizes, pp_size: int, stage_layers: Sequence[int] | None) -> tuple[range, ...]:
     num_layers = len(sizes.layer_costs)
     if not 1 <= pp_size <= num_layers:
-        raise PlanError(f"pipeline_parallel_size {pp_size}: a model of {num_layers} layers has 1 to {num_layers} stages")
+        raise PlanError(
+            f"pipeline_parallel_size {pp_size}: {num_layers} layers can be cut into 1 to {num_layers} stages"
+        )
     if stage_layers is None:
         costs = list(sizes.layer_costs)
         costs[0] += sizes.embed_cost
@@ -164,7 +168,7 @@ def _check_tensor_split(tensor_split: Sequence[float] | None, tp_size: int) -> S
         raise PlanError(f"tensor_parallel_size {tp_size}: must be at least 1")
     if tensor_split is None:
         return (1.0,) * tp_size
-    if len(tensor_split) != tp_size or min(tensor_split) <= 0:
+    if len(tensor_split) != tp_size or not all(0 < weight < math.inf for weight in tensor_split):
         raise PlanError(f"tensor_split {list(tensor_split)}: give {tp_size} positive weights, one for each tensor rank")
     return tensor_split
 
@@ -175,5 +179,5 @@ def _kv_head(sizes: ModelSizes, head: int) -> int:
 
 def _kv_range(sizes: ModelSizes, heads: range) -> range:
     if not heads:
-        return range(0, 0)
+        return range(0)
     return range(_kv_head(sizes, heads[0]), _kv_head(sizes, heads[-1]) + 1)

@@ -35,7 +35,6 @@ class HfGenerate:
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             setup.model_dir, dtype=dtype, attn_implementation="sdpa"
         )
-        self._model.eval()
         self._model.generation_config.eos_token_id = None
         self.details: dict[str, Any] = {"versions": {name: version(name) for name in ("transformers", "torch")}}
 

@@ -126,6 +126,7 @@ async def _assign(
             num_threads=shares[rank].num_threads,
             cpu_ids=shares[rank].cpu_ids,
             step_timeout_s=config.engine.step_timeout_s,
+            form_timeout_s=timeout_s,
             model_dir=recipe.model_dir,
             dtype=config.model.dtype,
             max_model_len=config.model.max_model_len,

@@ -21,6 +21,7 @@ class ShardAssignment(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int = 1
     cpu_ids: tuple[int, ...] = ()  # pin to these cores; empty: do not pin
     step_timeout_s: float = 30.0
+    form_timeout_s: float = 120.0  # of each wait for the other ranks while the mesh forms
     model_dir: str
     dtype: str  # "float32", "bfloat16", "float16"
     max_model_len: int | None = None

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
 
 _GIB = 1 << 30
+_CGROUP_FILES = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
 
 
 @dataclass(frozen=True)
@@ -36,11 +41,11 @@ class PageBudget:
 
 def choose_num_pages(budget: PageBudget, device: torch.device) -> int:
     """Pages for one rank. Raises MemoryError if not even one full-length sequence fits, with the numbers."""
+    if budget.page_bytes == 0:
+        return budget.most_pages
     memory_bytes = budget.kv_memory_bytes
     if memory_bytes is None:
         memory_bytes = _free_bytes(budget, device)
-    if budget.page_bytes == 0:
-        return budget.most_pages
     num_pages = min(memory_bytes // budget.page_bytes, budget.most_pages)
     if num_pages < budget.pages_of_one:
         room = max(0, num_pages) * budget.block_size
@@ -57,5 +62,19 @@ def _free_bytes(budget: PageBudget, device: torch.device) -> int:
         free, total = torch.cuda.mem_get_info(device)
         left = int(free - (1.0 - budget.memory_utilization) * total)
     else:
-        left = int(psutil.virtual_memory().available * budget.memory_utilization) // budget.num_ranks_here
+        left = int(available_bytes() * budget.memory_utilization) // budget.num_ranks_here
     return left - budget.step_bytes
+
+
+def available_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """What this machine has left, or less if the container that this process runs in may not use so much."""
+    left = int(psutil.virtual_memory().available)
+    for limit_file, used_file, stat_file, cached_field in _CGROUP_FILES:
+        try:
+            limit, used = (cgroup / limit_file).read_text().strip(), int((cgroup / used_file).read_text())
+            stat = dict(line.split() for line in (cgroup / stat_file).read_text().splitlines())
+        except OSError:
+            continue  # another version of cgroups, or none
+        if limit != "max":
+            left = min(left, int(limit) - used + int(stat.get(cached_field, 0)))  # cached files are given up on demand
+    return max(0, left)

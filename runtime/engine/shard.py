@@ -37,6 +37,7 @@ __all__ = ["Rendezvous", "Shard", "ShardAssignment", "ShardInfo", "form_shard", 
 
 Progress = Callable[[str, float], None]
 
+_LOAD_TIMEOUT_S = 3600.0
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -173,7 +174,9 @@ def _allocate_pages(
     place, device = mesh.spec, mesh.spec.device
     num_layers, num_kv_heads = len(plan.stages[place.stage]), len(plan.kv_heads[place.tp_rank])
     head_dim, block_size = spec.attention.head_dim, assignment.block_size
-    mesh.agree_on_minimum("weights loaded", 1)  # free memory is measured once everyone's weights are in it
+    # Free memory is measured once everyone's weights are in it. A rank that dies meanwhile is noticed at once; one that
+    # loads from a slow disk may take its time.
+    mesh.agree_on_minimum("weights loaded", 1, timeout_s=_LOAD_TIMEOUT_S)
     budget = PageBudget(
         page_bytes=KVPages.page_bytes(num_layers, block_size, num_kv_heads, head_dim, dtype),
         block_size=block_size,
@@ -225,6 +228,7 @@ def _mesh_spec(assignment: ShardAssignment) -> MeshSpec:
         bind_host=assignment.bind_host,
         device=torch.device(assignment.device),
         timeout_s=assignment.step_timeout_s,
+        form_timeout_s=assignment.form_timeout_s,
     )
 
 

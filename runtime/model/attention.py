@@ -2,7 +2,10 @@
 
 Legend: T tokens of the step, R rows (sequences), n query heads, g KV heads, d head size, P pages, b tokens a page.
 
-    keys[layer], values[layer]    (P, b, g, d)      token i of a sequence lies in page block_table[i // b], at i % b
+    keys[layer]      (P, g, d, b)      token i of a sequence lies in page block_table[i // b], at i % b
+    values[layer]    (P, g, b, d)
+
+What one KV head holds of a page is one tile, which a kernel streams; keys lie so that a vector runs over tokens.
 
 Rows of one token (decodes) come first in a step. The reference gathers a row's pages and calls SDPA;
 runtime/model/kernels holds kernels that read the pages in place.
@@ -54,11 +57,13 @@ class KVPages:
         self, num_layers: int, num_pages: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
         device: torch.device,
     ) -> None:  # fmt: skip
-        shape = (num_layers, num_pages, block_size, num_kv_heads, head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        shape = (num_layers, num_pages, num_kv_heads)
+        self.keys = torch.empty((*shape, head_dim, block_size), dtype=dtype, device=device)
+        self.values = torch.empty((*shape, block_size, head_dim), dtype=dtype, device=device)
         self.num_pages = num_pages
         self.block_size = block_size
+        self.key_addresses = [layer.data_ptr() for layer in self.keys]
+        self.value_addresses = [layer.data_ptr() for layer in self.values]
         self.num_bytes = 2 * self.keys.numel() * self.keys.element_size()
 
     @staticmethod
@@ -67,15 +72,16 @@ class KVPages:
 
     def write(self, layer: int, keys: Tensor, values: Tensor, cache_index: Tensor) -> None:
         """Store this step's (T, g, d) keys and values."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, cache_index, keys)
-        self.values[layer].flatten(0, 1).index_copy_(0, cache_index, values)
+        pages, offsets = cache_index // self.block_size, cache_index % self.block_size
+        self.keys[layer][pages, :, :, offsets] = keys
+        self.values[layer][pages, :, offsets] = values
 
     def gather(self, layer: int, block_table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
-        """One row's keys and values, each (context_len, g, d)."""
+        """One row's keys and values, each (g, context_len, d)."""
         pages = block_table[: -(-context_len // self.block_size)].long()
-        keys = self.keys[layer].index_select(0, pages).flatten(0, 1)
-        values = self.values[layer].index_select(0, pages).flatten(0, 1)
-        return keys[:context_len], values[:context_len]
+        keys = self.keys[layer].index_select(0, pages).permute(1, 0, 3, 2).flatten(1, 2)
+        values = self.values[layer].index_select(0, pages).transpose(0, 1).flatten(1, 2)
+        return keys[:, :context_len], values[:, :context_len]
 
 
 class PagedAttention:
@@ -110,7 +116,7 @@ class PagedAttention:
     def _attend_row(self, queries: Tensor, pages: KVPages, layer: int, block_table: Tensor, context_len: int) -> Tensor:
         keys, values = pages.gather(layer, block_table, context_len)
         if not self._one_to_one:
-            keys, values = keys.index_select(1, self._kv_of_head), values.index_select(1, self._kv_of_head)
+            keys, values = keys.index_select(0, self._kv_of_head), values.index_select(0, self._kv_of_head)
         num_tokens = queries.shape[0]
         mask = None
         if 1 < num_tokens < context_len:
@@ -118,8 +124,8 @@ class PagedAttention:
             mask = mask.tril(diagonal=context_len - num_tokens)
         out = F.scaled_dot_product_attention(
             queries.transpose(0, 1)[None],
-            keys.transpose(0, 1)[None],
-            values.transpose(0, 1)[None],
+            keys[None],
+            values[None],
             attn_mask=mask,
             is_causal=mask is None and num_tokens > 1,
             scale=self.scale,

@@ -7,7 +7,7 @@ tensors are all named before a byte of weights is read.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -41,18 +41,26 @@ class ParameterLoader:
     ) -> None:
         self._checkpoint = checkpoint
         self._sources = family.sources(spec)
-        self._prefixes = family.prefixes
+        self._prefix = _stored_prefix(checkpoint, family)
         self._spec = spec
         self._plan = plan
         self._tp_rank = tp_rank
         self._dtype = dtype
-        _check(checkpoint, family, spec, self._stored_name)
+        self._embedding: Tensor | None = None  # kept for a tied head on the same rank
+        self._check(family)
 
     def embedding(self) -> Parameters:
-        return self._load(embedding_parameters(self._spec), None)
+        found = self._load(embedding_parameters(self._spec), None)
+        self._embedding = found["embed.weight"]
+        return found
 
     def head(self) -> Parameters:
-        return self._load(head_parameters(self._spec), None)
+        """A head tied to an embedding that this loader has read is that same tensor."""
+        parameters = head_parameters(self._spec)
+        if not self._spec.tied_embeddings or self._embedding is None:
+            return self._load(parameters, None)
+        del parameters["head.weight"]
+        return self._load(parameters, None) | {"head.weight": self._embedding}
 
     def layer(self, index: int) -> Parameters:
         return self._load(layer_parameters(self._spec), index)
@@ -69,37 +77,48 @@ class ParameterLoader:
         return tensor.t().contiguous() if source.transposed else tensor
 
     def _stored_name(self, source: Source, layer: int | None) -> str:
+        """With the checkpoint's prefix, except for what such checkpoints keep outside of it."""
         name = source.name.format(layer=layer)
-        found = (prefix + name for prefix in self._prefixes if prefix + name in self._checkpoint.tensors)
-        return next(found, self._prefixes[0] + name)
+        tensors = self._checkpoint.tensors
+        return name if name in tensors and self._prefix + name not in tensors else self._prefix + name
+
+    def _check(self, family: Family) -> None:
+        """Raise CheckpointError naming all that is missing, ill-shaped or unexpected."""
+        present, needed = self._checkpoint.tensors, self._needed_shapes()
+        unexpected = (name for name in present.keys() - needed.keys() if not _is_ignored(name, family))
+        problems = {
+            "missing": sorted(needed.keys() - present.keys()),
+            "unexpected": sorted(unexpected),
+            "of another shape than config.json says": [
+                f"{name} {present[name].shape} instead of {shape}"
+                for name, shape in needed.items()
+                if name in present and present[name].shape != shape
+            ],
+        }
+        if any(problems.values()):
+            found = "; ".join(f"{what}: {_name_some(names)}" for what, names in problems.items() if names)
+            raise CheckpointError(f"{self._checkpoint.folder}: does not hold this model's tensors. {found}")
+
+    def _needed_shapes(self) -> dict[str, tuple[int, ...]]:
+        """For each tensor of the checkpoint, the shape that holds all that is read from it."""
+        needed: dict[str, tuple[int, ...]] = {}
+        for layer, parameters in _all_parameters(self._spec):
+            for name, parameter in parameters.items():
+                source = self._sources[name]
+                shape = (parameter.shape[0] + source.start, *parameter.shape[1:])
+                shape = shape[::-1] if source.transposed else shape
+                stored = self._stored_name(source, layer)
+                needed[stored] = max(needed.get(stored, shape), shape)
+        return needed
+
+
+def _stored_prefix(checkpoint: Checkpoint, family: Family) -> str:
+    """The first of the family's prefixes that any of the checkpoint's names has."""
+    return next(prefix for prefix in family.prefixes if any(name.startswith(prefix) for name in checkpoint.tensors))
 
 
 def _shift(index: tuple[slice, ...], start: int) -> tuple[slice, ...]:
     return (slice(index[0].start + start, index[0].stop + start), *index[1:])
-
-
-def _check(
-    checkpoint: Checkpoint, family: Family, spec: DecoderSpec, stored_name: Callable[[Source, int | None], str]
-) -> None:
-    """Raise CheckpointError naming what is missing, ill-shaped or unexpected."""
-    needed: dict[str, tuple[int, ...]] = {}  # stored name -> the least shape that holds all that is read from it
-    sources = family.sources(spec)
-    for layer, parameters in _all_parameters(spec):
-        for name, parameter in parameters.items():
-            source = sources[name]
-            shape = (parameter.shape[0] + source.start, *parameter.shape[1:])
-            stored = stored_name(source, layer)
-            shape = shape[::-1] if source.transposed else shape
-            needed[stored] = max(needed.get(stored, shape), shape)
-    present = checkpoint.tensors
-    wrong = [
-        f"{name} has shape {present[name].shape}, expected {shape}"
-        for name, shape in needed.items()
-        if name in present and present[name].shape != shape
-    ]
-    _refuse(checkpoint, "lacks", sorted(needed.keys() - present.keys()))
-    _refuse(checkpoint, "does not fit config.json:", wrong)
-    _refuse(checkpoint, "has unexpected tensors", sorted(_unexpected(present.keys() - needed.keys(), family)))
 
 
 def _all_parameters(spec: DecoderSpec) -> Iterable[tuple[int | None, dict[str, Parameter]]]:
@@ -108,11 +127,10 @@ def _all_parameters(spec: DecoderSpec) -> Iterable[tuple[int | None, dict[str, P
     yield from ((index, layer) for index in range(spec.num_layers))
 
 
-def _unexpected(names: Iterable[str], family: Family) -> list[str]:
-    return [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in family.ignored)]
+def _is_ignored(name: str, family: Family) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in family.ignored)
 
 
-def _refuse(checkpoint: Checkpoint, what: str, found: list[str]) -> None:
-    if found:
-        more = f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
-        raise CheckpointError(f"{checkpoint.folder} {what} {'; '.join(found[:_MAX_NAMED])}{more}")
+def _name_some(names: list[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return ", ".join(names[:_MAX_NAMED]) + more

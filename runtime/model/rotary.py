@@ -26,43 +26,77 @@ def read_rotary(config: Mapping[str, Any], head_dim: int) -> Rotary:
 
     Raises ModelConfigError for a scaling that is not known or lacks a field.
     """
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(parameters.get("rope_theta") or config.get("rope_theta") or _DEFAULT_THETA)
-    share = float(parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
-    return Rotary(theta, int(head_dim * share), _read_scaling(parameters, config))
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(parameters, Mapping):
+        raise ModelConfigError(f"config.json: rope_scaling is {parameters!r}, expected an object")
+    both = {**config, **{field: value for field, value in parameters.items() if value is not None}}
+    dim = int(head_dim * _number(both, "partial_rotary_factor", 1.0))
+    if dim < 2 or dim % 2:
+        raise ModelConfigError(f"config.json: rotary positions need an even number of elements of each head, not {dim}")
+    return Rotary(_number(both, "rope_theta", _DEFAULT_THETA), dim, _read_scaling(parameters, config))
 
 
 def _read_scaling(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> Scaling | None:
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    trained = parameters.get("original_max_position_embeddings") or config.get("max_position_embeddings")
-    try:
-        if kind == "default":
-            return None
-        if kind == "linear":
-            return LinearScaling(float(parameters["factor"]))
-        if kind == "llama3":
-            low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
-            return Llama3Scaling(float(parameters["factor"]), low, high, int(trained or 0))
-        if kind == "yarn":
-            return _read_yarn(parameters, int(trained or 0))
-    except KeyError as error:
-        raise ModelConfigError(f"config.json: rope_scaling of type {kind!r} lacks {error.args[0]!r}") from None
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return LinearScaling(_number(parameters, "factor"))
+    if kind == "llama3":
+        return _read_llama3(parameters, _trained_positions(parameters, config))
+    if kind == "yarn":
+        return _read_yarn(parameters, config)
     raise ModelConfigError(
         f"config.json: rope_type {kind!r} is not supported (supported: default, linear, llama3, yarn)"
     )
 
 
-def _read_yarn(parameters: Mapping[str, Any], trained: int) -> YarnScaling:
+def _read_llama3(parameters: Mapping[str, Any], trained: int) -> Llama3Scaling:
+    low, high = _number(parameters, "low_freq_factor"), _number(parameters, "high_freq_factor")
+    if not low < high:
+        raise ModelConfigError(f"config.json: low_freq_factor {low:g} must be below high_freq_factor {high:g}")
+    return Llama3Scaling(_number(parameters, "factor"), low, high, trained)
+
+
+def _read_yarn(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> YarnScaling:
+    trained = _trained_positions(parameters, config)
+    stretched = (_maybe(config, "max_position_embeddings") or trained) / trained
     return YarnScaling(
-        factor=float(parameters["factor"]),
+        factor=_number(parameters, "factor", stretched),
         original_max_position=trained,
-        beta_fast=float(parameters.get("beta_fast") or 32.0),
-        beta_slow=float(parameters.get("beta_slow") or 1.0),
-        attention_factor=parameters.get("attention_factor"),
-        mscale=parameters.get("mscale"),
-        mscale_all_dim=parameters.get("mscale_all_dim"),
+        beta_fast=_number(parameters, "beta_fast", 32.0),
+        beta_slow=_number(parameters, "beta_slow", 1.0),
+        attention_factor=_maybe(parameters, "attention_factor"),
+        mscale=_maybe(parameters, "mscale"),
+        mscale_all_dim=_maybe(parameters, "mscale_all_dim"),
         truncate=bool(parameters.get("truncate", True)),
     )
+
+
+def _trained_positions(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> int:
+    """The window before it was stretched."""
+    field = "original_max_position_embeddings"
+    trained = _maybe(config, field) or _maybe(parameters, field) or _maybe(config, "max_position_embeddings")
+    if trained is None:
+        raise ModelConfigError(f"config.json: the rotary scaling lacks {field!r}")
+    return int(trained)
+
+
+def _maybe(fields: Mapping[str, Any], field: str) -> float | None:
+    """A positive number; None where the field is absent, null or zero."""
+    value = fields.get(field)
+    if not value:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ModelConfigError(f"config.json: {field} is {value!r}, expected a positive number")
+    return float(value)
+
+
+def _number(fields: Mapping[str, Any], field: str, default: float | None = None) -> float:
+    value = _maybe(fields, field) or default
+    if value is None:
+        raise ModelConfigError(f"config.json: the rotary scaling lacks {field!r}")
+    return value
 
 
 def rotary_table(rotary: Rotary, num_positions: int) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 import shardray
 from shardray import LLM, SamplingParams
 from shardray.runtime.engine.request import FieldError, FinishReason
-
 from tests.tiny_models import Reference, save_llama
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from shardray import LLM, SamplingParams
 
+from shardray import LLM, SamplingParams
 from tests.engine.test_same_tokens import check_tokens, make_arrivals
 from tests.ranks import RankPool
 from tests.tiny_models import Reference, save_gpt2, save_llama

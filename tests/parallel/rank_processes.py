@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from shardray.parallel.mesh import Mesh, MeshSpec, Rendezvous, open_mesh
+from shardray.parallel.mesh import MeshSpec, Rendezvous, open_mesh
 
 LOOPBACK = "127.0.0.1"
-ANSWER_TIMEOUT_S = 60.0
+ANSWER_TIMEOUT_S = 120.0
 HIDDEN_SIZE, MAX_TOKENS = 24, 32
 Work = Callable[..., Any]
 
@@ -61,7 +61,7 @@ class RankProcesses:
     def run(
         self, work: Work, *args: Any, tp_size: int, pp_size: int = 1, lost: Sequence[int] = (), **fields: Any
     ) -> list[Any]:
-        """``work(mesh, *args)`` on every rank of a new mesh. ``lost`` ranks are killed or stopped by the work itself."""
+        """``work(mesh, *args)`` on every rank of a new mesh. The work itself kills or stops the ranks in ``lost``."""
         rendezvous = Rendezvous(LOOPBACK)
         epoch = secrets.token_hex(4)
         size = tp_size * pp_size

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -36,23 +37,44 @@ class Family:
 
 
 def required(config: Mapping[str, Any], field: str, kind: type[T]) -> T:
-    """A field that the config must have. Raises ModelConfigError naming it."""
+    """A field that the config must have; a number has to be positive. Raises ModelConfigError naming it."""
     value = config.get(field)
-    if not isinstance(value, kind) or isinstance(value, bool):
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
         raise ModelConfigError(f"config.json: {field} is {value!r}, expected {kind.__name__}")
+    if isinstance(value, (int, float)) and kind is not bool and value <= 0:
+        raise ModelConfigError(f"config.json: {field} is {value!r}, expected a positive {kind.__name__}")
     return value
+
+
+def optional(config: Mapping[str, Any], field: str, default: T) -> T:
+    """A field of the type of its default, which stands for an absent or null one. Raises ModelConfigError naming it."""
+    return default if config.get(field) is None else required(config, field, type(default))
 
 
 def choice(config: Mapping[str, Any], field: str, default: str, accepted: Mapping[str, T]) -> T:
     """One of the accepted values of a field. Raises ModelConfigError listing them."""
-    value = config.get(field, default)
-    if value not in accepted:
-        raise ModelConfigError(f"config.json: {field} {value!r} is not supported (supported: {', '.join(accepted)})")
+    value = config.get(field) or default
+    if not isinstance(value, str) or value not in accepted:
+        raise ModelConfigError(f"config.json: {field} {value!r} is not supported; {nearest_of(value, accepted)}")
     return accepted[value]
+
+
+def nearest_of(value: object, accepted: Iterable[str]) -> str:
+    """What to try instead of ``value``."""
+    nearest = difflib.get_close_matches(str(value), accepted, n=1, cutoff=0.0)[0]
+    return f"the nearest is {nearest!r} (supported: {', '.join(sorted(accepted))})"
 
 
 def refuse_unless(config: Mapping[str, Any], field: str, expected: Any) -> None:
     """Refuse a field whose other values would change the output."""
-    value = config.get(field, expected)
-    if value != expected:
+    value = config.get(field)
+    if value is not None and value != expected:
         raise ModelConfigError(f"config.json: {field} {value!r} is not supported (only {expected!r} is)")
+
+
+def whole_parts(config: Mapping[str, Any], field: str, parts_field: str) -> int:
+    """``config[field] / config[parts_field]``, which has to come out even. Raises ModelConfigError."""
+    whole, parts = required(config, field, int), required(config, parts_field, int)
+    if whole % parts:
+        raise ModelConfigError(f"config.json: {field} {whole} is not a multiple of {parts_field} {parts}")
+    return whole // parts

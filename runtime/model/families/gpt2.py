@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shardray.runtime.model.families.family import Family, Source, choice, refuse_unless, required
+from shardray.runtime.model.families.family import (
+    Family,
+    Source,
+    choice,
+    optional,
+    refuse_unless,
+    required,
+    whole_parts,
+)
 from shardray.runtime.model.spec import Activation, Attention, DecoderSpec, Learned, Mlp, Norm
 
 _ACTIVATIONS: dict[str, Activation] = {
@@ -22,31 +30,31 @@ def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
     refuse_unless(config, "add_cross_attention", False)
     hidden_size = required(config, "n_embd", int)
     num_heads = required(config, "n_head", int)
-    head_dim = hidden_size // num_heads
+    head_dim = whole_parts(config, "n_embd", "n_head")
     num_positions = required(config, "n_positions", int)
     return DecoderSpec(
         vocab_size=required(config, "vocab_size", int),
         hidden_size=hidden_size,
         num_layers=required(config, "n_layer", int),
         max_positions=num_positions,
-        norm=Norm("layer", eps=float(config.get("layer_norm_epsilon", 1e-5))),
+        norm=Norm("layer", eps=optional(config, "layer_norm_epsilon", 1e-5)),
         positions=Learned(num_positions),
         attention=Attention(
             num_heads=num_heads,
             num_kv_heads=num_heads,
             head_dim=head_dim,
-            scale=head_dim**-0.5 if config.get("scale_attn_weights", True) else 1.0,
+            scale=head_dim**-0.5 if optional(config, "scale_attn_weights", True) else 1.0,
             qkv_bias=True,
             out_bias=True,
         ),
         mlp=Mlp(
-            size=config.get("n_inner") or 4 * hidden_size,
+            size=optional(config, "n_inner", 4 * hidden_size),
             activation=choice(config, "activation_function", "gelu_new", _ACTIVATIONS),
             gated=False,
             up_bias=True,
             down_bias=True,
         ),
-        tied_embeddings=bool(config.get("tie_word_embeddings", True)),
+        tied_embeddings=optional(config, "tie_word_embeddings", True),
     )
 
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shardray.runtime.model.families.family import Family, Source, choice, refuse_unless, required
+from shardray.runtime.model.families.family import (
+    Family,
+    Source,
+    choice,
+    optional,
+    refuse_unless,
+    required,
+    whole_parts,
+)
 from shardray.runtime.model.rotary import read_rotary
 from shardray.runtime.model.spec import Activation, Attention, DecoderSpec, Mlp, Norm
 
@@ -22,18 +30,20 @@ def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
     refuse_unless(config, "pretraining_tp", 1)
     hidden_size = required(config, "hidden_size", int)
     num_heads = required(config, "num_attention_heads", int)
-    head_dim = config.get("head_dim") or hidden_size // num_heads
-    attention_bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+    head_dim = optional(config, "head_dim", 0) or whole_parts(config, "hidden_size", "num_attention_heads")
+    has_kv_heads = config.get("num_key_value_heads") is not None
+    group = whole_parts(config, "num_attention_heads", "num_key_value_heads") if has_kv_heads else 1
+    attention_bias, mlp_bias = optional(config, "attention_bias", False), optional(config, "mlp_bias", False)
     return DecoderSpec(
         vocab_size=required(config, "vocab_size", int),
         hidden_size=hidden_size,
         num_layers=required(config, "num_hidden_layers", int),
         max_positions=required(config, "max_position_embeddings", int),
-        norm=Norm("rms", eps=float(config.get("rms_norm_eps", 1e-6))),
+        norm=Norm("rms", eps=optional(config, "rms_norm_eps", 1e-6)),
         positions=read_rotary(config, head_dim),
         attention=Attention(
             num_heads=num_heads,
-            num_kv_heads=config.get("num_key_value_heads") or num_heads,
+            num_kv_heads=num_heads // group,
             head_dim=head_dim,
             scale=head_dim**-0.5,
             qkv_bias=attention_bias,
@@ -46,7 +56,7 @@ def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
             up_bias=mlp_bias,
             down_bias=mlp_bias,
         ),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tied_embeddings=optional(config, "tie_word_embeddings", False),
     )
 
 

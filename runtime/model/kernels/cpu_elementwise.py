@@ -47,14 +47,14 @@ def add_rms_norm(args):
 
 
 def rotate_and_store(args):
-    """args: T, n, g, d, half, qkv (T, n + 2 g, d), cos (T, half), sin (T, half), cache index (T,), keys, values
+    """args: T, n, g, d, half, b, qkv (T, n + 2 g, d), cos (T, half), sin (T, half), cache index (T,), keys, values
 
     Queries are rotated where they are; keys are rotated into their pages, values copied into theirs.
     """
-    a = numba.carray(args, (12,))
-    num_tokens, num_heads, num_kv_heads, head_dim, half = a[1], a[2], a[3], a[4], a[5]
-    qkv, cos, sin = pointer(a[6]), jit.pointer_f32(a[7]), jit.pointer_f32(a[8])
-    cache_index, keys, values = jit.pointer_i64(a[9]), pointer(a[10]), pointer(a[11])
+    a = numba.carray(args, (13,))
+    num_tokens, num_heads, num_kv_heads, head_dim, half, block_size = a[1], a[2], a[3], a[4], a[5], a[6]
+    qkv, cos, sin = pointer(a[7]), jit.pointer_f32(a[8]), jit.pointer_f32(a[9])
+    cache_index, keys, values = jit.pointer_i64(a[10]), pointer(a[11]), pointer(a[12])
     words = np.empty(head_dim, np.uint32)
     head = words.view(np.float32)
     while True:
@@ -62,7 +62,8 @@ def rotate_and_store(args):
         if token >= num_tokens:
             break
         first = token * (num_heads + 2 * num_kv_heads) * head_dim
-        page = cache_index[token] * num_kv_heads * head_dim
+        page, offset = cache_index[token] // block_size, cache_index[token] % block_size
+        tile = block_size * head_dim
         for i in range(num_heads + num_kv_heads):
             load(qkv, first + i * head_dim, head_dim, words)
             for j in range(half):
@@ -72,11 +73,15 @@ def rotate_and_store(args):
                 head[half + j] = high * c + low * s
             if i < num_heads:
                 store(words, head_dim, qkv, first + i * head_dim)
-            else:
-                store(words, head_dim, keys, page + (i - num_heads) * head_dim)
-        start = first + (num_heads + num_kv_heads) * head_dim
-        for j in range(num_kv_heads * head_dim):
-            values[page + j] = qkv[start + j]
+            else:  # a key is a column of its page's (d, b) tile
+                column = (page * num_kv_heads + i - num_heads) * tile + offset
+                for j in range(head_dim):
+                    store(words[j:], 1, keys, column + j * block_size)
+        for i in range(num_kv_heads):
+            start = first + (num_heads + num_kv_heads + i) * head_dim
+            place = (page * num_kv_heads + i) * tile + offset * head_dim
+            for j in range(head_dim):
+                values[place + j] = qkv[start + j]
 
 
 def silu_gate(args):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shardray.runtime.model.attention import KVPages, PagedAttention, StepView
-from shardray.runtime.model.kernels import cpu_attention, cpu_elementwise, jit
+from shardray.runtime.model.kernels import cpu_attention, cpu_elementwise, jit, vector
 from shardray.runtime.model.kernels.jit import Kernel
 from shardray.runtime.model.kernels.ops import Angles, NormWeights, Ops
 from shardray.runtime.model.spec import Activation
@@ -50,20 +50,21 @@ class CpuOps(Ops):
         cos, sin = angles
         self._rotate_and_store(
             self._threads(num_tokens), num_tokens, num_heads, (total_heads - num_heads) // 2, head_dim, cos.shape[1],
-            qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), view.cache_index.data_ptr(),
-            pages.keys[layer].data_ptr(), pages.values[layer].data_ptr(),
+            pages.block_size, qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), view.cache_index.data_ptr(),
+            pages.key_addresses[layer], pages.value_addresses[layer],
         )  # fmt: skip
         return qkv[:, :num_heads]
 
     def attend(self, attention: PagedAttention, queries: Tensor, pages: KVPages, layer: int, view: StepView) -> Tensor:
-        if view.num_decodes == 0 or attention.num_heads == 0:
-            return attention(queries, pages, layer, view)
+        num_kv_heads, block_size, head_dim = pages.values.shape[2:]
+        in_vectors = head_dim % vector.WIDTH == 0 and block_size % vector.WIDTH == 0
+        if view.num_decodes == 0 or attention.num_heads == 0 or not in_vectors:
+            return super().attend(attention, queries, pages, layer, view)
         out = torch.empty(queries.shape, dtype=queries.dtype)
-        num_kv_heads, head_dim = pages.keys.shape[3:]
         self._decode(
-            self._num_threads, view.num_decodes, attention.num_heads, num_kv_heads, head_dim, pages.block_size,
-            view.block_tables.shape[1], queries.data_ptr(), queries.stride(0), pages.keys[layer].data_ptr(),
-            pages.values[layer].data_ptr(), view.block_tables.data_ptr(), view.context_lens.data_ptr(),
+            self._num_threads, view.num_decodes, attention.num_heads, num_kv_heads, head_dim, block_size,
+            view.block_tables.shape[1], queries.data_ptr(), queries.stride(0), pages.key_addresses[layer],
+            pages.value_addresses[layer], view.block_tables.data_ptr(), view.context_lens.data_ptr(),
             attention.groups.data_ptr(), out.data_ptr(), _float_address(attention.scale),
         )  # fmt: skip
         attention.attend_prefills(queries, out, pages, layer, view)

@@ -1,0 +1,84 @@
+"""The logits of every token of chosen rows, through the runner's own slot table, pages and decoder on one rank."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from shardray.runtime.engine.assignment import ShardAssignment
+from shardray.runtime.engine.shard import form_shard
+from shardray.runtime.engine.step import PageGrant, Row, StepPlan
+
+MAX_MODEL_LEN, BLOCK_SIZE, NUM_SLOTS = 128, 16, 4
+
+
+class LogitsOf:
+    """A model folder on one rank. Slots keep what they have seen, as in the engine."""
+
+    def __init__(self, folder: Path, dtype: str = "float32") -> None:
+        self._shard = form_shard(
+            ShardAssignment(
+                epoch="logits",
+                secret="",
+                rank=0,
+                tp_size=1,
+                pp_size=1,
+                nodes=("here",),
+                store_host="",
+                store_port=0,
+                bind_host="127.0.0.1",
+                device="cpu",
+                model_dir=str(folder),
+                dtype=dtype,
+                max_model_len=MAX_MODEL_LEN,
+                max_num_seqs=NUM_SLOTS,
+                max_num_batched_tokens=256,
+                block_size=BLOCK_SIZE,
+                kv_memory_bytes=64 << 20,
+            )
+        )
+        self._seen = [0] * NUM_SLOTS
+        self._granted = False
+
+    def step(self, rows: dict[int, Sequence[int]]) -> dict[int, Tensor]:
+        """Feed the next tokens of some slots; gives (num_tokens, vocab_size) float32 for each."""
+        plan = StepPlan(
+            step=0,
+            starts=(),
+            grants=() if self._granted else self._scattered_pages(),
+            rows=tuple(Row(slot, self._seen[slot], tuple(ids), True) for slot, ids in rows.items()),
+        )
+        self._granted = True
+        runner = self._shard._runner
+        with torch.inference_mode():
+            runner._slots.grant(plan.grants)
+            view = runner._slots.view(plan)
+            view = dataclasses.replace(view, sampled_tokens=torch.arange(plan.num_tokens))
+            logits = runner._decoder(None, runner._pages, view)
+        assert logits is not None
+        decodes_first = sorted(rows, key=lambda slot: len(rows[slot]) > 1)
+        parts = logits.split([len(rows[slot]) for slot in decodes_first])
+        for slot, ids in rows.items():
+            self._seen[slot] += len(ids)
+        return dict(zip(decodes_first, (part.clone() for part in parts), strict=True))
+
+    def __enter__(self) -> LogitsOf:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._shard.close()
+
+    def _scattered_pages(self) -> tuple[PageGrant, ...]:
+        """Pages of the slots interleaved and out of order."""
+        blocks = range(MAX_MODEL_LEN // BLOCK_SIZE)
+        return tuple(
+            PageGrant(slot, 0, tuple((len(blocks) - 1 - block) * NUM_SLOTS + slot for block in blocks))
+            for slot in range(NUM_SLOTS)
+        )
