@@ -102,7 +102,8 @@ def form_shard(
     Raises ModelConfigError, PlanError, CheckpointError or MemoryError for what cannot be served, MeshError for
     ranks that do not come.
     """
-    _use_cores(assignment)
+    _pin(assignment)
+    torch.set_num_threads(1)  # see _use_cores
     folder, device = Path(assignment.model_dir), torch.device(assignment.device)
     family, spec = read_model_config(folder)
     dtype = _dtype(assignment.dtype, folder)
@@ -232,8 +233,17 @@ def _mesh_spec(assignment: ShardAssignment) -> MeshSpec:
     )
 
 
-def _use_cores(assignment: ShardAssignment) -> None:
-    """Bind the calling thread, and the compute threads it will start, to this rank's cores."""
+def _pin(assignment: ShardAssignment) -> None:
+    """Bind the calling thread, and those that it starts from now on, to this rank's cores."""
     if assignment.cpu_ids:
         os.sched_setaffinity(0, assignment.cpu_ids)
+
+
+def _use_cores(assignment: ShardAssignment) -> None:
+    """Let the calling thread, the one that runs the steps, compute with the rank's share of threads.
+
+    No other thread of the process may: every thread that computes in parallel gets an OpenMP team of its own, and once
+    the teams outnumber the cores their members sleep between operations instead of spinning, which costs half the speed.
+    """
+    _pin(assignment)
     torch.set_num_threads(assignment.num_threads)
