@@ -243,7 +243,7 @@ def _use_cores(assignment: ShardAssignment) -> None:
     """Let the calling thread, the one that runs the steps, compute with the rank's share of threads.
 
     No other thread of the process may: every thread that computes in parallel gets an OpenMP team of its own, and once
-    the teams outnumber the cores their members sleep between operations instead of spinning, which costs half the speed.
+    the teams outnumber the cores their members sleep between operations instead of spinning, at half the speed.
     """
     _pin(assignment)
     torch.set_num_threads(assignment.num_threads)
