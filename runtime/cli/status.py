@@ -77,15 +77,18 @@ def describe(fleet: control_pb2.Fleet) -> Group:
 
 
 def _replica_line(replica: control_pb2.Replica) -> str:
+    from shardray.runtime.cluster.messages import stats_from_proto
+
     line = f"replica {replica.replica_id}: {_word(replica)}"
     if replica.reason:
         done = f" {replica.progress:.0%}" if _word(replica) == "loading" else ""
         line += f" – {replica.reason}{done}"
-    stats = replica.stats
-    if stats.num_pages:
+    if replica.stats.num_pages:
+        stats = stats_from_proto(replica.stats)
         line += (
             f", {replica.output_tokens_per_s:.0f} tokens/s, {stats.num_running} running, {stats.num_waiting} waiting, "
-            f"KV {stats.num_used_pages / stats.num_pages:.0%} of {stats.num_pages * stats.block_size:,} tokens, "
+            f"KV {stats.num_used_pages / stats.num_pages:.0%} of {stats.num_pages * stats.block_size:,} tokens "
+            f"({stats.num_full_sequences:.1f} full-length sequences), {stats.kv_waste:.1%} of it wasted, "
             f"step {1000 * stats.step_time_s:.1f} ms"
         )
     return line

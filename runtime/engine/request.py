@@ -136,12 +136,18 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_used_pages: int = 0
     num_cached_tokens: int = 0  # tokens whose keys and values are held
     block_size: int = 0
+    max_model_len: int = 0
     num_steps: int = 0
     num_preemptions: int = 0
     num_prompt_tokens: int = 0  # since start
     num_output_tokens: int = 0
     step_time_s: float = 0.0  # smoothed
     plan_time_s: float = 0.0  # smoothed: scheduler, commit and publish, per step
+
+    @property
+    def num_full_sequences(self) -> float:
+        """Sequences as long as the context window that the pages hold."""
+        return self.num_pages * self.block_size / self.max_model_len if self.max_model_len else 0.0
 
     @property
     def kv_waste(self) -> float:

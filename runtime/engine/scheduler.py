@@ -131,6 +131,7 @@ class Scheduler:
             num_used_pages=self._pool.num_used,
             num_cached_tokens=sum(sequence.num_computed for sequence in self._running),
             block_size=self._pool.block_size,
+            max_model_len=self._limits.max_model_len,
             num_steps=self._num_steps,
             num_preemptions=self._num_preemptions,
             num_prompt_tokens=self._num_prompt_tokens,

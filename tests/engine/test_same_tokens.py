@@ -115,10 +115,35 @@ def test_preemption_for_want_of_pages_changes_no_token(pool: RankPool, tiny: Ref
         assert served.token_ids(arrival.request.request_id) == tiny.greedy(arrival.request.prompt_ids, 60)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (5, 1)], ids=str)
+@pytest.mark.parametrize("shape", QUICK_SHAPES, ids=str)
 def test_smollm2_gives_the_tokens_of_transformers(pool: RankPool, smollm: Reference, shape: tuple[int, int]) -> None:
     arrivals = make_arrivals(49_152, [1, 9, 64], max_tokens=8)
     check_tokens(pool, smollm, shape, arrivals, max_num_seqs=4, max_num_batched_tokens=64)
+
+
+@pytest.mark.parametrize("shape", SLOW_SHAPES, ids=str)
+def test_smollm2_gives_the_tokens_of_transformers_on_fifteen_ranks_and_fewer(
+    large_pool: RankPool, smollm: Reference, shape: tuple[int, int]
+) -> None:
+    arrivals = make_arrivals(49_152, [1, 9, 64], max_tokens=8)
+    check_tokens(large_pool, smollm, shape, arrivals, max_num_seqs=4, max_num_batched_tokens=64)
+
+
+@pytest.mark.slow
+def test_smollm2_gives_the_tokens_of_transformers_for_long_prompts_in_a_large_batch(
+    pool: RankPool, smollm: Reference
+) -> None:
+    lens = [1 + (97 * index) % 700 for index in range(23)] + [700]
+    arrivals = make_arrivals(49_152, lens, max_tokens=6)
+    check_tokens(pool, smollm, (2, 1), arrivals, max_num_seqs=24, max_num_batched_tokens=256, kv_memory_bytes=512 << 20)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2), (2, 2)], ids=str)
+def test_ranks_on_different_machines_give_the_tokens_of_transformers(
+    pool: RankPool, tiny: Reference, shape: tuple[int, int]
+) -> None:
+    nodes = tuple(f"node{rank}" for rank in range(shape[0] * shape[1]))  # so the ranks talk over TCP
+    check_tokens(pool, tiny, shape, make_arrivals(250, [5, 33, 130], max_tokens=8), nodes=nodes)
 
 
 def test_tensor_split_and_stage_layers_change_no_token(pool: RankPool, tiny: Reference) -> None:

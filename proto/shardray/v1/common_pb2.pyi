@@ -250,6 +250,7 @@ class EngineStats(_message.Message):
     NUM_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     STEP_TIME_S_FIELD_NUMBER: _builtins.int
     PLAN_TIME_S_FIELD_NUMBER: _builtins.int
+    MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     num_running: _builtins.int
     """Requests that hold a slot of the batch."""
     num_waiting: _builtins.int
@@ -274,6 +275,8 @@ class EngineStats(_message.Message):
     """Smoothed duration of a step, in seconds."""
     plan_time_s: _builtins.float
     """Smoothed part of a step that plans, commits and publishes, in seconds."""
+    max_model_len: _builtins.int
+    """Tokens of the context window: num_pages * block_size / max_model_len sequences of full length fit."""
     def __init__(
         self,
         *,
@@ -289,10 +292,11 @@ class EngineStats(_message.Message):
         num_output_tokens: _builtins.int = ...,
         step_time_s: _builtins.float = ...,
         plan_time_s: _builtins.float = ...,
+        max_model_len: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "num_cached_tokens", b"num_cached_tokens", "num_output_tokens", b"num_output_tokens", "num_pages", b"num_pages", "num_preemptions", b"num_preemptions", "num_prompt_tokens", b"num_prompt_tokens", "num_running", b"num_running", "num_steps", b"num_steps", "num_used_pages", b"num_used_pages", "num_waiting", b"num_waiting", "plan_time_s", b"plan_time_s", "step_time_s", b"step_time_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "max_model_len", b"max_model_len", "num_cached_tokens", b"num_cached_tokens", "num_output_tokens", b"num_output_tokens", "num_pages", b"num_pages", "num_preemptions", b"num_preemptions", "num_prompt_tokens", b"num_prompt_tokens", "num_running", b"num_running", "num_steps", b"num_steps", "num_used_pages", b"num_used_pages", "num_waiting", b"num_waiting", "plan_time_s", b"plan_time_s", "step_time_s", b"step_time_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
