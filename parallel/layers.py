@@ -20,7 +20,7 @@ class Linear:
     """``x @ weight.T + bias`` on one rank. CPU weights of two bytes are repacked once for oneDNN's kernels."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.out_size, self.in_size = weight.shape
+        self.out_size = weight.shape[0]
         self.num_bytes = weight.numel() * weight.element_size()
         self._bias = bias
         self._packed = weight.device.type == "cpu" and weight.numel() > 0 and _can_prepack(weight.dtype)

@@ -44,7 +44,7 @@ class ReplicaLink:
         self.closed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._on_events = on_events
         self._on_stats = on_stats
-        self._commands: asyncio.Queue[replica_pb2.ReplicaCommand] = asyncio.Queue()
+        self._commands: asyncio.Queue[replica_pb2.ReplicaCommand | None] = asyncio.Queue()
         self._reader: asyncio.Task[None] | None = None
 
     async def connect(self, address: str, secret: str, timeout_s: float = 10.0) -> ServedModel:
@@ -79,8 +79,8 @@ class ReplicaLink:
             await self._channel.close()
 
     async def _outgoing(self) -> AsyncIterator[replica_pb2.ReplicaCommand]:
-        while True:
-            yield await self._commands.get()
+        while (command := await self._commands.get()) is not None:
+            yield command
 
     async def _read(self, call: _Call, stream: AsyncIterator[replica_pb2.ReplicaEvents]) -> None:
         reason = "the driver closed the link"
@@ -97,5 +97,6 @@ class ReplicaLink:
             reason = error.details() or error.code().name
             reason = reason if told else f"the connection to its leader was lost ({reason})"
         finally:
+            self._commands.put_nowait(None)  # ends the outgoing side, which would be left waiting otherwise
             call.cancel()
             self.closed.set_result(reason)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import enum
 import math
-from typing import Any
 
 import msgspec
 
@@ -154,8 +153,3 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
         """Share of the pages in use that holds no token."""
         capacity = self.num_used_pages * self.block_size
         return 1.0 - self.num_cached_tokens / capacity if capacity else 0.0
-
-
-def to_builtins(value: Any) -> Any:
-    """A struct as plain JSON-able data."""
-    return msgspec.to_builtins(value)
