@@ -148,7 +148,7 @@ def test_the_gated_silu_equals_the_reference_at_any_magnitude(dtype: torch.dtype
 def test_the_exponential_is_exact_to_a_few_units_in_the_last_place() -> None:
     import numba
 
-    from shardray.runtime.model.kernels import jit
+    from shardray.parallel.kernels import jit
 
     @numba.njit(fastmath=jit.MATH)
     def exponentials(values: np.ndarray, bits: np.ndarray) -> None:

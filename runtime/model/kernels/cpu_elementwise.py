@@ -12,8 +12,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from shardray.runtime.model.kernels import jit
-from shardray.runtime.model.kernels.jit import FLOAT32
+from shardray.parallel.kernels import jit
+from shardray.parallel.kernels.jit import FLOAT32
 
 _, pointer, load, store = FLOAT32  # replaced by those of the element a kernel is compiled for
 

@@ -7,9 +7,10 @@ import functools
 import torch
 from torch import Tensor
 
+from shardray.parallel.kernels import jit, vector
+from shardray.parallel.kernels.jit import Kernel
 from shardray.runtime.model.attention import KVPages, PagedAttention, StepView
-from shardray.runtime.model.kernels import cpu_attention, cpu_elementwise, jit, vector
-from shardray.runtime.model.kernels.jit import Kernel
+from shardray.runtime.model.kernels import cpu_attention, cpu_elementwise
 from shardray.runtime.model.kernels.ops import Angles, NormWeights, Ops
 from shardray.runtime.model.spec import Activation
 
