@@ -3,7 +3,9 @@
 from shardray.runtime.config.errors import ConfigError
 from shardray.runtime.config.load import config_schema, load_config
 from shardray.runtime.config.settings import (
+    ClusterSettings,
     Config,
+    DriverSettings,
     EngineSettings,
     GrpcSettings,
     LimitsSettings,
@@ -14,8 +16,10 @@ from shardray.runtime.config.settings import (
 from shardray.runtime.config.units import parse_bytes
 
 __all__ = [
+    "ClusterSettings",
     "Config",
     "ConfigError",
+    "DriverSettings",
     "EngineSettings",
     "GrpcSettings",
     "LimitsSettings",

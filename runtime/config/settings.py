@@ -12,7 +12,18 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
-from shardray.runtime.config.units import Bytes, Count, Flag, Fraction, Listen, NonNegative, Positive, RayAddress, Text
+from shardray.runtime.config.units import (
+    Bytes,
+    Count,
+    CountOrZero,
+    Flag,
+    Fraction,
+    Listen,
+    NonNegative,
+    Positive,
+    RayAddress,
+    Text,
+)
 
 _STRICT_KEYS = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -144,6 +155,30 @@ class RaySettings:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class ClusterSettings:
+    """How the fleet keeps itself alive."""
+
+    spares: CountOrZero = 0
+    """Hosts that wait with the runtime imported, to take the place of one that is lost."""
+    degrade: Flag = False
+    """Whether a replica may run in a smaller shape while the cluster lacks room for the configured one."""
+    max_failed_forms: Count = 6
+    """Forms in a row that may fail before a replica is given up, with the last error. Lack of room never counts."""
+    lease_s: Positive = 60.0
+    """Seconds that hosts outlive a driver that is silent; within them a restarted driver takes them over."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class DriverSettings:
+    """What the driver keeps of the requests in its care."""
+
+    journal: Text | None = None
+    """SQLite file of accepted requests and their tokens, so that they outlive the driver; null keeps them in memory."""
+    retain_s: NonNegative = 300.0
+    """Seconds that the end of a request is kept for a client that lost its connection and asks again."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class Config:
     """All settings of one fleet."""
 
@@ -153,3 +188,5 @@ class Config:
     grpc: GrpcSettings = dataclasses.field(default_factory=GrpcSettings)
     limits: LimitsSettings = dataclasses.field(default_factory=LimitsSettings)
     ray: RaySettings = dataclasses.field(default_factory=RaySettings)
+    cluster: ClusterSettings = dataclasses.field(default_factory=ClusterSettings)
+    driver: DriverSettings = dataclasses.field(default_factory=DriverSettings)

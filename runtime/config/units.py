@@ -59,6 +59,7 @@ def _check_ray_address(address: str) -> str:
 
 # Strict, because a YAML `yes` or `"64"` where a number is meant is a mistake worth hearing about.
 Count = Annotated[int, Field(strict=True, ge=1)]
+CountOrZero = Annotated[int, Field(strict=True, ge=0)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(strict=True, gt=0, le=1)]
