@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from shardray.runtime.client import AsyncClient
 from shardray.runtime.config import GrpcSettings, LimitsSettings
 from shardray.runtime.driver.driver import Driver
+from shardray.runtime.driver.operations import FleetOperator
 from shardray.runtime.engine.assignment import ShardInfo
 from shardray.runtime.model.tokenizer import Tokenizer
 from shardray.runtime.server.server import Server
@@ -50,11 +51,12 @@ async def serving(
     limits: LimitsSettings | None = None,
     max_num_seqs: int = 8,
     grpc: GrpcSettings | None = None,
+    operator: Callable[[Driver], FleetOperator] | None = None,
     **options: float,
 ) -> AsyncIterator[Serving]:
     """``options`` are those of the stub replicas."""
     driver = Driver("stub", tokenizer, limits or LimitsSettings(), max_num_seqs)
-    server = Server(grpc or GrpcSettings(listen="127.0.0.1:0"), driver)
+    server = Server(grpc or GrpcSettings(listen="127.0.0.1:0"), driver, operator(driver) if operator else None)
     replicas = [StubReplica(max_num_seqs=max_num_seqs, **options) for _ in range(num_replicas)]
     try:
         address = f"127.0.0.1:{await server.start()}"

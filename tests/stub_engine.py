@@ -43,7 +43,8 @@ class _Sequence:
 
 
 class StubEngine:
-    """``step_time_s`` paces it; ``fail_after_steps`` makes ``run`` raise, as a broken mesh does."""
+    """``step_time_s`` paces it; ``run`` raises, as that of a broken mesh does, after ``fail_after_steps``, and in the
+    step that would make token ``poison_position`` of a prompt that begins with ``poison_id``."""
 
     def __init__(
         self,
@@ -51,11 +52,15 @@ class StubEngine:
         max_num_seqs: int = 8,
         info: StubModel | None = None,
         fail_after_steps: int | None = None,
+        poison_id: int | None = None,
+        poison_position: int = 0,
     ) -> None:
         self.info = info or StubModel()
         self._step_time_s = step_time_s
         self._max_num_seqs = max_num_seqs
         self._fail_after_steps = fail_after_steps
+        self._poison_id = poison_id
+        self._poison_position = poison_position
         self._waiting: list[EngineRequest] = []
         self._running: dict[str, _Sequence] = {}
         self._cancelled: list[str] = []
@@ -114,6 +119,8 @@ class StubEngine:
         while self._waiting and len(self._running) < self._max_num_seqs:
             request = self._waiting.pop(0)
             self._running[request.request_id] = _Sequence(request, len(request.generated_ids))
+        if any(self._breaks(sequence) for sequence in self._running.values()):
+            raise RuntimeError("a step was poisoned")
         tokens = [sequence.next_output(self.info.eos_token_ids) for sequence in self._running.values()]
         for output in tokens:
             if output.finish_reason is not None:
@@ -121,6 +128,10 @@ class StubEngine:
         self._num_steps += bool(tokens)
         self._num_output_tokens += len(tokens)
         return outputs + tokens
+
+    def _breaks(self, sequence: _Sequence) -> bool:
+        poisoned = sequence.request.prompt_ids[0] == self._poison_id
+        return poisoned and sequence.num_generated == self._poison_position
 
     def _cancel_all(self) -> list[TokenOutput]:
         cancelled, self._cancelled = set(self._cancelled), []

@@ -46,9 +46,18 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=512)
     parser.add_argument("--num-kv-tokens", type=int, default=4096)
     parser.add_argument("--fail-after-steps", type=int)
+    parser.add_argument("--poison-id", type=int)
+    parser.add_argument("--poison-position", type=int, default=0)
     options = parser.parse_args()
     model = StubModel(max_model_len=options.max_model_len, num_kv_tokens=options.num_kv_tokens)
-    engine = StubEngine(options.step_time_s, options.max_num_seqs, model, options.fail_after_steps)
+    engine = StubEngine(
+        options.step_time_s,
+        options.max_num_seqs,
+        model,
+        options.fail_after_steps,
+        options.poison_id,
+        options.poison_position,
+    )
     server = LeaderServer()
     print(server.start("127.0.0.1", engine, SECRET), flush=True)
     try:

@@ -16,7 +16,19 @@ from shardray.runtime.cli.shard_table import format_bytes
 from shardray.runtime.config import config_schema
 from shardray.v1 import control_pb2, inference_pb2
 
-COMMANDS = ("pull", "serve", "generate", "chat", "status", "schema", "demo")
+COMMANDS = (
+    "pull",
+    "serve",
+    "generate",
+    "chat",
+    "status",
+    "scale",
+    "reload",
+    "restart",
+    "drain",
+    "schema",
+    "demo",
+)
 HEAVY = ("torch", "ray", "grpc", "tokenizers", "pydantic.dataclasses")
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, TypeVar
 
 import typer
+
+T = TypeVar("T")
 
 DEFAULT_SERVER = "127.0.0.1:50051"
 
@@ -24,3 +27,13 @@ Timeout = Annotated[float | None, typer.Option("--timeout-s", help="Give up afte
 def text_or_stdin(text: str) -> str:
     """``-`` stands for what is piped in."""
     return sys.stdin.read() if text == "-" else text
+
+
+def numbers(text: str | None, option: str, kind: Callable[[str], T]) -> list[T] | None:
+    """``2,1,1`` as numbers. Raises typer.BadParameter."""
+    if text is None:
+        return None
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers, for example 2,1,1", param_hint=option) from None

@@ -19,6 +19,7 @@ from rich.progress import (
 
 FetchProgress = Callable[[str, int, int | None], None]  # (description, bytes or items done, total)
 LoadProgress = Callable[[str, str, float], None]  # (host, what it does, share done in [0, 1])
+StepProgress = Callable[[str, float], None]  # (what is done, share done in [0, 1])
 
 
 @contextlib.contextmanager
@@ -57,6 +58,19 @@ def load_bars() -> Iterator[LoadProgress]:
             if host not in tasks:
                 tasks[host] = bars.add_task(doing, total=1.0, host=host)
             bars.update(tasks[host], description=doing, completed=fraction)
+
+        yield report
+
+
+@contextlib.contextmanager
+def operation_bar() -> Iterator[StepProgress]:
+    """One bar, with what is being done beside it."""
+    columns = (BarColumn(), TextColumn("{task.percentage:3.0f} %  {task.description}"), TimeElapsedColumn())
+    with _bars(*columns) as bars:
+        task = bars.add_task("", total=1.0)
+
+        def report(doing: str, fraction: float) -> None:
+            bars.update(task, description=doing, completed=fraction)
 
         yield report
 

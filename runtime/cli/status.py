@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from datetime import UTC
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -70,8 +71,13 @@ def describe(fleet: control_pb2.Fleet) -> Group:
     head = (
         f"{fleet.model_id}: {state}, {fleet.num_live_requests} requests in flight, {fleet.num_queued_requests} queued"
     )
+    if fleet.num_ready_spares or fleet.num_wanted_spares:
+        head += f", {fleet.num_ready_spares} of {fleet.num_wanted_spares} spares ready"
     lines = [Text(head + (f" – {fleet.reason}" if fleet.reason else ""), style="bold")]
-    lines += [Text(_replica_line(replica)) for replica in fleet.replicas]
+    for replica in fleet.replicas:
+        lines.append(Text(_replica_line(replica)))
+        if replica.num_recoveries or replica.HasField("last_failure"):
+            lines.append(Text(_recovery_line(replica)))
     table = shard_table((replica.replica_id, replica.shards) for replica in fleet.replicas)
     return Group(*lines, table) if table.row_count else Group(*lines)
 
@@ -81,7 +87,7 @@ def _replica_line(replica: control_pb2.Replica) -> str:
 
     line = f"replica {replica.replica_id}: {_word(replica)}"
     if replica.reason:
-        done = f" {replica.progress:.0%}" if _word(replica) == "loading" else ""
+        done = f" {replica.progress:.0%}" if _word(replica) in ("loading", "recovering") else ""
         line += f" – {replica.reason}{done}"
     if replica.stats.num_pages:
         stats = stats_from_proto(replica.stats)
@@ -92,6 +98,30 @@ def _replica_line(replica: control_pb2.Replica) -> str:
             f"step {1000 * stats.step_time_s:.1f} ms"
         )
     return line
+
+
+def _recovery_line(replica: control_pb2.Replica) -> str:
+    """How often it was formed again, and what last made that necessary."""
+    count = replica.num_recoveries
+    parts = [f"{count} recovery" if count == 1 else f"{count} recoveries"] if count else []
+    if replica.HasField("last_failure"):
+        time = replica.last_failure.time.ToDatetime(UTC).astimezone()
+        parts.append(f"last failure {time:%Y-%m-%d %H:%M:%S}: {describe_failure(replica.last_failure)}")
+    return "  " + "; ".join(parts)
+
+
+def describe_failure(failure: control_pb2.Failure) -> str:
+    """Who failed, how, where and why, in one line."""
+    where = ""
+    if failure.HasField("stage"):
+        where = f"stage {failure.stage} tensor rank {failure.tp_rank} (host {failure.host} pid {failure.pid})"
+    words = [where, failure.kind]
+    if failure.HasField("step"):
+        words.append(f"at step {failure.step}")
+    if failure.collective and failure.collective not in failure.cause:
+        words.append(f"in {failure.collective}")
+    event = " ".join(word for word in words if word)
+    return f"{event}: {failure.cause}" if event else failure.cause
 
 
 def _word(message: control_pb2.Fleet | control_pb2.Replica) -> str:

@@ -3,7 +3,18 @@
 from shardray.runtime.client.aio import AsyncClient
 from shardray.runtime.client.blocking import Client
 from shardray.runtime.client.errors import ServerError
+from shardray.runtime.client.operations import Progress, ShapeOptions
 from shardray.runtime.client.requests import Prompt, SamplingOptions
 from shardray.runtime.client.results import Completion, Delta
 
-__all__ = ["AsyncClient", "Client", "Completion", "Delta", "Prompt", "SamplingOptions", "ServerError"]
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "Completion",
+    "Delta",
+    "Progress",
+    "Prompt",
+    "SamplingOptions",
+    "ServerError",
+    "ShapeOptions",
+]

@@ -11,6 +11,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from shardray.runtime.client.channel import DEFAULT_ADDRESS, channel_options
 from shardray.runtime.client.errors import ServerError, readable_errors
+from shardray.runtime.client.operations import (
+    Progress,
+    ShapeOptions,
+    drain_request,
+    reload_request,
+    scale_request,
+    to_progress,
+)
 from shardray.runtime.client.requests import Prompt, SamplingOptions, generate_request, tokenize_request
 from shardray.runtime.client.results import Completion, Delta, join, to_delta
 from shardray.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -93,6 +101,27 @@ class Client:
             finally:
                 call.cancel()
 
+    def scale(self, **change: Unpack[ShapeOptions]) -> Generator[Progress, None, None]:
+        """Run in another shape or on another number of replicas, while clients stream; iterate how far it is.
+
+        Like all operations it begins at once, ends with the iterator, takes as long as it takes, and goes on when the
+        iterator is left. Raises ServerError: ABORTED (another operation is under way), FAILED_PRECONDITION (it cannot
+        be done), INTERNAL (it failed; the fleet is what it was before).
+        """
+        return self._progress(self._control.Scale(scale_request(change)))
+
+    def reload(self, source: str) -> Generator[Progress, None, None]:
+        """Serve the weights of ``source``, which the server reads as its model.source, replica by replica."""
+        return self._progress(self._control.Reload(reload_request(source)))
+
+    def restart(self) -> Generator[Progress, None, None]:
+        """Replace every host by a new process, replica by replica."""
+        return self._progress(self._control.Restart(control_pb2.RestartRequest()))
+
+    def drain(self, timeout_s: float = 60.0) -> Generator[Progress, None, None]:
+        """Take no new requests, let those in flight end for ``timeout_s`` seconds, then stop the server."""
+        return self._progress(self._control.Drain(drain_request(timeout_s)))
+
     def wait_ready(self, timeout_s: float = 600.0) -> None:
         """Until the server takes requests; it need not have been started yet."""
         deadline = time.monotonic() + timeout_s
@@ -117,6 +146,14 @@ class Client:
             try:
                 for response in call:
                     yield to_delta(response)
+            finally:
+                call.cancel()
+
+    def _progress(self, call: Any) -> Generator[Progress, None, None]:
+        with readable_errors(self.address):
+            try:
+                for response in call:
+                    yield to_progress(response)
             finally:
                 call.cancel()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias, TypedDict, cast
 
+from google.protobuf.message import Message
+
 from shardray.runtime.client.errors import ServerError
 from shardray.v1 import common_pb2, inference_pb2
 
@@ -43,12 +45,12 @@ def generate_request(
         request.chat.CopyFrom(chat_messages(cast(Sequence[Mapping[str, str]], prompt)))
     else:
         request.token_ids.SetInParent()
-        _set(request.token_ids, "ids", prompt)
+        set_field(request.token_ids, "ids", prompt)
     for name, value in options.items():
         if name not in common_pb2.SamplingParameters.DESCRIPTOR.fields_by_name:
             raise TypeError(f"unknown sampling option {name!r}; known: {', '.join(SamplingOptions.__annotations__)}")
         if value is not None:
-            _set(request.sampling, name, value)
+            set_field(request.sampling, name, value)
     return request
 
 
@@ -69,7 +71,8 @@ def chat_messages(messages: Sequence[Mapping[str, str]]) -> inference_pb2.ChatMe
     return chat
 
 
-def _set(message: common_pb2.SamplingParameters | common_pb2.TokenIds, name: str, value: object) -> None:
+def set_field(message: Message, name: str, value: object) -> None:
+    """Raises ServerError (INVALID_ARGUMENT) for a value that the field cannot hold."""
     try:
         if isinstance(value, Mapping):
             getattr(message, name).update(value)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shardray.runtime.cluster.remote_host import RemoteHost
+
 
 class ClusterError(RuntimeError):
     """The fleet cannot do what was asked."""
@@ -20,4 +26,8 @@ class HostSilent(ClusterError):
 
 
 class FormError(ClusterError):
-    """A mesh could not be formed; its hosts are unassigned again, or dead."""
+    """A mesh could not be formed; ``survivors`` are unassigned again, its other hosts dead."""
+
+    def __init__(self, message: str, survivors: Sequence[RemoteHost] = ()) -> None:
+        super().__init__(message)
+        self.survivors = tuple(survivors)

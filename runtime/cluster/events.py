@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from shardray.runtime.cluster.reports import RankFailure
+
 
 @dataclass(frozen=True)
 class PlacementWaiting:
@@ -35,14 +37,31 @@ class ReplicaFormed:
 
 
 @dataclass(frozen=True)
-class ReplicaFailed:
-    """A replica that was ready is gone."""
+class ReplicaLost:
+    """A replica's mesh is gone; it is formed again."""
+
+    replica_id: int
+    reason: str
+    cause: RankFailure
+
+
+@dataclass(frozen=True)
+class ReplicaRecovered:
+    """A replica runs again."""
+
+    replica_id: int
+    recovery_s: float  # since its loss was found
+
+
+@dataclass(frozen=True)
+class ReplicaGaveUp:
+    """A replica is not formed again any more."""
 
     replica_id: int
     reason: str
 
 
-ClusterEvent = PlacementWaiting | ShardProgress | ReplicaFormed | ReplicaFailed
+ClusterEvent = PlacementWaiting | ShardProgress | ReplicaFormed | ReplicaLost | ReplicaRecovered | ReplicaGaveUp
 EventSink = Callable[[ClusterEvent], None]  # called in the driver's event loop; must not block
 
 

@@ -73,8 +73,8 @@ async def form(
         assignments = await _assign(ranked, [shares[i] for i in order], recipe, [bind_hosts[i] for i in order])
         reports = await _Forming(ranked, recipe, on_progress).run(assignments)
     except ClusterError as error:
-        await dissolve(ranked)
-        raise FormError(f"forming the mesh failed: {error}") from error
+        survivors = await dissolve(ranked)
+        raise FormError(f"forming the mesh failed: {error}", survivors) from error
     leader = assignments[0]
     return FormedMesh(
         epoch=leader.epoch,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -25,6 +25,10 @@ class HostsNeed:
     cpus_per_host: float
     gpus_per_host: int  # 0 or 1
     strategy: str  # PACK, SPREAD, STRICT_PACK or STRICT_SPREAD
+
+    def of(self, num_hosts: int) -> HostsNeed:
+        """The same for another number of hosts."""
+        return replace(self, num_hosts=num_hosts)
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -65,7 +69,7 @@ async def _wait_until_placed(group: PlacementGroup, need: HostsNeed, timeout_s: 
         remaining_s = deadline - time.monotonic()
         if await asyncio.to_thread(group.wait, max(0.01, min(_POLL_S, remaining_s))):
             return True
-        reason = await asyncio.to_thread(lambda: shortage_now(need) or _busy(need, _free_bundles(need)))
+        reason = await asyncio.to_thread(lambda: shortage_now(need) or _busy(need, free_bundles(need)))
         if remaining_s <= 0:
             raise PlacementError(f"{reason}; gave up after {timeout_s:g} s (ray.form_timeout_s)")
         on_wait(reason, remaining_s)
@@ -105,8 +109,8 @@ def _busy(need: HostsNeed, num_free: int) -> str:
     return f"needs {wanted}, the cluster has enough but at most {num_free} free; other work holds the rest"
 
 
-def _free_bundles(need: HostsNeed) -> int:
-    """An upper bound: Ray tells what is free in all, not where."""
+def free_bundles(need: HostsNeed) -> int:
+    """An upper bound of bundles that fit now: Ray tells what is free in all, not where. Blocks on Ray."""
     free = ray.available_resources()  # type: ignore[no-untyped-call]
     return _num_fitting(need.bundle, free)
 

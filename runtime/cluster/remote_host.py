@@ -84,7 +84,7 @@ async def start_host(group: PlacementGroup, bundle_index: int, need: HostsNeed, 
     name = f"the host of bundle {bundle_index}"
     try:
         frame = await _answer(actor.describe.remote(), timeout_s, f"{name} has not started", name)
-    except ClusterError:
+    except BaseException:
         await asyncio.to_thread(ray.kill, actor)
         raise
     return RemoteHost(actor, bundle_index, msgspec.msgpack.decode(frame, type=HostInfo))

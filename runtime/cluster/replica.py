@@ -1,200 +1,258 @@
-"""Replicas: from settings to running meshes, and back to nothing left behind.
+"""A replica: a mesh that is formed again whenever it ends, and formed anew when its shape is to change.
 
-``ReplicaSet.start`` gives replicas with an address, a secret and shards; the future ``failed`` of each ends with the
-reason when its mesh is no more; ``ReplicaSet.stop`` takes everything back.
+Whoever sends it requests is its outlet: told when a mesh is up, and when it is down until the next one is.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Awaitable, Iterable, Sequence
-from pathlib import Path
-from typing import TypeVar
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
-import ray
-from ray.util.placement_group import PlacementGroup, remove_placement_group
-
-from shardray.runtime.cluster.errors import ClusterError
+from shardray.runtime.cluster.errors import ClusterError, FormError, PlacementError
 from shardray.runtime.cluster.events import (
     EventSink,
     PlacementWaiting,
-    ReplicaFailed,
     ReplicaFormed,
+    ReplicaGaveUp,
+    ReplicaLost,
+    ReplicaRecovered,
     ShardProgress,
-    ignore_events,
 )
-from shardray.runtime.cluster.form import FormedMesh, MeshRecipe, form
-from shardray.runtime.cluster.layout import CoreShare, core_shares
-from shardray.runtime.cluster.placement import HostsNeed, place
-from shardray.runtime.cluster.ray_session import RaySession
-from shardray.runtime.cluster.remote_host import RemoteHost, start_host
-from shardray.runtime.cluster.supervise import MeshWatch
-from shardray.runtime.config import Config
-from shardray.runtime.engine.assignment import ShardInfo
+from shardray.runtime.cluster.form import FormedMesh, MeshRecipe, dissolve, form
+from shardray.runtime.cluster.layout import CoreShare
+from shardray.runtime.cluster.pool import HostPool
+from shardray.runtime.cluster.remote_host import RemoteHost
+from shardray.runtime.cluster.supervise import MeshFailure, MeshWatch
 
 _log = logging.getLogger(__name__)
 _STOP_TIMEOUT_S = 5.0
-_T = TypeVar("_T")
+_ROOM_S = 0.5  # to find out whether there is room for a second mesh beside the first
+_RETRY_S = 1.0  # between two looks for room
+_RELINK_S = 1.0  # for the end of the mesh to show, which is the common cause
+_INFANCY_S = 5.0  # a mesh that ends sooner counts as one that could not be formed
+_MAX_BACK_OFF_S = 10.0
+
+
+class Outlet(Protocol):
+    """Sends requests to meshes."""
+
+    async def up(self, replica_id: int, mesh: FormedMesh) -> None:
+        """Use ``mesh`` from now on, also for what its forerunner has not finished. Raises ConnectionError."""
+
+    def down(self, replica_id: int, reason: str) -> None:
+        """The mesh is no more; keep its requests until the next one is up."""
 
 
 class Replica:
-    """One mesh and the hosts it is made of. ``failed`` is done, with the reason, when the mesh is no more."""
+    """One mesh at a time. ``gave_up`` is done, with the reason, when it is not formed again any more."""
 
-    def __init__(self, replica_id: int, recipe: MeshRecipe, is_local: bool, events: EventSink) -> None:
+    def __init__(
+        self,
+        replica_id: int,
+        recipe: MeshRecipe,
+        pool: HostPool,
+        outlet: Outlet,
+        shares: Callable[[Replica, Sequence[RemoteHost]], list[CoreShare]],
+        is_local: bool,
+        events: EventSink,
+    ) -> None:
         self.replica_id = replica_id
-        self.hosts: list[RemoteHost] = []
-        self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._recipe = recipe
+        self.recipe = recipe
+        self.hosts: list[RemoteHost] = []  # all that it holds, in a mesh or not
+        self.mesh: FormedMesh | None = None
+        self.gave_up: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._pool = pool
+        self._outlet = outlet
+        self._shares = shares
         self._is_local = is_local
         self._events = events
-        self._group: PlacementGroup | None = None
-        self._mesh: FormedMesh | None = None
         self._watch: MeshWatch | None = None
-        self._watching: asyncio.Task[None] | None = None
+        self._formed_s = 0.0
+        self._num_failures = 0  # in a row
+        self._lock = asyncio.Lock()  # held by whoever changes the mesh
+        self._keeper: asyncio.Task[None] | None = None
+        self._relinking: asyncio.Task[None] | None = None
 
-    @property
-    def address(self) -> str:
-        """host:port of the leader's gRPC server."""
-        return self._formed.address
+    async def place(self) -> None:
+        """Get the hosts for the first mesh. Raises ClusterError."""
+        self.hosts = await self._pool.take(self.recipe.size, self._on_wait, self._timeout_s, fresh=True)
 
-    @property
-    def secret(self) -> str:
-        """Shown by whoever calls the leader."""
-        return self._formed.secret
+    async def start(self) -> None:
+        """Form the first mesh, and keep one from then on. Raises ClusterError."""
+        async with self._lock:
+            await self._go(await self._form(self.hosts, self.recipe))
+        self._keeper = asyncio.create_task(self._keep())
 
-    @property
-    def shards(self) -> list[ShardInfo]:
-        """In rank order."""
-        return list(self._formed.shards)
+    async def reshape(self, recipe: MeshRecipe) -> None:
+        """Go over to ``recipe`` on new hosts: beside the present mesh if there is room, else in its place.
 
-    @property
-    def _formed(self) -> FormedMesh:
-        if self._mesh is None:
-            raise ClusterError(f"replica {self.replica_id} is not formed")
-        return self._mesh
+        Raises ClusterError; the replica then runs as before, or is being formed as before.
+        """
+        async with self._lock:
+            try:
+                hosts = await self._pool.take(recipe.size, self._ignore_wait, _ROOM_S, fresh=True)
+            except PlacementError:
+                await self._reshape_in_place(recipe)
+            else:
+                await self._reshape_beside(recipe, hosts)
 
-    async def place(self, need: HostsNeed) -> None:
-        """Get room for the hosts and start them, unassigned. Raises ClusterError."""
-        timeout_s = self._recipe.config.ray.form_timeout_s
-        self._group = await place(need, timeout_s, can_grow=not self._is_local, on_wait=self._on_wait)
-        starting = (start_host(self._group, index, need, timeout_s) for index in range(need.num_hosts))
-        self.hosts = await _all_of(starting)
-
-    async def form(self, shares: Sequence[CoreShare]) -> None:
-        """Form the mesh and set it running under watch; ``shares`` go with ``hosts``. Raises FormError."""
-        bind_hosts = ["127.0.0.1" if self._is_local else host.info.host for host in self.hosts]
-        self._mesh = await form(self.hosts, shares, self._recipe, bind_hosts, self._on_progress)
-        self._watch = MeshWatch(self._mesh, self._recipe.config.engine.step_timeout_s)
-        self._watching = asyncio.create_task(self._until_failure(self._watch))
-        self._events(ReplicaFormed(self.replica_id))
+    def link_lost(self) -> None:
+        """The outlet lost its connection to the mesh; if that still runs, it is connected again, or else replaced."""
+        self._relinking = asyncio.create_task(self._relink(self.mesh))
 
     async def stop(self) -> None:
-        """End the mesh between two steps and give back everything. Idempotent; works in any state."""
-        if self._watch is not None and self._watching is not None:
-            if not self._watching.done():
-                await self._watch.stop(_STOP_TIMEOUT_S)
-            await self._watching
-            self._watch = None
-        await self._give_back()
-        self.failed.cancel()
+        """End the mesh between two steps and give the hosts back. Idempotent; works in any state."""
+        tasks = [task for task in (self._keeper, self._relinking) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._let_go(_STOP_TIMEOUT_S)
+        await self._pool.discard(self.hosts)
+        self.hosts = []
+        self.gave_up.cancel()
 
-    async def _until_failure(self, watch: MeshWatch) -> None:
-        failure = await watch.failure()
-        if failure is None:
+    async def _keep(self) -> None:
+        while not self.gave_up.done():
+            watch = self._watch
+            assert watch is not None
+            failure = await watch.failure()
+            async with self._lock:
+                if watch is self._watch and failure is not None:
+                    await self._recover(failure)
+
+    async def _relink(self, mesh: FormedMesh | None) -> None:
+        await asyncio.sleep(_RELINK_S)
+        async with self._lock:
+            if mesh is None or mesh is not self.mesh or self._watch is None or self._watch.is_ending:
+                return
+            try:
+                await self._outlet.up(self.replica_id, mesh)
+            except ConnectionError as error:
+                _log.error("replica %d: %s; it is formed again", self.replica_id, error)
+                await mesh.hosts[0].kill()  # the watch finds it dead
+
+    async def _recover(self, failure: MeshFailure) -> None:
+        began_s = time.monotonic()
+        self._outlet.down(self.replica_id, failure.reason)
+        _log.error("replica %d lost its mesh: %s", self.replica_id, failure.reason)
+        self._events(ReplicaLost(self.replica_id, failure.reason, failure.failures[0]))
+        self._num_failures = self._num_failures + 1 if began_s - self._formed_s < _INFANCY_S else 0
+        self.mesh = self._watch = None
+        await self._keep_only(failure.survivors)
+        if await self._form_until_it_runs(failure.reason):
+            recovery_s = time.monotonic() - began_s
+            _log.warning("replica %d runs again after %.2f s", self.replica_id, recovery_s)
+            self._events(ReplicaRecovered(self.replica_id, recovery_s))
+
+    async def _form_until_it_runs(self, last_error: str) -> bool:
+        """Form the mesh, as often as it takes; False if that was given up. Waiting for room does not count."""
+        while self._num_failures < self.recipe.config.cluster.max_failed_forms:
+            if self._num_failures:
+                await asyncio.sleep(min(_MAX_BACK_OFF_S, 0.25 * 2 ** (self._num_failures - 1)))
+            try:
+                await self._gather()
+                await self._go(await self._form(self.hosts, self.recipe))
+                return True
+            except PlacementError as error:
+                last_error = str(error)
+                await asyncio.sleep(_RETRY_S)
+            except (ClusterError, ConnectionError) as error:
+                last_error = str(error)
+                self._num_failures += 1
+                _log.error("replica %d could not be formed again: %s", self.replica_id, last_error)
+        reason = f"given up after {self._num_failures} failures in a row, the last one: {last_error}"
+        _log.critical("replica %d: %s", self.replica_id, reason)
+        await self._keep_only(())
+        self.gave_up.set_result(reason)
+        self._events(ReplicaGaveUp(self.replica_id, reason))
+        return False
+
+    async def _reshape_beside(self, recipe: MeshRecipe, hosts: list[RemoteHost]) -> None:
+        old_mesh, old_watch, old_hosts = self.mesh, self._watch, self.hosts
+        try:
+            mesh = await self._form(hosts, recipe)
+        except ClusterError:
+            await self._pool.discard(hosts)
+            raise
+        self.hosts, self.recipe = hosts, recipe
+        try:
+            await self._go(mesh)
+        except ConnectionError as error:
+            raise FormError(str(error)) from error
+        finally:
+            if old_mesh is not None and old_watch is not None:
+                await old_watch.stop(_STOP_TIMEOUT_S)
+            await self._pool.discard(old_hosts)
+
+    async def _reshape_in_place(self, recipe: MeshRecipe) -> None:
+        self._outlet.down(self.replica_id, "its shape is being changed")
+        await self._let_go(_STOP_TIMEOUT_S)
+        before, self.recipe = self.recipe, recipe
+        try:
+            if recipe.size <= len(self.hosts):  # a group cannot shrink: give it back, and take another
+                await self._keep_only(())
+                await self._pool.give_back_empty_groups()
+            await self._gather()
+            await self._go(await self._form(self.hosts, recipe))
+        except (ClusterError, ConnectionError) as error:
+            self.recipe = before
+            await self._form_until_it_runs(str(error))
+            raise FormError(str(error)) from error
+
+    async def _gather(self) -> None:
+        """As many hosts as the recipe needs, those that it has among them. Raises ClusterError."""
+        size = self.recipe.size
+        self._pool.give_back(self.hosts[size:])
+        self.hosts = self.hosts[:size]
+        self.hosts = await self._pool.take(size, self._on_wait, self._timeout_s, self.hosts)
+
+    async def _form(self, hosts: Sequence[RemoteHost], recipe: MeshRecipe) -> FormedMesh:
+        """Raises FormError; ``self.hosts`` then has those that can be used again."""
+        bind_hosts = ["127.0.0.1" if self._is_local else host.info.host for host in hosts]
+        try:
+            return await form(hosts, self._shares(self, hosts), recipe, bind_hosts, self._on_progress)
+        except FormError as error:
+            if hosts is self.hosts:
+                await self._keep_only(error.survivors)
+            raise
+
+    async def _go(self, mesh: FormedMesh) -> None:
+        """Set a mesh running under watch and send it requests. Raises ConnectionError."""
+        self.mesh, self._watch = mesh, MeshWatch(mesh, self.recipe.config.engine.step_timeout_s)
+        self._formed_s = time.monotonic()
+        try:
+            await self._outlet.up(self.replica_id, mesh)
+        except ConnectionError:
+            await self._let_go(_STOP_TIMEOUT_S)
+            raise
+        self._events(ReplicaFormed(self.replica_id))
+
+    async def _let_go(self, timeout_s: float) -> None:
+        """End the mesh between two steps; its hosts have no place afterwards."""
+        mesh, watch = self.mesh, self._watch
+        self.mesh = self._watch = None
+        if mesh is None or watch is None:
             return
-        _log.error("replica %d failed: %s", self.replica_id, failure.reason)
-        await self._give_back()
-        if not self.failed.done():
-            self.failed.set_result(failure.reason)
-        self._events(ReplicaFailed(self.replica_id, failure.reason))
+        await watch.stop(timeout_s)
+        await self._keep_only(await dissolve(mesh.hosts))
 
-    async def _give_back(self) -> None:
-        hosts, self.hosts = self.hosts, []
-        await asyncio.gather(*(host.kill() for host in hosts))
-        group, self._group = self._group, None
-        if group is not None:
-            await asyncio.to_thread(remove_placement_group, group)
+    async def _keep_only(self, hosts: Sequence[RemoteHost]) -> None:
+        gone = [host for host in self.hosts if host not in hosts]
+        self.hosts = list(hosts)
+        await self._pool.discard(gone)
+
+    @property
+    def _timeout_s(self) -> float:
+        return self.recipe.config.ray.form_timeout_s
 
     def _on_wait(self, reason: str, remaining_s: float) -> None:
         self._events(PlacementWaiting(self.replica_id, reason, remaining_s))
 
+    def _ignore_wait(self, reason: str, remaining_s: float) -> None:
+        """No room beside the present mesh: then in its place."""
+
     def _on_progress(self, rank: int, host: RemoteHost, doing: str, fraction: float) -> None:
         self._events(ShardProgress(self.replica_id, rank, host.info.host, host.info.pid, doing, fraction))
-
-
-class ReplicaSet:
-    """All replicas of a fleet, on one connection to Ray."""
-
-    def __init__(self, session: RaySession, replicas: Sequence[Replica]) -> None:
-        self._session = session
-        self.replicas = list(replicas)
-
-    @classmethod
-    async def start(cls, config: Config, model_dir: str | Path, events: EventSink = ignore_events) -> ReplicaSet:
-        """Connect to Ray, place the hosts and form every replica.
-
-        Raises ClusterError, with nothing left behind.
-        """
-        session = await _open_session(config)
-        recipe = MeshRecipe(config, str(model_dir))
-        replicas = [Replica(index, recipe, session.is_local, events) for index in range(config.parallel.replicas)]
-        fleet = cls(session, replicas)
-        try:
-            need = await asyncio.to_thread(hosts_need, config)
-            await _all_of(replica.place(need) for replica in replicas)
-            hosts = [host.info for replica in replicas for host in replica.hosts]
-            shares = iter(core_shares(hosts, config.engine.threads_per_host))
-            await _all_of(replica.form([next(shares) for _ in replica.hosts]) for replica in replicas)
-        except BaseException:
-            await fleet.stop()
-            raise
-        return fleet
-
-    async def stop(self) -> None:
-        """Stop every replica and leave Ray; a local Ray ends. Idempotent."""
-        try:
-            await asyncio.gather(*(replica.stop() for replica in self.replicas))
-        finally:
-            await asyncio.to_thread(self._session.stop)
-
-
-def hosts_need(config: Config) -> HostsNeed:
-    """What one replica asks of the cluster; blocks on Ray."""
-    num_gpus = int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
-    device = config.engine.device
-    return HostsNeed(
-        num_hosts=config.parallel.hosts_per_replica,
-        cpus_per_host=config.ray.cpus_per_host,
-        gpus_per_host=1 if device == "cuda" or (device == "auto" and num_gpus > 0) else 0,
-        strategy=config.ray.placement_strategy,
-    )
-
-
-async def _open_session(config: Config) -> RaySession:
-    """Ray's start cannot be broken off: when cancelled, wait for it and undo it."""
-    opening = asyncio.create_task(asyncio.to_thread(RaySession, config.ray, config.parallel.num_hosts))
-    try:
-        return await asyncio.shield(opening)
-    except asyncio.CancelledError:
-        with contextlib.suppress(ClusterError):
-            session = await opening
-            await asyncio.to_thread(session.stop)
-        raise
-
-
-async def _all_of(awaitables: Iterable[Awaitable[_T]]) -> list[_T]:
-    """Run all; the first ClusterError cancels the others and is raised by itself."""
-
-    async def run(awaitable: Awaitable[_T]) -> _T:
-        return await awaitable
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(run(awaitable)) for awaitable in awaitables]
-    except* ClusterError as errors:
-        first = errors.exceptions[0]
-    else:
-        return [task.result() for task in tasks]
-    raise first

@@ -43,6 +43,11 @@ class MeshWatch:
         self._runs = [asyncio.create_task(host.run()) for host in mesh.hosts]
         self._pulses = [asyncio.create_task(self._pulse(host)) for host in mesh.hosts]
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether there are signs that the mesh has come to its end."""
+        return any(task.done() for task in (*self._runs, *self._pulses))
+
     async def failure(self) -> MeshFailure | None:
         """Wait for the mesh's end. None if ``stop`` asked for it."""
         await asyncio.wait([*self._runs, *self._pulses], return_when=asyncio.FIRST_COMPLETED)

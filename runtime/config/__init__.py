@@ -3,6 +3,7 @@
 from shardray.runtime.config.errors import ConfigError
 from shardray.runtime.config.load import config_schema, load_config
 from shardray.runtime.config.settings import (
+    AutoscalingSettings,
     ClusterSettings,
     Config,
     DriverSettings,
@@ -16,6 +17,7 @@ from shardray.runtime.config.settings import (
 from shardray.runtime.config.units import parse_bytes
 
 __all__ = [
+    "AutoscalingSettings",
     "ClusterSettings",
     "Config",
     "ConfigError",

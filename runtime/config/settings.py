@@ -169,6 +169,35 @@ class ClusterSettings:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class AutoscalingSettings:
+    """More replicas under load, fewer without; parallel.replicas is the start. Keys as in Ray Serve."""
+
+    min_replicas: Count = 1
+    """Fewest replicas."""
+    max_replicas: Count | None = None
+    """Most replicas; null leaves their number alone."""
+    target_ongoing_requests: Positive = 32.0
+    """Requests of one replica, running and queued, that the number of replicas aims at."""
+    upscale_delay_s: NonNegative = 30.0
+    """Seconds that the load has to ask for more replicas before they are added."""
+    downscale_delay_s: NonNegative = 600.0
+    """Seconds that the load has to ask for fewer replicas before they are removed."""
+    upscaling_factor: Positive = 1.0
+    """Share of the missing replicas that is added at a time; above 1 adds more than the load asks for."""
+    downscaling_factor: Positive = 1.0
+    """Share of the needless replicas that is removed at a time."""
+    look_back_period_s: Positive = 30.0
+    """Seconds over which the load is averaged."""
+    metrics_interval_s: Positive = 5.0
+    """Seconds between two looks at the load."""
+
+    def __post_init__(self) -> None:
+        if self.max_replicas is not None and self.min_replicas > self.max_replicas:
+            message = f"exceeds max_replicas {self.max_replicas}; lower it or raise max_replicas"
+            _refuse("min_replicas", self.min_replicas, message)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class DriverSettings:
     """What the driver keeps of the requests in its care."""
 
@@ -190,3 +219,10 @@ class Config:
     ray: RaySettings = dataclasses.field(default_factory=RaySettings)
     cluster: ClusterSettings = dataclasses.field(default_factory=ClusterSettings)
     driver: DriverSettings = dataclasses.field(default_factory=DriverSettings)
+    autoscaling: AutoscalingSettings = dataclasses.field(default_factory=AutoscalingSettings)
+
+    def __post_init__(self) -> None:
+        least, most = self.autoscaling.min_replicas, self.autoscaling.max_replicas
+        if most is not None and not least <= self.parallel.replicas <= most:
+            message = f"is outside of autoscaling's bounds; start with {least} to {most}"
+            _refuse("parallel.replicas", self.parallel.replicas, message)

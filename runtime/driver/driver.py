@@ -1,7 +1,9 @@
 """Takes requests, hands them to replicas, and streams back what they yield.
 
 A request is journalled, waits until a replica has a place, is dispatched there under an id of its own, and ends exactly
-once: by its last token, a stop string, a cancel, its deadline, or the loss of its replica. Use it in one asyncio loop.
+once: by its last token, a stop string, a cancel or its deadline. A replica that is lost, or that gives way to another,
+gives its requests back; they wait in their old places and go on, on any mesh, behind the tokens that were sent. Use it
+in one asyncio loop.
 """
 
 from __future__ import annotations
@@ -11,41 +13,32 @@ import contextlib
 import dataclasses
 import itertools
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from shardray.runtime.cluster.messages import Rejection, ServedModel
 from shardray.runtime.config import LimitsSettings
 from shardray.runtime.driver.errors import (
+    BrokenRequestError,
     DeadlineExceededError,
     DuplicateRequestError,
     QueueFullError,
-    RequestError,
     UnavailableError,
 )
 from shardray.runtime.driver.fleet import Fleet, ReplicaStatus
 from shardray.runtime.driver.journal import Journal, JournalEntry, MemoryJournal
-from shardray.runtime.driver.link import LinkError, ReplicaLink
+from shardray.runtime.driver.link import ReplicaLink
+from shardray.runtime.driver.live import LiveRequest
 from shardray.runtime.driver.queue import WaitingQueue
 from shardray.runtime.driver.router import pick_replica
 from shardray.runtime.driver.stream import RequestStream
+from shardray.runtime.driver.trials import Trials
 from shardray.runtime.engine.assignment import ShardInfo
-from shardray.runtime.engine.request import FieldError, FinishReason, SamplingParams, TokenOutput
+from shardray.runtime.engine.request import EngineStats, FieldError, FinishReason, SamplingParams, TokenOutput
 from shardray.runtime.model.tokenizer import Tokenizer
 
 _RETRY_QUEUE_FULL_S = 1.0
 _RETRY_UNAVAILABLE_S = 2.0
 _SHUTDOWN = "the server is shutting down"
-
-
-@dataclasses.dataclass
-class _Live:
-    """A request that has not ended."""
-
-    entry: JournalEntry
-    stream: RequestStream
-    deadline: asyncio.TimerHandle
-    replica_id: int | None = None  # None: it waits
-    dispatch_id: str = ""
 
 
 class Driver:
@@ -67,12 +60,17 @@ class Driver:
         # A replica gets a few more than it can run, so that a freed place is taken in its next step.
         self._replica_capacity = max_num_seqs + max(1, max_num_seqs // 8)
         self._links: dict[int, ReplicaLink] = {}
+        self._models: dict[int, ServedModel] = {}  # by replica id
         self._waiting = WaitingQueue()
-        self._live: dict[str, _Live] = {}
-        self._dispatched: dict[str, _Live] = {}
-        self._dispatch_counter = itertools.count()
+        self._trials = Trials()
+        self._live: dict[str, LiveRequest] = {}
+        self._dispatched: dict[str, LiveRequest] = {}
+        self._arrivals = itertools.count()
+        self._dispatches = itertools.count()
         self._all_ended = asyncio.Event()
-        self._stopping = False
+        self._closing: set[asyncio.Task[None]] = set()  # keeps them from being collected
+        self.on_link_lost: Callable[[int], None] = lambda replica_id: None
+        self._refusal: str | None = None
 
     @staticmethod
     def choose_seed() -> int:
@@ -81,9 +79,9 @@ class Driver:
 
     def check_available(self) -> ServedModel:
         """The model, if requests can be taken now. Raises UnavailableError with the reason."""
-        if self._stopping:
-            raise UnavailableError(_SHUTDOWN, _RETRY_UNAVAILABLE_S)
-        if self.model is None or not self.fleet.ready_replicas():
+        if self._refusal is not None:
+            raise UnavailableError(self._refusal, _RETRY_UNAVAILABLE_S)
+        if self.model is None or not self.fleet.takes_requests:
             status = self.fleet.snapshot()
             raise UnavailableError(f"the model is {status.state}: {status.reason}", _RETRY_UNAVAILABLE_S)
         return self.model
@@ -113,8 +111,8 @@ class Driver:
         stream = RequestStream(entry, self.tokenizer)
         deadline = asyncio.get_running_loop().call_later(timeout_s, self._expire, request_id, timeout_s)
         self._journal.open(entry)
-        self._live[request_id] = _Live(entry, stream, deadline)
-        self._waiting.push(request_id, priority)
+        live = self._live[request_id] = LiveRequest(entry, stream, deadline, next(self._arrivals))
+        self._waiting.push(request_id, priority, live.arrival)
         self._dispatch()
         return stream
 
@@ -134,62 +132,148 @@ class Driver:
         return True
 
     async def attach(self, replica_id: int, address: str, secret: str, shards: Sequence[ShardInfo]) -> None:
-        """Take a formed replica into service. If it cannot be reached, marks it failed and raises LinkError."""
-        link = ReplicaLink(on_events=self._on_events, on_stats=lambda stats: self.fleet.set_stats(replica_id, stats))
-        self.fleet.set_loading(replica_id, "connecting to the leader", progress=1.0)
-        try:
-            model = await link.connect(address, secret)
-        except LinkError as error:
-            self.fleet.set_failed(replica_id, str(error))
-            raise
-        # Memory may differ from one replica to the next: promise what fits on any.
-        smallest = min(model.num_kv_tokens, self.model.num_kv_tokens if self.model else model.num_kv_tokens)
-        self.model = dataclasses.replace(model, num_kv_tokens=smallest)
+        """Take a formed replica into service; one that it had under this id gives its requests up for it.
+
+        Raises LinkError if it cannot be reached; nothing has changed then.
+        """
+        link = ReplicaLink(self._on_events, lambda stats: self._on_stats(replica_id, link, stats))
+        model = await link.connect(address, secret)
+        before = self._links.pop(replica_id, None)
+        self._take_back(replica_id, before)
         self._links[replica_id] = link
+        self._models[replica_id] = model
+        # Memory may differ from one replica to the next: promise what fits on any.
+        smallest = min(model.num_kv_tokens for model in self._models.values())
+        self.model = dataclasses.replace(model, num_kv_tokens=smallest)
         link.closed.add_done_callback(lambda closed: self._on_link_closed(replica_id, link, closed.result()))
         self.fleet.set_ready(replica_id, shards)
         self._dispatch()
+        if before is not None:
+            await before.close()
 
-    async def detach(self, replica_id: int, reason: str) -> None:
-        """Take a replica out of service: it is marked failed, and its requests fail with ``reason``."""
-        link = self._links.get(replica_id)
-        self._lose(replica_id, reason)
+    def suspend(self, replica_id: int, reason: str) -> None:
+        """A replica is gone for now: what it ran waits, for it or for another one."""
+        link = self._links.pop(replica_id, None)
+        self.fleet.set_recovering(replica_id, reason)
+        if link is not None:
+            lost = self._take_back(replica_id, None)
+            self._judge(lost, reason)
+            self._close_soon(link)
+            self._dispatch()
+
+    async def retire(self, replica_id: int) -> None:
+        """A replica will not come back: others run what it ran."""
+        link = self._links.pop(replica_id, None)
+        self._take_back(replica_id, link)
+        self._models.pop(replica_id, None)
+        self.fleet.remove(replica_id)
+        self._dispatch()
         if link is not None:
             await link.close()
 
-    async def shutdown(self, grace_s: float) -> None:
-        """Refuse new requests, give those in flight ``grace_s`` seconds, fail the rest, close the links."""
-        self._stopping = True
-        self.fleet.stop(_SHUTDOWN)
+    def give_up(self, replica_id: int, reason: str) -> None:
+        """A replica failed for good; without any other, every request fails with ``reason``."""
+        self.suspend(replica_id, reason)
+        self._models.pop(replica_id, None)
+        self.fleet.set_failed(replica_id, reason)
+        if not self.fleet.has_hope:
+            for live in list(self._live.values()):
+                live.stream.fail(UnavailableError(f"replica {replica_id} failed: {reason}", _RETRY_UNAVAILABLE_S))
+                self._end(live)
+
+    def refuse_new(self, reason: str) -> None:
+        """Take no more requests; those in flight go on."""
+        self._refusal = reason
+        self.fleet.stop(reason)
+
+    async def wait_until_idle(self, timeout_s: float) -> None:
+        """Until no request is in flight, or the time is over."""
         if self._live:
             self._all_ended.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(grace_s):
+                async with asyncio.timeout(timeout_s):
                     await self._all_ended.wait()
+
+    async def shutdown(self, grace_s: float) -> None:
+        """Refuse new requests, give those in flight ``grace_s`` seconds, fail the rest, close the links."""
+        self.refuse_new(_SHUTDOWN)
+        await self.wait_until_idle(grace_s)
         for live in reversed(list(self._live.values())):  # newest first: no place is given to one that waits
             live.stream.fail(UnavailableError(_SHUTDOWN, _RETRY_UNAVAILABLE_S))
             self._cancel(live)
         links, self._links = self._links, {}
-        await asyncio.gather(*(link.close() for link in links.values()))
+        await asyncio.gather(*(link.close() for link in links.values()), *self._closing)
         self.fleet.close()
 
     def _candidates(self) -> list[ReplicaStatus]:
-        ready = self.fleet.ready_replicas()
-        return [replica for replica in ready if replica.num_live_requests < self._replica_capacity]
+        return [
+            replica
+            for replica in self.fleet.ready_replicas()
+            if replica.num_live_requests < self._replica_capacity and not self._trials.occupies(replica.replica_id)
+        ]
 
     def _dispatch(self) -> None:
         """Hand waiting requests to replicas, as long as both are there."""
+        if self._trials.is_due:
+            self._try_suspect()
         while self._waiting and (candidates := self._candidates()):
             live = self._live[self._waiting.pop()]
-            replica_id = pick_replica(live.entry, candidates).replica_id
-            # Not the client's id: that one may come again while a replica still has the end of its last use to tell.
-            live.dispatch_id = f"{live.entry.request_id}#{next(self._dispatch_counter)}"
-            live.replica_id = replica_id
-            self._dispatched[live.dispatch_id] = live
-            self.fleet.add_live(replica_id, +1)
-            live.stream.mark_dispatched()
-            self._links[replica_id].submit(live.entry.as_engine_request(live.dispatch_id))
+            self._send(live, pick_replica(live.entry, candidates).replica_id)
         self.fleet.set_requests(len(self._waiting), len(self._live))
+
+    def _try_suspect(self) -> None:
+        """Clear the least loaded replica for a request that has to run alone."""
+        if replicas := self.fleet.ready_replicas():
+            live = self._trials.begin()
+            replica_id = pick_replica(live.entry, replicas).replica_id
+            self._take_back(replica_id, self._links[replica_id])
+            self._send(live, replica_id)
+
+    def _send(self, live: LiveRequest, replica_id: int) -> None:
+        # Not the client's id: that one may come again while a replica still has the end of its last use to tell.
+        live.dispatch_id = f"{live.request_id}#{next(self._dispatches)}"
+        live.replica_id = replica_id
+        live.num_dispatched_with = len(live.entry.sent_ids)
+        self._dispatched[live.dispatch_id] = live
+        self.fleet.add_live(replica_id, +1)
+        live.stream.mark_dispatched()
+        self._links[replica_id].submit(live.entry.as_engine_request(live.dispatch_id))
+
+    def _take_back(self, replica_id: int, link: ReplicaLink | None) -> list[LiveRequest]:
+        """Put what a replica runs back into its place in the queue; ``link`` tells it to stop."""
+        taken = [live for live in self._dispatched.values() if live.replica_id == replica_id]
+        for live in taken:
+            if link is not None:
+                link.cancel(live.dispatch_id)
+            self._withdraw(live)
+            self._waiting.push(live.request_id, live.entry.priority, live.arrival)
+        if link is not None and (suspect := self._trials.current) in taken:
+            self._trials.interrupt()
+            self._waiting.remove(suspect.request_id)  # its trial dispatches it, not its turn
+        return taken
+
+    def _withdraw(self, live: LiveRequest) -> None:
+        """Forget that a request was dispatched."""
+        if live.replica_id is not None:
+            del self._dispatched[live.dispatch_id]
+            self.fleet.add_live(live.replica_id, -1)
+            live.replica_id = None
+
+    def _judge(self, lost: list[LiveRequest], reason: str) -> None:
+        """A mesh broke under these requests: one of them may be why."""
+        if self._trials.current in lost:
+            suspect = self._trials.current
+            self._waiting.remove(suspect.request_id)
+            if self._trials.fail():
+                message = f"this request breaks the step that runs it, also alone: {reason}"
+                suspect.stream.fail(BrokenRequestError(message))
+                self._end(suspect)
+            return
+        for live in lost:
+            live.strike()
+            if live.is_suspect:
+                self._waiting.remove(live.request_id)
+                self._trials.add(live)
 
     def _on_events(self, outputs: list[TokenOutput], rejections: list[Rejection]) -> None:
         for output in outputs:
@@ -200,7 +284,7 @@ class Driver:
                 live.stream.fail(FieldError(rejection.field, rejection.message))
                 self._end(live)
 
-    def _on_output(self, live: _Live, output: TokenOutput) -> None:
+    def _on_output(self, live: LiveRequest, output: TokenOutput) -> None:
         if output.finish_reason is FinishReason.ERROR:
             reason = output.error or "the replica could not finish the request"
             live.stream.fail(UnavailableError(reason, _RETRY_UNAVAILABLE_S))
@@ -213,6 +297,9 @@ class Driver:
             self._end(live)
         elif live.stream.ended:  # a stop string, of which the engine knows nothing
             self._cancel(live)
+        elif live is self._trials.current and live.made_progress:
+            self._trials.acquit()
+            self._dispatch()
 
     def _expire(self, request_id: str, timeout_s: float) -> None:
         live = self._live[request_id]
@@ -220,36 +307,33 @@ class Driver:
         live.stream.fail(DeadlineExceededError(message))
         self._cancel(live)
 
-    def _cancel(self, live: _Live) -> None:
+    def _cancel(self, live: LiveRequest) -> None:
         if live.replica_id is not None and (link := self._links.get(live.replica_id)) is not None:
             link.cancel(live.dispatch_id)
         self._end(live)
 
-    def _end(self, live: _Live) -> None:
+    def _end(self, live: LiveRequest) -> None:
         """Forget a request; its place goes to the next one."""
         live.deadline.cancel()
         del self._live[live.entry.request_id]
         self._journal.close(live.entry.request_id)
         self._waiting.remove(live.entry.request_id)
-        if live.replica_id is not None:
-            del self._dispatched[live.dispatch_id]
-            self.fleet.add_live(live.replica_id, -1)
+        self._trials.forget(live)
+        self._withdraw(live)
         if not self._live:
             self._all_ended.set()
         self._dispatch()
 
+    def _on_stats(self, replica_id: int, link: ReplicaLink, stats: EngineStats) -> None:
+        if self._links.get(replica_id) is link:
+            self.fleet.set_stats(replica_id, stats)
+
     def _on_link_closed(self, replica_id: int, link: ReplicaLink, reason: str) -> None:
         if self._links.get(replica_id) is link:
-            self._lose(replica_id, reason)
+            self.suspend(replica_id, reason)
+            self.on_link_lost(replica_id)
 
-    def _lose(self, replica_id: int, reason: str) -> None:
-        """A replica is gone: its requests fail, and the waiting ones too if it was the last."""
-        self._links.pop(replica_id, None)
-        self.fleet.set_failed(replica_id, reason)
-        lost = [live for live in self._live.values() if live.replica_id == replica_id]
-        if not self.fleet.ready_replicas():
-            lost = list(self._live.values())
-        error: RequestError = UnavailableError(f"replica {replica_id} was lost: {reason}", _RETRY_UNAVAILABLE_S)
-        for live in lost:
-            live.stream.fail(error)
-            self._end(live)
+    def _close_soon(self, link: ReplicaLink) -> None:
+        closing = asyncio.create_task(link.close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)

@@ -29,3 +29,7 @@ class QueueFullError(RetryableError):
 
 class UnavailableError(RetryableError):
     """No replica takes requests, or the one that ran this request was lost."""
+
+
+class BrokenRequestError(RequestError):
+    """The request breaks the step that runs it, also when it runs alone; to send it again is of no use."""

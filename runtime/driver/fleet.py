@@ -23,6 +23,32 @@ class FleetState(enum.StrEnum):
     READY = "ready"
     FAILED = "failed"
     STOPPING = "stopping"
+    RECOVERING = "recovering"  # formed again, after a loss or in another shape; its requests wait
+
+
+# The first of these that any replica is in is the state of the fleet.
+_MOST_TELLING = (
+    FleetState.READY,
+    FleetState.RECOVERING,
+    FleetState.LOADING,
+    FleetState.STOPPING,
+    FleetState.FAILED,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class FailureStatus:
+    """The end of a shard, and with it of its mesh. Stage, rank, host and pid are those of the shard, if it was one."""
+
+    cause: str  # one line
+    stage: int | None = None
+    tp_rank: int | None = None
+    host: str = ""
+    pid: int | None = None
+    kind: str = ""  # "died", "hung", "raised", "lost peer"
+    step: int | None = None  # None: in no step
+    collective: str = ""  # that it, or who waited for it, was in
+    time_s: float = dataclasses.field(default_factory=time.time)  # when it was noticed, in seconds since 1970
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +57,15 @@ class ReplicaStatus:
 
     replica_id: int
     state: FleetState = FleetState.LOADING
-    reason: str = ""  # why it failed or stops, or which step of loading it is at
-    progress: float = 0.0  # of loading, in [0, 1]
+    reason: str = ""  # why it failed or stops, or which step of loading or of a recovery it is at
+    progress: float = 0.0  # of loading or of the recovery, in [0, 1]
     shards: tuple[ShardInfo, ...] = ()
     stats: EngineStats = _NO_STATS
     num_live_requests: int = 0  # dispatched and not ended
     output_tokens_per_s: float = 0.0
     state_time_s: float = 0.0  # when it entered its state, in seconds since 1970
+    num_recoveries: int = 0  # times that it was ready again after a failure
+    last_failure: FailureStatus | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +79,8 @@ class FleetStatus:
     num_queued_requests: int
     num_live_requests: int
     start_time_s: float
+    num_ready_spares: int = 0
+    num_wanted_spares: int = 0
 
 
 class Fleet:
@@ -60,9 +90,12 @@ class Fleet:
         self.model_id = model_id
         self._replicas: dict[int, ReplicaStatus] = {}
         self._stats_times: dict[int, float] = {}
+        self._broken: set[int] = set()  # failed since they were ready last
         self._stop_reason: str | None = None
         self._num_queued = 0
         self._num_live = 0
+        self._num_ready_spares = 0
+        self._num_wanted_spares = 0
         self._start_time_s = time.time()
         self._watchers: set[asyncio.Event] = set()
         self._closed = asyncio.Event()
@@ -74,9 +107,27 @@ class Fleet:
     def set_ready(self, replica_id: int, shards: Sequence[ShardInfo]) -> None:
         ordered = tuple(sorted(shards, key=lambda shard: shard.rank))
         self._enter(replica_id, FleetState.READY, "", progress=1.0, shards=ordered)
+        if replica_id in self._broken:
+            self._broken.discard(replica_id)
+            self._update(replica_id, num_recoveries=self._replicas[replica_id].num_recoveries + 1)
 
     def set_failed(self, replica_id: int, reason: str) -> None:
         self._enter(replica_id, FleetState.FAILED, reason, output_tokens_per_s=0.0)
+
+    def set_recovering(self, replica_id: int, step: str = "", progress: float = 0.0) -> None:
+        """A replica is formed again, its requests wait: ``step`` in a few words, ``progress`` in [0, 1]."""
+        self._enter(replica_id, FleetState.RECOVERING, step, progress=progress, output_tokens_per_s=0.0)
+
+    def set_failure(self, replica_id: int, failure: FailureStatus) -> None:
+        """Keep the latest failure of a replica; when it is ready next, that was a recovery."""
+        if replica_id in self._replicas:
+            self._broken.add(replica_id)
+            self._update(replica_id, last_failure=failure)
+
+    def set_spares(self, num_ready: int, num_wanted: int) -> None:
+        """Hosts that wait to take the place of one that is lost, and how many should."""
+        self._num_ready_spares, self._num_wanted_spares = num_ready, num_wanted
+        self._notify()
 
     def set_stopping(self, replica_id: int, reason: str) -> None:
         self._enter(replica_id, FleetState.STOPPING, reason)
@@ -85,6 +136,7 @@ class Fleet:
         """Forget a replica that will not come back."""
         self._replicas.pop(replica_id, None)
         self._stats_times.pop(replica_id, None)
+        self._broken.discard(replica_id)
         self._notify()
 
     def stop(self, reason: str) -> None:
@@ -122,6 +174,22 @@ class Fleet:
     def ready_replicas(self) -> list[ReplicaStatus]:
         return [replica for replica in self._replicas.values() if replica.state is FleetState.READY]
 
+    def state_of(self, replica_id: int) -> FleetState | None:
+        """None: there is no such replica."""
+        replica = self._replicas.get(replica_id)
+        return None if replica is None else replica.state
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether a replica runs requests, or will in a moment."""
+        states = {replica.state for replica in self._replicas.values()}
+        return bool(states & {FleetState.READY, FleetState.RECOVERING})
+
+    @property
+    def has_hope(self) -> bool:
+        """Whether any replica is not given up."""
+        return any(replica.state is not FleetState.FAILED for replica in self._replicas.values())
+
     def snapshot(self) -> FleetStatus:
         state, reason = self._summary()
         return FleetStatus(
@@ -132,6 +200,8 @@ class Fleet:
             num_queued_requests=self._num_queued,
             num_live_requests=self._num_live,
             start_time_s=self._start_time_s,
+            num_ready_spares=self._num_ready_spares,
+            num_wanted_spares=self._num_wanted_spares,
         )
 
     async def watch(self, min_interval_s: float = 0.0) -> AsyncIterator[FleetStatus]:
@@ -155,7 +225,7 @@ class Fleet:
         replicas = [self._replicas[replica_id] for replica_id in sorted(self._replicas)]
         if self._stop_reason is not None:
             return FleetState.STOPPING, self._stop_reason
-        for state in (FleetState.READY, FleetState.LOADING, FleetState.STOPPING, FleetState.FAILED):
+        for state in _MOST_TELLING:
             reasons = [
                 f"replica {replica.replica_id}: {replica.reason}" for replica in replicas if replica.state is state
             ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import itertools
 
 
 class WaitingQueue:
@@ -12,13 +11,12 @@ class WaitingQueue:
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, str]] = []
         self._arrivals: dict[str, int] = {}
-        self._counter = itertools.count()
 
     def __len__(self) -> int:
         return len(self._arrivals)
 
-    def push(self, request_id: str, priority: int) -> None:
-        arrival = next(self._counter)
+    def push(self, request_id: str, priority: int, arrival: int) -> None:
+        """``arrival`` counts requests; one that comes back takes its old place."""
         self._arrivals[request_id] = arrival
         heapq.heappush(self._heap, (priority, arrival, request_id))
 

@@ -13,6 +13,7 @@ Sharding is derived here once, for all families. Names are the runtime's own; a 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from shardray.parallel.plan import Axis, ModelSizes, ShardPlan
@@ -93,6 +94,20 @@ def model_sizes(spec: DecoderSpec) -> ModelSizes:
     )
 
 
+def num_owned_elements(spec: DecoderSpec, plan: ShardPlan, stage: int, tp_rank: int) -> int:
+    """Parameters that one rank holds. A head tied to an embedding on the same rank is held once."""
+    layers = layer_parameters(spec)
+    parts = [layers] * len(plan.stages[stage])
+    if stage == 0:
+        parts.append(embedding_parameters(spec))
+    if stage == plan.pp_size - 1:
+        head = head_parameters(spec)
+        if stage == 0 and spec.tied_embeddings:
+            del head["head.weight"]
+        parts.append(head)
+    return sum(_num_owned(parameter, plan, tp_rank) for part in parts for parameter in part.values())
+
+
 def _linear(name: str, shape: tuple[int, int], split: Split, bias: bool) -> dict[str, Parameter]:
     found = {f"{name}.weight": Parameter(shape, split)}
     if bias:  # a split over the input leaves the bias whole: it is added once, after the sum
@@ -107,8 +122,9 @@ def _norm(name: str, spec: DecoderSpec) -> dict[str, Parameter]:
     return found
 
 
+def _num_owned(parameter: Parameter, plan: ShardPlan, tp_rank: int) -> int:
+    return math.prod(part.stop - part.start for part in parameter.owned(plan, tp_rank))
+
+
 def _num_elements(parameter: Parameter) -> int:
-    count = 1
-    for size in parameter.shape:
-        count *= size
-    return count
+    return math.prod(parameter.shape)

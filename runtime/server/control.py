@@ -1,34 +1,41 @@
-"""shardray.v1.ControlService over the driver's fleet."""
+"""shardray.v1.ControlService over the driver's fleet and the operator that changes it."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 import grpc.aio
 import msgspec
 
 from shardray.runtime.cluster.messages import stats_to_proto
-from shardray.runtime.driver.fleet import Fleet, FleetState, FleetStatus, ReplicaStatus
+from shardray.runtime.driver.fleet import FailureStatus, Fleet, FleetState, FleetStatus, ReplicaStatus
+from shardray.runtime.driver.operations import FleetOperator
 from shardray.runtime.engine.request import FieldError
+from shardray.runtime.server.operations import OperationRunner, check_drain_timeout, check_scale, check_source
 from shardray.v1 import control_pb2, control_pb2_grpc
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _DEFAULT_INTERVAL_MS = 500
 _MAX_INTERVAL_MS = 60_000
+_NO_OPERATOR = "this server has a fixed fleet: it was started without an operator"
 _STATES = {
     FleetState.LOADING: control_pb2.FLEET_STATE_LOADING,
     FleetState.READY: control_pb2.FLEET_STATE_READY,
     FleetState.FAILED: control_pb2.FLEET_STATE_FAILED,
     FleetState.STOPPING: control_pb2.FLEET_STATE_STOPPING,
+    FleetState.RECOVERING: control_pb2.FLEET_STATE_RECOVERING,
 }
 
 
 class ControlService(control_pb2_grpc.ControlServiceServicer):
-    """Available in every state of the fleet."""
+    """Available in every state of the fleet. Without an operator the fleet can only be looked at."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, operator: FleetOperator | None = None) -> None:
         self._fleet = fleet
+        self._operator = operator
+        self._operations = OperationRunner()
 
     async def GetFleet(self, request: control_pb2.GetFleetRequest, context: _Context) -> control_pb2.GetFleetResponse:
         return control_pb2.GetFleetResponse(fleet=fleet_to_proto(self._fleet.snapshot()))
@@ -42,6 +49,43 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         async for status in self._fleet.watch(interval_ms / 1000):
             yield control_pb2.WatchFleetResponse(fleet=fleet_to_proto(status))
 
+    async def Scale(
+        self, request: control_pb2.ScaleRequest, context: _Context
+    ) -> AsyncIterator[control_pb2.ScaleResponse]:
+        change = check_scale(request)
+        operator = await self._require_operator(context)
+        async for progress in self._operations.run(operator.scale(change)):
+            yield control_pb2.ScaleResponse(progress=progress)
+
+    async def Reload(
+        self, request: control_pb2.ReloadRequest, context: _Context
+    ) -> AsyncIterator[control_pb2.ReloadResponse]:
+        source = check_source(request.source)
+        operator = await self._require_operator(context)
+        async for progress in self._operations.run(operator.reload(source)):
+            yield control_pb2.ReloadResponse(progress=progress)
+
+    async def Restart(
+        self, request: control_pb2.RestartRequest, context: _Context
+    ) -> AsyncIterator[control_pb2.RestartResponse]:
+        operator = await self._require_operator(context)
+        async for progress in self._operations.run(operator.restart()):
+            yield control_pb2.RestartResponse(progress=progress)
+
+    async def Drain(
+        self, request: control_pb2.DrainRequest, context: _Context
+    ) -> AsyncIterator[control_pb2.DrainResponse]:
+        timeout_s = check_drain_timeout(request)
+        operator = await self._require_operator(context)
+        async for progress in self._operations.run(operator.drain(timeout_s)):
+            yield control_pb2.DrainResponse(progress=progress)
+
+    async def _require_operator(self, context: _Context) -> FleetOperator:
+        if self._operator is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, _NO_OPERATOR)
+        assert self._operator is not None  # abort raises
+        return self._operator
+
 
 def fleet_to_proto(status: FleetStatus) -> control_pb2.Fleet:
     fleet = control_pb2.Fleet(
@@ -51,6 +95,8 @@ def fleet_to_proto(status: FleetStatus) -> control_pb2.Fleet:
         replicas=[_replica_to_proto(replica) for replica in status.replicas],
         num_queued_requests=status.num_queued_requests,
         num_live_requests=status.num_live_requests,
+        num_ready_spares=status.num_ready_spares,
+        num_wanted_spares=status.num_wanted_spares,
     )
     fleet.start_time.FromMilliseconds(round(status.start_time_s * 1000))
     return fleet
@@ -67,6 +113,23 @@ def _replica_to_proto(replica: ReplicaStatus) -> control_pb2.Replica:
         stats=stats_to_proto(replica.stats),
         num_live_requests=replica.num_live_requests,
         output_tokens_per_s=replica.output_tokens_per_s,
+        num_recoveries=replica.num_recoveries,
+        last_failure=None if replica.last_failure is None else _failure_to_proto(replica.last_failure),
     )
     message.state_time.FromMilliseconds(round(replica.state_time_s * 1000))
+    return message
+
+
+def _failure_to_proto(failure: FailureStatus) -> control_pb2.Failure:
+    message = control_pb2.Failure(
+        stage=failure.stage,
+        tp_rank=failure.tp_rank,
+        host=failure.host,
+        pid=failure.pid,
+        kind=failure.kind,
+        step=failure.step,
+        collective=failure.collective,
+        cause=failure.cause,
+    )
+    message.time.FromMilliseconds(round(failure.time_s * 1000))
     return message

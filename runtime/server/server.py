@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection
 from shardray.runtime.config import GrpcSettings
 from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.fleet import FleetState
+from shardray.runtime.driver.operations import FleetOperator
 from shardray.runtime.server.control import ControlService
 from shardray.runtime.server.inference import InferenceService
 from shardray.runtime.server.interceptors import StatusInterceptor
@@ -27,11 +28,15 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class Server:
-    """Serves one driver. It is up before the model is: health says NOT_SERVING, Generate UNAVAILABLE."""
+    """Serves one driver. It is up before the model is: health says NOT_SERVING, Generate UNAVAILABLE.
 
-    def __init__(self, settings: GrpcSettings, driver: Driver) -> None:
+    ``operator`` does what Scale, Reload, Restart and Drain ask for; without one they are UNIMPLEMENTED.
+    """
+
+    def __init__(self, settings: GrpcSettings, driver: Driver, operator: FleetOperator | None = None) -> None:
         self._settings = settings
         self._driver = driver
+        self._operator = operator
         self._health = health.aio.HealthServicer()
         self._health_task: asyncio.Task[None] | None = None
         self._stop_task: asyncio.Task[None] | None = None
@@ -41,7 +46,8 @@ class Server:
         check_listen(self._settings.listen)
         self._server = grpc.aio.server(interceptors=[StatusInterceptor()], options=self._options())
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(self._driver), self._server)
-        control_pb2_grpc.add_ControlServiceServicer_to_server(ControlService(self._driver.fleet), self._server)
+        control = ControlService(self._driver.fleet, self._operator)
+        control_pb2_grpc.add_ControlServiceServicer_to_server(control, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._settings.reflection:
             names = (_INFERENCE, _CONTROL, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -78,7 +84,8 @@ class Server:
 
     async def _follow_fleet(self) -> None:
         async for status in self._driver.fleet.watch():
-            serving = _SERVING if status.state is FleetState.READY else _NOT_SERVING
+            takes_requests = status.state in (FleetState.READY, FleetState.RECOVERING)
+            serving = _SERVING if takes_requests else _NOT_SERVING
             await self._health.set("", serving)
             await self._health.set(_INFERENCE, serving)
 

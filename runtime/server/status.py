@@ -10,11 +10,13 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from shardray.runtime.driver.errors import (
+    BrokenRequestError,
     DeadlineExceededError,
     DuplicateRequestError,
     QueueFullError,
     UnavailableError,
 )
+from shardray.runtime.driver.operations import OperationConflictError, OperationError, OperationRefusedError
 from shardray.runtime.engine.request import FieldError
 
 _log = logging.getLogger(__name__)
@@ -35,6 +37,14 @@ def to_status(error: Exception) -> grpc.Status:
             return _status(code_pb2.ALREADY_EXISTS, str(error))
         case DeadlineExceededError():
             return _status(code_pb2.DEADLINE_EXCEEDED, str(error))
+        case BrokenRequestError():
+            return _status(code_pb2.INTERNAL, str(error))
+        case OperationConflictError():
+            return _status(code_pb2.ABORTED, str(error))
+        case OperationRefusedError():
+            return _status(code_pb2.FAILED_PRECONDITION, str(error))
+        case OperationError():  # it failed half-way, and says why itself
+            return _status(code_pb2.INTERNAL, str(error))
     _log.error("unexpected error in a request", exc_info=error)
     return _status(code_pb2.INTERNAL, "internal error; the server's log has the details")
 

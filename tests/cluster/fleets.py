@@ -18,8 +18,15 @@ from shardray.runtime.cluster.layout import core_shares
 from shardray.runtime.cluster.messages import Rejection
 from shardray.runtime.cluster.placement import place
 from shardray.runtime.cluster.remote_host import RemoteHost, start_host
-from shardray.runtime.cluster.replica import Replica, ReplicaSet, hosts_need
-from shardray.runtime.config import Config, EngineSettings, ModelSettings, ParallelSettings, RaySettings
+from shardray.runtime.cluster.replica_set import ReplicaSet, hosts_need
+from shardray.runtime.config import (
+    ClusterSettings,
+    Config,
+    EngineSettings,
+    ModelSettings,
+    ParallelSettings,
+    RaySettings,
+)
 from shardray.runtime.driver.link import ReplicaLink
 from shardray.runtime.engine.request import EngineRequest, SamplingParams, TokenOutput
 
@@ -63,21 +70,50 @@ def reference_ids(folder: Path, prompt_ids: Sequence[int] = PROMPT_IDS, num_toke
 def fleet_config(
     folder: Path, tp_size: int = 1, pp_size: int = 1, replicas: int = 1, address: str = "local", **settings: Any
 ) -> Config:
-    """``settings``: step_timeout_s, form_timeout_s, placement_strategy."""
+    """``settings``: step_timeout_s, form_timeout_s, placement_strategy, spares, max_failed_forms."""
     ray_settings = {key: settings.pop(key) for key in ("form_timeout_s", "placement_strategy") if key in settings}
+    cluster_settings = {key: settings.pop(key) for key in ("spares", "max_failed_forms") if key in settings}
     return Config(
         model=ModelSettings(source=str(folder), dtype="float32"),
         parallel=ParallelSettings(tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size, replicas=replicas),
         engine=EngineSettings(max_num_seqs=8, max_num_batched_tokens=64, kv_memory_bytes=4 << 20, **settings),
         ray=RaySettings(address=address, **ray_settings),
+        cluster=ClusterSettings(**cluster_settings),
     )
 
 
+class RecordingOutlet:
+    """Knows which mesh of a replica is up, and what was told of it."""
+
+    def __init__(self) -> None:
+        self.meshes: dict[int, FormedMesh] = {}
+        self.losses: list[str] = []
+        self._changed = asyncio.Condition()
+
+    async def up(self, replica_id: int, mesh: FormedMesh) -> None:
+        async with self._changed:
+            self.meshes[replica_id] = mesh
+            self._changed.notify_all()
+
+    def down(self, replica_id: int, reason: str) -> None:
+        self.meshes.pop(replica_id, None)
+        self.losses.append(reason)
+
+    async def next_mesh(self, replica_id: int, before: FormedMesh, timeout_s: float = 60.0) -> FormedMesh:
+        """The mesh that comes up after ``before``."""
+        async with asyncio.timeout(timeout_s), self._changed:
+            await self._changed.wait_for(lambda: self.meshes.get(replica_id, before) is not before)
+        return self.meshes[replica_id]
+
+
 @asynccontextmanager
-async def running(config: Config, events: EventSink = ignore_events) -> AsyncIterator[ReplicaSet]:
-    fleet = await ReplicaSet.start(config, config.model.source, events)
+async def running(
+    config: Config, events: EventSink = ignore_events
+) -> AsyncIterator[tuple[ReplicaSet, RecordingOutlet]]:
+    outlet = RecordingOutlet()
+    fleet = await ReplicaSet.start(config, config.model.source, outlet, events)
     try:
-        yield fleet
+        yield fleet, outlet
     finally:
         await fleet.stop()
 
@@ -100,8 +136,8 @@ async def form_from(hosts: Sequence[RemoteHost], config: Config, folder: Path | 
     return await form(hosts, shares, recipe, ["127.0.0.1"] * len(hosts), lambda rank, host, doing, fraction: None)
 
 
-async def generate(replica: Replica | FormedMesh, num_tokens: int = NUM_TOKENS, timeout_s: float = 30.0) -> list[int]:
-    """Greedy tokens from the replica's leader, over the same link that the driver uses."""
+async def generate(mesh: FormedMesh, num_tokens: int = NUM_TOKENS, timeout_s: float = 30.0) -> list[int]:
+    """Greedy tokens from the mesh's leader, over the same link that the driver uses."""
     arrived: asyncio.Queue[list[TokenOutput]] = asyncio.Queue()
 
     def on_events(outputs: list[TokenOutput], rejections: list[Rejection]) -> None:
@@ -109,7 +145,7 @@ async def generate(replica: Replica | FormedMesh, num_tokens: int = NUM_TOKENS, 
         arrived.put_nowait(outputs)
 
     link = ReplicaLink(on_events)
-    await link.connect(replica.address, replica.secret)
+    await link.connect(mesh.address, mesh.secret)
     params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
     link.submit(EngineRequest(request_id="r", prompt_ids=PROMPT_IDS, params=params))
     token_ids: list[int] = []

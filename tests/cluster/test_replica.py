@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 
-from shardray.runtime.cluster.errors import PlacementError
-from shardray.runtime.cluster.events import ClusterEvent, ReplicaFailed, ReplicaFormed, ShardProgress
+from shardray.runtime.cluster.errors import FormError, PlacementError
+from shardray.runtime.cluster.events import ClusterEvent, ReplicaFormed, ReplicaLost, ShardProgress
+from shardray.runtime.cluster.form import MeshRecipe
 from shardray.runtime.cluster.ray_session import RaySession
-from shardray.runtime.cluster.replica import ReplicaSet
-from tests.cluster.fleets import descendants, fleet_config, generate, reference_ids, running, until_gone
+from shardray.runtime.cluster.remote_host import RemoteHost
+from shardray.runtime.cluster.replica_set import ReplicaSet
+from shardray.runtime.cluster.reports import FailureKind
+from tests.cluster.fleets import (
+    RecordingOutlet,
+    descendants,
+    fleet_config,
+    generate,
+    reference_ids,
+    running,
+    until_gone,
+)
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio]
 
@@ -29,13 +43,13 @@ async def _all_cpus_are_free(timeout_s: float = 5.0) -> bool:
 
 
 def _pids(fleet: ReplicaSet) -> list[int]:
-    return [shard.pid for replica in fleet.replicas for shard in replica.shards]
+    return [host.info.pid for replica in fleet.replicas for host in replica.hosts]
 
 
 async def test_two_replicas_answer_like_one_process_and_leave_nothing(local_ray: RaySession, tiny_llama: Path) -> None:
     events: list[ClusterEvent] = []
-    async with running(fleet_config(tiny_llama, tp_size=2, replicas=2), events.append) as fleet:
-        answers = await asyncio.gather(*(generate(replica) for replica in fleet.replicas))
+    async with running(fleet_config(tiny_llama, tp_size=2, replicas=2), events.append) as (fleet, outlet):
+        answers = await asyncio.gather(*(generate(outlet.meshes[replica_id]) for replica_id in (0, 1)))
         assert answers == [reference_ids(tiny_llama)] * 2
         pids = _pids(fleet)
         assert len(set(pids)) == 4
@@ -45,32 +59,133 @@ async def test_two_replicas_answer_like_one_process_and_leave_nothing(local_ray:
     assert {event.rank for event in events if isinstance(event, ShardProgress)} == {0, 1}
 
 
-async def test_a_replica_that_fails_says_why_and_gives_everything_back(
-    local_ray: RaySession, tiny_llama: Path, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("rank", [0, 1])
+async def test_a_killed_host_is_replaced_and_the_others_stay(
+    local_ray: RaySession, tiny_llama: Path, rank: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     events: list[ClusterEvent] = []
-    async with running(fleet_config(tiny_llama, pp_size=2), events.append) as fleet:
-        replica, pids = fleet.replicas[0], _pids(fleet)
-        os.kill(pids[1], signal.SIGKILL)
-        reason = await asyncio.wait_for(replica.failed, timeout=10)
-        assert reason.startswith("stage 1 tensor rank 0 (host ")
-        assert f"pid {pids[1]}) died" in reason
-        assert events[-1] == ReplicaFailed(0, reason)
-        assert await until_gone(pids) == []
-        assert await _all_cpus_are_free()
+    async with running(fleet_config(tiny_llama, pp_size=2), events.append) as (fleet, outlet):
+        before, pids = outlet.meshes[0], _pids(fleet)
+        os.kill(pids[rank], signal.SIGKILL)
+        mesh = await outlet.next_mesh(0, before)
+        assert await generate(mesh) == reference_ids(tiny_llama)
+        assert pids[1 - rank] in _pids(fleet)
+        assert pids[rank] not in _pids(fleet)
+        assert outlet.losses[0].startswith(f"stage {rank} tensor rank 0 (host ")
+        assert f"pid {pids[rank]}) died" in outlet.losses[0]
+        lost = next(event for event in events if isinstance(event, ReplicaLost))
+        assert (lost.cause.stage, lost.cause.pid, lost.cause.kind) == (rank, pids[rank], FailureKind.DIED)
+    assert await _all_cpus_are_free()
     assert "raylet" not in capfd.readouterr().out, "Ray's own words about a death stay off stdout"
+
+
+async def test_a_warm_spare_takes_the_place_and_another_one_is_started(local_ray: RaySession, tiny_llama: Path) -> None:
+    async with running(fleet_config(tiny_llama, tp_size=2, spares=1)) as (fleet, outlet):
+        before = outlet.meshes[0]
+        spare = (await _idle_hosts(fleet, 1))[0]
+        os.kill(before.hosts[1].info.pid, signal.SIGKILL)
+        mesh = await outlet.next_mesh(0, before)
+        assert spare.info.pid in [host.info.pid for host in mesh.hosts]
+        assert await generate(mesh) == reference_ids(tiny_llama)
+        assert (await _idle_hosts(fleet, 1))[0].info.pid != spare.info.pid
+    assert await _all_cpus_are_free()
+
+
+async def test_a_host_that_dies_while_the_mesh_forms_is_replaced_too(local_ray: RaySession, tiny_llama: Path) -> None:
+    async with running(fleet_config(tiny_llama, tp_size=3)) as (fleet, outlet):
+        before, killed = outlet.meshes[0], []
+        os.kill(before.hosts[2].info.pid, signal.SIGKILL)
+        while not outlet.losses:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)  # the others are being formed again, or wait for the new one
+        killed.append(fleet.replicas[0].hosts[0].info.pid)
+        os.kill(killed[0], signal.SIGKILL)
+        mesh = await outlet.next_mesh(0, before)
+        assert not {host.info.pid for host in mesh.hosts} & {before.hosts[2].info.pid, *killed}
+        assert await generate(mesh) == reference_ids(tiny_llama)
+
+
+async def test_a_mesh_that_cannot_be_formed_again_is_given_up_with_the_last_error(
+    local_ray: RaySession, tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    config = fleet_config(folder, tp_size=2, max_failed_forms=2)
+    async with running(config) as (fleet, outlet):
+        (folder / "model.safetensors").unlink()
+        os.kill(outlet.meshes[0].hosts[1].info.pid, signal.SIGKILL)
+        reason = await asyncio.wait_for(fleet.replicas[0].gave_up, timeout=60)
+        assert reason.startswith("given up after 2 failures in a row, the last one: ")
+        assert "safetensors" in reason
+    assert await _all_cpus_are_free()
+
+
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 2), (3, 1), (1, 1)])
+async def test_a_replica_changes_its_shape_beside_the_old_mesh(
+    local_ray: RaySession, tiny_llama: Path, tp_size: int, pp_size: int
+) -> None:
+    async with running(fleet_config(tiny_llama, tp_size=2)) as (fleet, outlet):
+        pids = _pids(fleet)
+        await fleet.replicas[0].reshape(_shape(fleet, tp_size, pp_size))
+        assert outlet.losses == [], "the old mesh served until the new one did"
+        assert len(outlet.meshes[0].hosts) == tp_size * pp_size
+        assert await generate(outlet.meshes[0]) == reference_ids(tiny_llama)
+        assert await until_gone(pids) == []
+    assert await _all_cpus_are_free()
+
+
+async def test_a_replica_changes_its_shape_in_place_where_there_is_no_room_beside(
+    local_ray: RaySession, tiny_llama: Path
+) -> None:
+    num_cpus = int(ray.cluster_resources()["CPU"])
+    others = placement_group([{"CPU": 1.0}] * (num_cpus - 3))
+    ray.get(others.ready(), timeout=10)
+    try:
+        async with running(fleet_config(tiny_llama, tp_size=2)) as (fleet, outlet):
+            for tp_size, pp_size in [(1, 2), (3, 1), (2, 1)]:
+                await fleet.replicas[0].reshape(_shape(fleet, tp_size, pp_size))
+                assert await generate(outlet.meshes[0]) == reference_ids(tiny_llama)
+            assert len(outlet.losses) == 3
+    finally:
+        remove_placement_group(others)
+    assert await _all_cpus_are_free()
+
+
+async def test_a_shape_that_fails_to_form_leaves_the_old_mesh_running(local_ray: RaySession, tiny_llama: Path) -> None:
+    async with running(fleet_config(tiny_llama, tp_size=2)) as (fleet, outlet):
+        before = outlet.meshes[0]
+        with pytest.raises(FormError, match="stages"):
+            await fleet.replicas[0].reshape(_shape(fleet, 1, 5))  # of 4 layers
+        assert outlet.meshes[0] is before
+        assert await generate(before) == reference_ids(tiny_llama)
+    assert await _all_cpus_are_free()
+
+
+def _shape(fleet: ReplicaSet, tp_size: int, pp_size: int) -> MeshRecipe:
+    config = fleet.recipe.config
+    parallel = dataclasses.replace(
+        config.parallel, tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size, stage_layers=None
+    )
+    return MeshRecipe(dataclasses.replace(config, parallel=parallel), fleet.recipe.model_dir)
+
+
+async def _idle_hosts(fleet: ReplicaSet, num_hosts: int, timeout_s: float = 30.0) -> list[RemoteHost]:
+    async with asyncio.timeout(timeout_s):
+        while len(fleet.pool.idle) != num_hosts:
+            await asyncio.sleep(0.05)
+    return fleet.pool.idle
 
 
 async def test_a_fleet_that_cannot_be_placed_leaves_nothing(local_ray: RaySession, tiny_llama: Path) -> None:
     num_cpus = int(ray.cluster_resources()["CPU"])
     with pytest.raises(PlacementError, match=f"needs {num_cpus + 1} CPU bundles, the cluster has {num_cpus} on 1 node"):
-        await ReplicaSet.start(fleet_config(tiny_llama, tp_size=num_cpus + 1), tiny_llama)
+        await ReplicaSet.start(fleet_config(tiny_llama, tp_size=num_cpus + 1), tiny_llama, RecordingOutlet())
     assert await _all_cpus_are_free()
 
 
 async def test_a_start_that_is_cancelled_leaves_nothing(local_ray: RaySession, tiny_llama: Path) -> None:
     before = descendants()
-    starting = asyncio.create_task(ReplicaSet.start(fleet_config(tiny_llama, tp_size=2), tiny_llama))
+    starting = asyncio.create_task(ReplicaSet.start(fleet_config(tiny_llama, tp_size=2), tiny_llama, RecordingOutlet()))
     await asyncio.sleep(0.8)
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):

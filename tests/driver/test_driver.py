@@ -17,14 +17,12 @@ from shardray.runtime.driver.errors import (
     QueueFullError,
     UnavailableError,
 )
-from shardray.runtime.driver.fleet import FleetState
 from shardray.runtime.driver.journal import JournalEntry, MemoryJournal
-from shardray.runtime.driver.link import LinkError
 from shardray.runtime.driver.stream import RequestStream
 from shardray.runtime.engine.request import FinishReason, SamplingParams
 from shardray.runtime.model.tokenizer import Tokenizer
 from tests.serving import SHARD, Serving, eventually, serving
-from tests.stub_replica import SECRET, StubReplica
+from tests.stub_replica import SECRET
 
 pytestmark = pytest.mark.asyncio
 PROMPT = (10, 11, 12)
@@ -176,47 +174,6 @@ async def test_lower_priority_values_are_served_first(tokenizer: Tokenizer) -> N
         names = {"first": 0, "second": 0, "low": 5, "normal": 0, "high": -5}
         await asyncio.gather(*(run(name, priority) for name, priority in names.items()))
         assert order == ["first", "second", "high", "normal", "low"]
-
-
-async def test_a_killed_replica_fails_its_own_requests_only(tokenizer: Tokenizer) -> None:
-    async with serving(tokenizer, num_replicas=2, step_time_s=0.02) as up:
-        lost = up.driver.submit("a", PROMPT, LONG)
-        kept = up.driver.submit("b", PROMPT, SamplingParams(max_tokens=30))
-        await anext(aiter(lost))
-        up.replicas[0].kill()
-        with pytest.raises(UnavailableError, match="replica 0 was lost") as caught:
-            await read_all(lost)
-        assert caught.value.retry_after_s > 0
-        assert len(await read_ids(kept)) == 30
-        status = up.driver.fleet.snapshot()
-        assert (status.state, status.replicas[0].state) == (FleetState.READY, FleetState.FAILED)
-        assert len(await read_ids(up.driver.submit("c", PROMPT, SamplingParams(max_tokens=3)))) == 3
-
-
-async def test_losing_the_last_replica_fails_the_waiting_requests_too(slow: Serving) -> None:
-    streams = [slow.driver.submit(str(number), PROMPT, LONG) for number in range(6)]
-    slow.replicas[0].kill()
-    for stream in streams:
-        with pytest.raises(UnavailableError):
-            await read_all(stream)
-    assert slow.driver.fleet.snapshot().state is FleetState.FAILED
-
-
-async def test_a_detached_replica_can_be_replaced_by_another(slow: Serving) -> None:
-    stream = slow.driver.submit("a", PROMPT, LONG)
-    await slow.driver.detach(0, "host 10.0.0.3 is gone")
-    with pytest.raises(UnavailableError, match=r"host 10\.0\.0\.3 is gone"):
-        await read_all(stream)
-    slow.replicas.append(StubReplica())
-    await slow.driver.attach(0, slow.replicas[-1].address, SECRET, [SHARD])
-    assert len(await read_ids(slow.driver.submit("a", PROMPT, SamplingParams(max_tokens=3)))) == 3
-
-
-async def test_a_replica_that_cannot_be_reached_is_marked_failed(tokenizer: Tokenizer) -> None:
-    driver = Driver("m", tokenizer, LimitsSettings(), 8)
-    with pytest.raises(LinkError):
-        await driver.attach(0, "127.0.0.1:1", SECRET, [SHARD])
-    assert driver.fleet.snapshot().replicas[0].state is FleetState.FAILED
 
 
 async def test_a_shutdown_lets_streams_end_within_the_grace(slow: Serving) -> None:

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from shardray.runtime.driver.fleet import Fleet, FleetState
+from shardray.runtime.driver.fleet import FailureStatus, Fleet, FleetState
 from shardray.runtime.driver.journal import JournalEntry
 from shardray.runtime.driver.router import pick_replica
 from shardray.runtime.engine.request import EngineStats, SamplingParams
@@ -96,3 +96,33 @@ async def test_a_request_goes_to_the_least_loaded_replica_then_to_the_emptier_on
     assert pick_replica(entry, fleet.ready_replicas()).replica_id == 2
     fleet.add_live(2, +1)
     assert pick_replica(entry, fleet.ready_replicas()).replica_id == 1
+
+
+async def test_a_recovering_replica_is_told_with_its_reason_unless_another_one_is_ready() -> None:
+    fleet = Fleet("m")
+    fleet.set_loading(1, "loading weights")
+    fleet.set_recovering(0, "placing a host", 0.25)
+    status = fleet.snapshot()
+    assert (status.state, status.reason) == (FleetState.RECOVERING, "replica 0: placing a host")
+    fleet.set_ready(1, [])
+    assert fleet.snapshot().state is FleetState.READY
+    assert fleet.snapshot().replicas[0].reason == "placing a host"
+
+
+async def test_ready_after_a_failure_is_one_recovery_however_often_it_failed_on_the_way() -> None:
+    fleet = Fleet("m")
+    fleet.set_ready(0, [])
+    for cause in ("killed", "killed again"):
+        fleet.set_recovering(0, cause)
+        fleet.set_failure(0, FailureStatus(cause))
+    fleet.set_ready(0, [])
+    [replica] = fleet.snapshot().replicas
+    assert (replica.num_recoveries, replica.last_failure and replica.last_failure.cause) == (1, "killed again")
+
+
+async def test_a_change_of_shape_is_no_recovery() -> None:
+    fleet = Fleet("m")
+    fleet.set_ready(0, [])
+    fleet.set_recovering(0, "scaling")
+    fleet.set_ready(0, [])
+    assert fleet.snapshot().replicas[0].num_recoveries == 0

@@ -19,7 +19,7 @@ def test_order_is_priority_then_arrival_whatever_was_removed_in_between(
 ) -> None:
     queue = WaitingQueue()
     for number, priority in enumerate(priorities):
-        queue.push(str(number), priority)
+        queue.push(str(number), priority, number)
     removed = data.draw(st.sets(st.sampled_from(range(len(priorities))))) if priorities else set()
     for number in removed:
         queue.remove(str(number))
@@ -29,10 +29,10 @@ def test_order_is_priority_then_arrival_whatever_was_removed_in_between(
 
 def test_a_request_that_comes_back_waits_at_the_end_of_its_priority() -> None:
     queue = WaitingQueue()
-    queue.push("a", 0)
-    queue.push("b", 0)
+    queue.push("a", 0, 0)
+    queue.push("b", 0, 1)
     queue.remove("a")
-    queue.push("a", 0)
+    queue.push("a", 0, 2)
     assert drain(queue) == ["b", "a"]
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from shardray import LLM, SamplingParams
-from shardray.runtime.client import ServerError
+from shardray.runtime.client.requests import SamplingOptions
+from shardray.runtime.driver.fleet import FleetState
 from shardray.runtime.engine.request import FinishReason
 from shardray.runtime.model.tokenizer import Tokenizer
 from tests.real_replica import RealReplica
@@ -107,16 +108,27 @@ async def test_a_cancelled_stream_frees_its_pages(folder: Path, replica: RealRep
         assert answer.finish_reason is FinishReason.LENGTH
 
 
-async def test_a_killed_leader_fails_its_stream_and_the_server_says_so(folder: Path) -> None:
-    replica = RealReplica(folder)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+async def test_the_streams_of_a_killed_leader_go_on_in_another_with_the_same_tokens(
+    folder: Path, replica: RealReplica, temperature: float
+) -> None:
+    doomed = RealReplica(folder)
+    options: SamplingOptions = {
+        "temperature": temperature, "seed": 5, "max_tokens": 120, "logprobs": 2, "presence_penalty": 0.4,
+        "ignore_eos": True,
+    }  # fmt: skip
+    prompts = random_prompts(4)
     async with serving(Tokenizer.load(folder), num_replicas=0) as up:
         await attach(up, replica)
-        stream = up.client.stream("abc", max_tokens=900, ignore_eos=True)
-        await anext(stream)
-        replica.kill()
-        with pytest.raises(ServerError, match="replica 0 was lost") as caught:
-            async for _ in stream:
-                pass
-        assert caught.value.code == "UNAVAILABLE"
-        with pytest.raises(ServerError, match="failed: replica 0"):
-            await up.client.generate("abc")
+        undisturbed = [await up.client.generate(prompt, **options) for prompt in prompts]
+        await attach(up, doomed)
+        answers = [asyncio.create_task(up.client.generate(prompt, **options)) for prompt in prompts]
+        await eventually(lambda: up.driver.fleet.snapshot().replicas[0].stats.num_output_tokens > 40)
+        doomed.kill()
+        await eventually(lambda: up.driver.fleet.snapshot().state is FleetState.RECOVERING)
+        await attach(up, replica)
+        for answer, wanted in zip(await asyncio.gather(*answers), undisturbed, strict=True):
+            assert (answer.token_ids, answer.text) == (wanted.token_ids, wanted.text)
+            logprobs = [[position.chosen.logprob for position in each.logprobs] for each in (answer, wanted)]
+            assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
+        await all_pages_are_free(up)

@@ -32,11 +32,12 @@ time.sleep(60)
 """
 _START_A_FLEET = """
 import asyncio
-from shardray.runtime.cluster.replica import ReplicaSet
+from shardray.runtime.cluster.replica_set import ReplicaSet
 from shardray.runtime.config import Config, ModelSettings
+from tests.cluster.fleets import RecordingOutlet
 config = Config(model=ModelSettings(source="/nowhere"))
 print("ready", flush=True)
-asyncio.run(ReplicaSet.start(config, "/nowhere"))
+asyncio.run(ReplicaSet.start(config, "/nowhere", RecordingOutlet()))
 """
 # Ray's agents try for a minute to report their killed parents before they end themselves.
 _SLOW_TO_LEAVE = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")

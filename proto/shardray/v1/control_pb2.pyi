@@ -37,6 +37,8 @@ class _FleetStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FleetState
     """Takes none; the reason says why."""
     FLEET_STATE_STOPPING: _FleetState.ValueType  # 4
     """Takes no new requests and will end."""
+    FLEET_STATE_RECOVERING: _FleetState.ValueType  # 5
+    """Formed again, because a shard was lost or the shape changes; its requests wait and go on afterwards."""
 
 class FleetState(_FleetState, metaclass=_FleetStateEnumTypeWrapper):
     """The state of a replica, or of the whole fleet."""
@@ -51,6 +53,8 @@ FLEET_STATE_FAILED: FleetState.ValueType  # 3
 """Takes none; the reason says why."""
 FLEET_STATE_STOPPING: FleetState.ValueType  # 4
 """Takes no new requests and will end."""
+FLEET_STATE_RECOVERING: FleetState.ValueType  # 5
+"""Formed again, because a shard was lost or the shape changes; its requests wait and go on afterwards."""
 Global___FleetState: _TypeAlias = FleetState  # noqa: Y015
 
 @_typing.final
@@ -153,16 +157,22 @@ class Fleet(_message.Message):
     NUM_QUEUED_REQUESTS_FIELD_NUMBER: _builtins.int
     NUM_LIVE_REQUESTS_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
+    NUM_READY_SPARES_FIELD_NUMBER: _builtins.int
+    NUM_WANTED_SPARES_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """As the configuration names it."""
     state: Global___FleetState.ValueType
-    """READY if any replica is."""
+    """READY if any replica is; otherwise RECOVERING if any replica is."""
     reason: _builtins.str
     """Why the fleet is not ready; empty if it is."""
     num_queued_requests: _builtins.int
     """Requests in the driver that no replica has a place for yet."""
     num_live_requests: _builtins.int
     """Requests accepted and not ended, queued ones included."""
+    num_ready_spares: _builtins.int
+    """Hosts that wait with the runtime imported, to take the place of one that is lost."""
+    num_wanted_spares: _builtins.int
+    """Hosts that should wait so (cluster.spares); the difference is being started."""
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Replica]:
         """In order of replica_id."""
@@ -181,10 +191,12 @@ class Fleet(_message.Message):
         num_queued_requests: _builtins.int = ...,
         num_live_requests: _builtins.int = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
+        num_ready_spares: _builtins.int = ...,
+        num_wanted_spares: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_id", b"model_id", "num_live_requests", b"num_live_requests", "num_queued_requests", b"num_queued_requests", "reason", b"reason", "replicas", b"replicas", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_id", b"model_id", "num_live_requests", b"num_live_requests", "num_queued_requests", b"num_queued_requests", "num_ready_spares", b"num_ready_spares", "num_wanted_spares", b"num_wanted_spares", "reason", b"reason", "replicas", b"replicas", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -205,18 +217,22 @@ class Replica(_message.Message):
     NUM_LIVE_REQUESTS_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     STATE_TIME_FIELD_NUMBER: _builtins.int
+    NUM_RECOVERIES_FIELD_NUMBER: _builtins.int
+    LAST_FAILURE_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.int
     """Counts from 0."""
     state: Global___FleetState.ValueType
     """What it is doing."""
     reason: _builtins.str
-    """Why it failed or stops, or which step of loading it is at."""
+    """Why it failed or stops, or which step of loading or of a recovery it is at."""
     progress: _builtins.float
-    """Share of the loading that is done, in [0, 1]."""
+    """Share of the loading or of the recovery that is done, in [0, 1]."""
     num_live_requests: _builtins.int
     """Requests that the driver has handed to it and that have not ended."""
     output_tokens_per_s: _builtins.float
     """Tokens generated per second, over the last snapshots; 0 when idle."""
+    num_recoveries: _builtins.int
+    """Times that it was ready again after a failure."""
     @_builtins.property
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___Shard]:
         """In order of rank; empty until it is ready."""
@@ -228,6 +244,10 @@ class Replica(_message.Message):
     @_builtins.property
     def state_time(self) -> _timestamp_pb2.Timestamp:
         """When it entered its state."""
+
+    @_builtins.property
+    def last_failure(self) -> Global___Failure:
+        """Its latest failure; unset if there was none."""
 
     def __init__(
         self,
@@ -241,14 +261,87 @@ class Replica(_message.Message):
         num_live_requests: _builtins.int = ...,
         output_tokens_per_s: _builtins.float = ...,
         state_time: _timestamp_pb2.Timestamp | None = ...,
+        num_recoveries: _builtins.int = ...,
+        last_failure: Global___Failure | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["state_time", b"state_time", "stats", b"stats"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last_failure", b"last_failure", "state_time", b"state_time", "stats", b"stats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_live_requests", b"num_live_requests", "output_tokens_per_s", b"output_tokens_per_s", "progress", b"progress", "reason", b"reason", "replica_id", b"replica_id", "shards", b"shards", "state", b"state", "state_time", b"state_time", "stats", b"stats"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_failure", b"last_failure", "num_live_requests", b"num_live_requests", "num_recoveries", b"num_recoveries", "output_tokens_per_s", b"output_tokens_per_s", "progress", b"progress", "reason", b"reason", "replica_id", b"replica_id", "shards", b"shards", "state", b"state", "state_time", b"state_time", "stats", b"stats"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Replica: _TypeAlias = Replica  # noqa: Y015
+
+@_typing.final
+class Failure(_message.Message):
+    """The end of a shard, and with it of the mesh that it was part of."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    TP_RANK_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    COLLECTIVE_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    stage: _builtins.int
+    """Pipeline stage of the shard that failed. Unset if no single shard did; stage, tp_rank, host and pid go together."""
+    tp_rank: _builtins.int
+    """Tensor-parallel rank of that shard within its stage."""
+    host: _builtins.str
+    """Machine on which it ran."""
+    pid: _builtins.int
+    """Its process id on that machine."""
+    kind: _builtins.str
+    """How it failed: "died", "hung", "raised" or "lost peer"; empty if that is not known."""
+    step: _builtins.int
+    """Step of the engine at which it failed. Unset if it was in none."""
+    collective: _builtins.str
+    """Collective operation that it, or who waited for it, was in; empty if none."""
+    cause: _builtins.str
+    """What happened, in one line."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When it was noticed."""
+
+    def __init__(
+        self,
+        *,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        stage: _builtins.int | None = ...,
+        tp_rank: _builtins.int | None = ...,
+        host: _builtins.str = ...,
+        pid: _builtins.int | None = ...,
+        kind: _builtins.str = ...,
+        step: _builtins.int | None = ...,
+        collective: _builtins.str = ...,
+        cause: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_pid", b"_pid", "_stage", b"_stage", "_step", b"_step", "_tp_rank", b"_tp_rank", "pid", b"pid", "stage", b"stage", "step", b"step", "time", b"time", "tp_rank", b"tp_rank"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pid", b"_pid", "_stage", b"_stage", "_step", b"_step", "_tp_rank", b"_tp_rank", "cause", b"cause", "collective", b"collective", "host", b"host", "kind", b"kind", "pid", b"pid", "stage", b"stage", "step", b"step", "time", b"time", "tp_rank", b"tp_rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__pid: _TypeAlias = _typing.Literal["pid"]  # noqa: Y015
+    _WhichOneofArgType__pid: _TypeAlias = _typing.Literal["_pid", b"_pid"]  # noqa: Y015
+    _WhichOneofReturnType__stage: _TypeAlias = _typing.Literal["stage"]  # noqa: Y015
+    _WhichOneofArgType__stage: _TypeAlias = _typing.Literal["_stage", b"_stage"]  # noqa: Y015
+    _WhichOneofReturnType__step: _TypeAlias = _typing.Literal["step"]  # noqa: Y015
+    _WhichOneofArgType__step: _TypeAlias = _typing.Literal["_step", b"_step"]  # noqa: Y015
+    _WhichOneofReturnType__tp_rank: _TypeAlias = _typing.Literal["tp_rank"]  # noqa: Y015
+    _WhichOneofArgType__tp_rank: _TypeAlias = _typing.Literal["_tp_rank", b"_tp_rank"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pid) -> _WhichOneofReturnType__pid | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stage) -> _WhichOneofReturnType__stage | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__step) -> _WhichOneofReturnType__step | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tp_rank) -> _WhichOneofReturnType__tp_rank | None: ...
+
+Global___Failure: _TypeAlias = Failure  # noqa: Y015
 
 @_typing.final
 class Shard(_message.Message):
@@ -323,3 +416,241 @@ class Shard(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Shard: _TypeAlias = Shard  # noqa: Y015
+
+@_typing.final
+class OperationProgress(_message.Message):
+    """One step of an operation under way."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOING_FIELD_NUMBER: _builtins.int
+    FRACTION_FIELD_NUMBER: _builtins.int
+    doing: _builtins.str
+    """What is being done, in a few words."""
+    fraction: _builtins.float
+    """Share of the whole operation that is done, in [0, 1]."""
+    def __init__(
+        self,
+        *,
+        doing: _builtins.str = ...,
+        fraction: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["doing", b"doing", "fraction", b"fraction"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OperationProgress: _TypeAlias = OperationProgress  # noqa: Y015
+
+@_typing.final
+class ScaleRequest(_message.Message):
+    """Asks for another shape or number of replicas. Any counts can follow any counts; at least one field is needed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENSOR_PARALLEL_SIZE_FIELD_NUMBER: _builtins.int
+    PIPELINE_PARALLEL_SIZE_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    TENSOR_SPLIT_FIELD_NUMBER: _builtins.int
+    STAGE_LAYERS_FIELD_NUMBER: _builtins.int
+    tensor_parallel_size: _builtins.int
+    """Ranks that share each layer, in [1, 1024]. Unset: as it is."""
+    pipeline_parallel_size: _builtins.int
+    """Stages that the layers are divided over, in [1, 1024]. Unset: as it is."""
+    replicas: _builtins.int
+    """Copies of the mesh, in [1, 1024]. Unset: as it is."""
+    @_builtins.property
+    def tensor_split(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Relative share of each tensor rank, each above 0. Empty: as it is, or an even cut if the number of ranks changes."""
+
+    @_builtins.property
+    def stage_layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Number of layers of each stage, each at least 1. Empty: as it is, or balanced if the number of stages changes."""
+
+    def __init__(
+        self,
+        *,
+        tensor_parallel_size: _builtins.int | None = ...,
+        pipeline_parallel_size: _builtins.int | None = ...,
+        replicas: _builtins.int | None = ...,
+        tensor_split: _abc.Iterable[_builtins.float] | None = ...,
+        stage_layers: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_pipeline_parallel_size", b"_pipeline_parallel_size", "_replicas", b"_replicas", "_tensor_parallel_size", b"_tensor_parallel_size", "pipeline_parallel_size", b"pipeline_parallel_size", "replicas", b"replicas", "tensor_parallel_size", b"tensor_parallel_size"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pipeline_parallel_size", b"_pipeline_parallel_size", "_replicas", b"_replicas", "_tensor_parallel_size", b"_tensor_parallel_size", "pipeline_parallel_size", b"pipeline_parallel_size", "replicas", b"replicas", "stage_layers", b"stage_layers", "tensor_parallel_size", b"tensor_parallel_size", "tensor_split", b"tensor_split"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__pipeline_parallel_size: _TypeAlias = _typing.Literal["pipeline_parallel_size"]  # noqa: Y015
+    _WhichOneofArgType__pipeline_parallel_size: _TypeAlias = _typing.Literal["_pipeline_parallel_size", b"_pipeline_parallel_size"]  # noqa: Y015
+    _WhichOneofReturnType__replicas: _TypeAlias = _typing.Literal["replicas"]  # noqa: Y015
+    _WhichOneofArgType__replicas: _TypeAlias = _typing.Literal["_replicas", b"_replicas"]  # noqa: Y015
+    _WhichOneofReturnType__tensor_parallel_size: _TypeAlias = _typing.Literal["tensor_parallel_size"]  # noqa: Y015
+    _WhichOneofArgType__tensor_parallel_size: _TypeAlias = _typing.Literal["_tensor_parallel_size", b"_tensor_parallel_size"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pipeline_parallel_size) -> _WhichOneofReturnType__pipeline_parallel_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__replicas) -> _WhichOneofReturnType__replicas | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tensor_parallel_size) -> _WhichOneofReturnType__tensor_parallel_size | None: ...
+
+Global___ScaleRequest: _TypeAlias = ScaleRequest  # noqa: Y015
+
+@_typing.final
+class ScaleResponse(_message.Message):
+    """Told while the fleet takes its new shape."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___OperationProgress:
+        """How far it is."""
+
+    def __init__(
+        self,
+        *,
+        progress: Global___OperationProgress | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScaleResponse: _TypeAlias = ScaleResponse  # noqa: Y015
+
+@_typing.final
+class ReloadRequest(_message.Message):
+    """Asks for other weights in the same shape."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """What model.source of the configuration takes: a known name, a hub id, a folder, a .gguf file. Read by the server."""
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReloadRequest: _TypeAlias = ReloadRequest  # noqa: Y015
+
+@_typing.final
+class ReloadResponse(_message.Message):
+    """Told while the weights are replaced."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___OperationProgress:
+        """How far it is."""
+
+    def __init__(
+        self,
+        *,
+        progress: Global___OperationProgress | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReloadResponse: _TypeAlias = ReloadResponse  # noqa: Y015
+
+@_typing.final
+class RestartRequest(_message.Message):
+    """Asks for new processes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestartRequest: _TypeAlias = RestartRequest  # noqa: Y015
+
+@_typing.final
+class RestartResponse(_message.Message):
+    """Told while the hosts are replaced."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___OperationProgress:
+        """How far it is."""
+
+    def __init__(
+        self,
+        *,
+        progress: Global___OperationProgress | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestartResponse: _TypeAlias = RestartResponse  # noqa: Y015
+
+@_typing.final
+class DrainRequest(_message.Message):
+    """Asks for the server's end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    timeout_s: _builtins.float
+    """How long requests in flight may take to end, in seconds, in [0, 86400]. Unset: 60. Those left then are failed."""
+    def __init__(
+        self,
+        *,
+        timeout_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "timeout_s", b"timeout_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "timeout_s", b"timeout_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__timeout_s: _TypeAlias = _typing.Literal["timeout_s"]  # noqa: Y015
+    _WhichOneofArgType__timeout_s: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout_s) -> _WhichOneofReturnType__timeout_s | None: ...
+
+Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
+
+@_typing.final
+class DrainResponse(_message.Message):
+    """Told while requests end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___OperationProgress:
+        """How far it is."""
+
+    def __init__(
+        self,
+        *,
+        progress: Global___OperationProgress | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015

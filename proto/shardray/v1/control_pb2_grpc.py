@@ -26,7 +26,14 @@ if _version_not_supported:
 
 
 class ControlServiceStub:
-    """Shows the fleet. Available while the model loads.
+    """Shows the fleet, available while the model loads, and changes it while clients stream.
+
+    Scale, Reload, Restart and Drain are operations. Their streams tell what is being done and end when it is done; no
+    request is dropped by one and no token changes. One runs at a time. An operation goes on when its client leaves.
+
+    Errors of an operation: INVALID_ARGUMENT names the field (google.rpc.BadRequest); ABORTED: another operation is under
+    way, nothing was touched; FAILED_PRECONDITION: it cannot be done, for the reason given, nothing was touched; INTERNAL:
+    it failed half-way, the fleet is what it was before and every request lives; UNIMPLEMENTED: this server has a fixed fleet.
     """
 
     def __init__(self, channel):
@@ -45,10 +52,37 @@ class ControlServiceStub:
                 request_serializer=shardray_dot_v1_dot_control__pb2.WatchFleetRequest.SerializeToString,
                 response_deserializer=shardray_dot_v1_dot_control__pb2.WatchFleetResponse.FromString,
                 _registered_method=True)
+        self.Scale = channel.unary_stream(
+                '/shardray.v1.ControlService/Scale',
+                request_serializer=shardray_dot_v1_dot_control__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=shardray_dot_v1_dot_control__pb2.ScaleResponse.FromString,
+                _registered_method=True)
+        self.Reload = channel.unary_stream(
+                '/shardray.v1.ControlService/Reload',
+                request_serializer=shardray_dot_v1_dot_control__pb2.ReloadRequest.SerializeToString,
+                response_deserializer=shardray_dot_v1_dot_control__pb2.ReloadResponse.FromString,
+                _registered_method=True)
+        self.Restart = channel.unary_stream(
+                '/shardray.v1.ControlService/Restart',
+                request_serializer=shardray_dot_v1_dot_control__pb2.RestartRequest.SerializeToString,
+                response_deserializer=shardray_dot_v1_dot_control__pb2.RestartResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_stream(
+                '/shardray.v1.ControlService/Drain',
+                request_serializer=shardray_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
+                response_deserializer=shardray_dot_v1_dot_control__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServiceServicer:
-    """Shows the fleet. Available while the model loads.
+    """Shows the fleet, available while the model loads, and changes it while clients stream.
+
+    Scale, Reload, Restart and Drain are operations. Their streams tell what is being done and end when it is done; no
+    request is dropped by one and no token changes. One runs at a time. An operation goes on when its client leaves.
+
+    Errors of an operation: INVALID_ARGUMENT names the field (google.rpc.BadRequest); ABORTED: another operation is under
+    way, nothing was touched; FAILED_PRECONDITION: it cannot be done, for the reason given, nothing was touched; INTERNAL:
+    it failed half-way, the fleet is what it was before and every request lives; UNIMPLEMENTED: this server has a fixed fleet.
     """
 
     def GetFleet(self, request, context):
@@ -60,6 +94,34 @@ class ControlServiceServicer:
 
     def WatchFleet(self, request, context):
         """The fleet now, and again whenever it has changed. Ends when the server stops.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Scale(self, request, context):
+        """Runs the model in another shape, or on another number of replicas.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Reload(self, request, context):
+        """Serves other weights, replica by replica.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Restart(self, request, context):
+        """Replaces every host by a new process, replica by replica.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Takes no new requests, lets those in flight end, then stops the server.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -78,6 +140,26 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     request_deserializer=shardray_dot_v1_dot_control__pb2.WatchFleetRequest.FromString,
                     response_serializer=shardray_dot_v1_dot_control__pb2.WatchFleetResponse.SerializeToString,
             ),
+            'Scale': grpc.unary_stream_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=shardray_dot_v1_dot_control__pb2.ScaleRequest.FromString,
+                    response_serializer=shardray_dot_v1_dot_control__pb2.ScaleResponse.SerializeToString,
+            ),
+            'Reload': grpc.unary_stream_rpc_method_handler(
+                    servicer.Reload,
+                    request_deserializer=shardray_dot_v1_dot_control__pb2.ReloadRequest.FromString,
+                    response_serializer=shardray_dot_v1_dot_control__pb2.ReloadResponse.SerializeToString,
+            ),
+            'Restart': grpc.unary_stream_rpc_method_handler(
+                    servicer.Restart,
+                    request_deserializer=shardray_dot_v1_dot_control__pb2.RestartRequest.FromString,
+                    response_serializer=shardray_dot_v1_dot_control__pb2.RestartResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_stream_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=shardray_dot_v1_dot_control__pb2.DrainRequest.FromString,
+                    response_serializer=shardray_dot_v1_dot_control__pb2.DrainResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'shardray.v1.ControlService', rpc_method_handlers)
@@ -87,7 +169,14 @@ def add_ControlServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ControlService:
-    """Shows the fleet. Available while the model loads.
+    """Shows the fleet, available while the model loads, and changes it while clients stream.
+
+    Scale, Reload, Restart and Drain are operations. Their streams tell what is being done and end when it is done; no
+    request is dropped by one and no token changes. One runs at a time. An operation goes on when its client leaves.
+
+    Errors of an operation: INVALID_ARGUMENT names the field (google.rpc.BadRequest); ABORTED: another operation is under
+    way, nothing was touched; FAILED_PRECONDITION: it cannot be done, for the reason given, nothing was touched; INTERNAL:
+    it failed half-way, the fleet is what it was before and every request lives; UNIMPLEMENTED: this server has a fixed fleet.
     """
 
     @staticmethod
@@ -134,6 +223,114 @@ class ControlService:
             '/shardray.v1.ControlService/WatchFleet',
             shardray_dot_v1_dot_control__pb2.WatchFleetRequest.SerializeToString,
             shardray_dot_v1_dot_control__pb2.WatchFleetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shardray.v1.ControlService/Scale',
+            shardray_dot_v1_dot_control__pb2.ScaleRequest.SerializeToString,
+            shardray_dot_v1_dot_control__pb2.ScaleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shardray.v1.ControlService/Reload',
+            shardray_dot_v1_dot_control__pb2.ReloadRequest.SerializeToString,
+            shardray_dot_v1_dot_control__pb2.ReloadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Restart(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shardray.v1.ControlService/Restart',
+            shardray_dot_v1_dot_control__pb2.RestartRequest.SerializeToString,
+            shardray_dot_v1_dot_control__pb2.RestartResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shardray.v1.ControlService/Drain',
+            shardray_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
+            shardray_dot_v1_dot_control__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

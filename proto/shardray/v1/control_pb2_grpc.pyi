@@ -27,7 +27,15 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ControlServiceStub:
-    """Shows the fleet. Available while the model loads."""
+    """Shows the fleet, available while the model loads, and changes it while clients stream.
+
+    Scale, Reload, Restart and Drain are operations. Their streams tell what is being done and end when it is done; no
+    request is dropped by one and no token changes. One runs at a time. An operation goes on when its client leaves.
+
+    Errors of an operation: INVALID_ARGUMENT names the field (google.rpc.BadRequest); ABORTED: another operation is under
+    way, nothing was touched; FAILED_PRECONDITION: it cannot be done, for the reason given, nothing was touched; INTERNAL:
+    it failed half-way, the fleet is what it was before and every request lives; UNIMPLEMENTED: this server has a fixed fleet.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -37,19 +45,51 @@ class ControlServiceStub:
     """The fleet as it is now."""
     WatchFleet: _grpc.UnaryStreamMultiCallable[_control_pb2.WatchFleetRequest, _control_pb2.WatchFleetResponse]
     """The fleet now, and again whenever it has changed. Ends when the server stops."""
+    Scale: _grpc.UnaryStreamMultiCallable[_control_pb2.ScaleRequest, _control_pb2.ScaleResponse]
+    """Runs the model in another shape, or on another number of replicas."""
+    Reload: _grpc.UnaryStreamMultiCallable[_control_pb2.ReloadRequest, _control_pb2.ReloadResponse]
+    """Serves other weights, replica by replica."""
+    Restart: _grpc.UnaryStreamMultiCallable[_control_pb2.RestartRequest, _control_pb2.RestartResponse]
+    """Replaces every host by a new process, replica by replica."""
+    Drain: _grpc.UnaryStreamMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]
+    """Takes no new requests, lets those in flight end, then stops the server."""
 
 @_typing.type_check_only
 class ControlServiceAsyncStub(ControlServiceStub):
-    """Shows the fleet. Available while the model loads."""
+    """Shows the fleet, available while the model loads, and changes it while clients stream.
+
+    Scale, Reload, Restart and Drain are operations. Their streams tell what is being done and end when it is done; no
+    request is dropped by one and no token changes. One runs at a time. An operation goes on when its client leaves.
+
+    Errors of an operation: INVALID_ARGUMENT names the field (google.rpc.BadRequest); ABORTED: another operation is under
+    way, nothing was touched; FAILED_PRECONDITION: it cannot be done, for the reason given, nothing was touched; INTERNAL:
+    it failed half-way, the fleet is what it was before and every request lives; UNIMPLEMENTED: this server has a fixed fleet.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetFleet: _aio.UnaryUnaryMultiCallable[_control_pb2.GetFleetRequest, _control_pb2.GetFleetResponse]  # type: ignore[assignment]
     """The fleet as it is now."""
     WatchFleet: _aio.UnaryStreamMultiCallable[_control_pb2.WatchFleetRequest, _control_pb2.WatchFleetResponse]  # type: ignore[assignment]
     """The fleet now, and again whenever it has changed. Ends when the server stops."""
+    Scale: _aio.UnaryStreamMultiCallable[_control_pb2.ScaleRequest, _control_pb2.ScaleResponse]  # type: ignore[assignment]
+    """Runs the model in another shape, or on another number of replicas."""
+    Reload: _aio.UnaryStreamMultiCallable[_control_pb2.ReloadRequest, _control_pb2.ReloadResponse]  # type: ignore[assignment]
+    """Serves other weights, replica by replica."""
+    Restart: _aio.UnaryStreamMultiCallable[_control_pb2.RestartRequest, _control_pb2.RestartResponse]  # type: ignore[assignment]
+    """Replaces every host by a new process, replica by replica."""
+    Drain: _aio.UnaryStreamMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]  # type: ignore[assignment]
+    """Takes no new requests, lets those in flight end, then stops the server."""
 
 class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Shows the fleet. Available while the model loads."""
+    """Shows the fleet, available while the model loads, and changes it while clients stream.
+
+    Scale, Reload, Restart and Drain are operations. Their streams tell what is being done and end when it is done; no
+    request is dropped by one and no token changes. One runs at a time. An operation goes on when its client leaves.
+
+    Errors of an operation: INVALID_ARGUMENT names the field (google.rpc.BadRequest); ABORTED: another operation is under
+    way, nothing was touched; FAILED_PRECONDITION: it cannot be done, for the reason given, nothing was touched; INTERNAL:
+    it failed half-way, the fleet is what it was before and every request lives; UNIMPLEMENTED: this server has a fixed fleet.
+    """
 
     @_abc_1.abstractmethod
     def GetFleet(
@@ -66,5 +106,37 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_control_pb2.WatchFleetResponse], _abc.AsyncIterator[_control_pb2.WatchFleetResponse]]:
         """The fleet now, and again whenever it has changed. Ends when the server stops."""
+
+    @_abc_1.abstractmethod
+    def Scale(
+        self,
+        request: _control_pb2.ScaleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_control_pb2.ScaleResponse], _abc.AsyncIterator[_control_pb2.ScaleResponse]]:
+        """Runs the model in another shape, or on another number of replicas."""
+
+    @_abc_1.abstractmethod
+    def Reload(
+        self,
+        request: _control_pb2.ReloadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_control_pb2.ReloadResponse], _abc.AsyncIterator[_control_pb2.ReloadResponse]]:
+        """Serves other weights, replica by replica."""
+
+    @_abc_1.abstractmethod
+    def Restart(
+        self,
+        request: _control_pb2.RestartRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_control_pb2.RestartResponse], _abc.AsyncIterator[_control_pb2.RestartResponse]]:
+        """Replaces every host by a new process, replica by replica."""
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _control_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_control_pb2.DrainResponse], _abc.AsyncIterator[_control_pb2.DrainResponse]]:
+        """Takes no new requests, lets those in flight end, then stops the server."""
 
 def add_ControlServiceServicer_to_server(servicer: ControlServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,265 @@
+"""The hosts of a fleet: started on the bundles of placement groups, idle or lent to a mesh, replaced when they die.
+
+A group is a gang of seats that Ray gave at once. A host that dies leaves its seat, and the next one is started there. A
+seat whose node is gone is Ray's to move; until it has, the seat cannot be used. Groups without hosts are given back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+from shardray.runtime.cluster.errors import ClusterError, PlacementError
+from shardray.runtime.cluster.placement import HostsNeed, WaitSink, place, shortage_now
+from shardray.runtime.cluster.remote_host import RemoteHost, start_host
+
+_log = logging.getLogger(__name__)
+_POLL_S = 0.25
+_PING_S = 1.0  # an idle host that does not answer within this is not one to build on
+_SPARE_CHECK_S = 2.0
+_SETTLE_S = 1.0  # before spares are started: what just recovered needs the cores more
+
+
+@dataclass(eq=False)
+class _Seat:
+    group: PlacementGroup
+    bundle: int
+    host: RemoteHost | None = None
+    starting: bool = False
+
+    @property
+    def group_id(self) -> str:
+        return str(self.group.id.hex())
+
+    @property
+    def is_vacant(self) -> bool:
+        return self.host is None and not self.starting
+
+
+@dataclass(frozen=True)
+class HostKind:
+    """What every host of a fleet asks of the cluster, and the limits of asking."""
+
+    need: HostsNeed  # of one replica as configured
+    num_threads: int  # of an idle host; a mesh sets its own
+    start_timeout_s: float
+    can_grow: bool  # whether more nodes may come: then lack of room is waited for
+
+
+@dataclass
+class HostPool:
+    """``take`` hosts, ``give_back`` what still lives, ``discard`` what does not. Use it in one asyncio loop."""
+
+    kind: HostKind
+    num_spares: int
+    on_spares: Callable[[int], None] = lambda num_ready: None
+    _seats: list[_Seat] = field(default_factory=list)
+    _idle: list[RemoteHost] = field(default_factory=list)
+    _num_takers: int = 0
+    _keeper: asyncio.Task[None] | None = None
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def idle(self) -> list[RemoteHost]:
+        """Hosts that belong to no mesh."""
+        return list(self._idle)
+
+    async def take(
+        self,
+        num_hosts: int,
+        on_wait: WaitSink,
+        timeout_s: float,
+        held: Sequence[RemoteHost] = (),
+        fresh: bool = False,
+    ) -> list[RemoteHost]:
+        """``num_hosts`` hosts without a place in a mesh: ``held``, then idle ones, then new ones.
+
+        ``fresh``: all of them in one new group. Waits up to ``timeout_s`` for room. Raises PlacementError, HostDied or
+        HostSilent; ``held`` stay the caller's then.
+        """
+        hosts = list(held)
+        self._num_takers += 1
+        try:
+            if not fresh:
+                await self._take_started(hosts, num_hosts, on_wait, timeout_s)
+            if len(hosts) < num_hosts:
+                hosts += await self._start_group(num_hosts - len(hosts), on_wait, timeout_s)
+        except BaseException:
+            self.give_back([host for host in hosts if host not in held])
+            raise
+        finally:
+            self._num_takers -= 1
+            self._changed.set()
+        return hosts
+
+    def give_back(self, hosts: Sequence[RemoteHost]) -> None:
+        """Take hosts back that live and have no place in a mesh."""
+        self._idle += hosts
+        self._changed.set()
+
+    async def discard(self, hosts: Sequence[RemoteHost]) -> None:
+        """End hosts, dead or alive; their seats are free for others."""
+        for seat in self._seats:
+            if seat.host in hosts:
+                seat.host = None
+        self._idle = [host for host in self._idle if host not in hosts]
+        await asyncio.gather(*(host.kill() for host in hosts))
+        self._changed.set()
+
+    async def give_back_empty_groups(self) -> None:
+        """Free the room of groups without hosts, for others and for groups of another size."""
+        if self._num_takers == 0:  # else a seat that looks empty may be about to be used
+            await self._give_back_groups_but({seat.group_id for seat in self._seats if not seat.is_vacant})
+
+    def start_keeping(self) -> None:
+        """From now on keep as many spares as configured, and give back what nobody needs."""
+        if self._keeper is None:
+            self._keeper = asyncio.create_task(self._keep())
+
+    async def close(self) -> None:
+        """End every host and give back every group. Idempotent."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        await self.discard([seat.host for seat in self._seats if seat.host is not None])
+        await self._give_back_groups_but(set())
+
+    async def _take_started(self, hosts: list[RemoteHost], num_hosts: int, on_wait: WaitSink, timeout_s: float) -> None:
+        """Fill ``hosts`` from the idle ones and from vacant seats, waiting for seats that Ray has yet to move."""
+        deadline = time.monotonic() + timeout_s
+        while len(hosts) < num_hosts:
+            if self._idle:
+                hosts += await self._answering([self._idle.pop(0)])
+                continue
+            vacant = [seat for seat in self._seats if seat.is_vacant][: num_hosts - len(hosts)]
+            usable = await self._usable(vacant)
+            hosts += await self._start_all(usable)
+            if usable:
+                continue
+            if not vacant:
+                return
+            self._check_deadline(deadline, num_hosts - len(hosts), timeout_s, on_wait)
+            await asyncio.sleep(_POLL_S)
+
+    def _check_deadline(self, deadline: float, num_missing: int, timeout_s: float, on_wait: WaitSink) -> None:
+        bundles = "1 bundle" if num_missing == 1 else f"{num_missing} bundles"
+        reason = f"the node of {bundles} is gone and no other has room"
+        remaining_s = deadline - time.monotonic()
+        if remaining_s <= 0:
+            raise PlacementError(f"{reason}; gave up after {timeout_s:g} s")
+        on_wait(reason, remaining_s)
+
+    async def _start_group(self, num_hosts: int, on_wait: WaitSink, timeout_s: float) -> list[RemoteHost]:
+        need = self.kind.need.of(num_hosts)
+        group = await place(need, timeout_s, can_grow=self.kind.can_grow, on_wait=on_wait)
+        seats = [_Seat(group, bundle) for bundle in range(num_hosts)]
+        self._seats += seats
+        return await self._start_all(seats)
+
+    async def _start_all(self, seats: Sequence[_Seat]) -> list[RemoteHost]:
+        """A host on every seat; when one cannot be started, the others become idle and its error is raised."""
+        results = await asyncio.gather(*(self._start(seat) for seat in seats), return_exceptions=True)
+        errors = [result for result in results if isinstance(result, BaseException)]
+        hosts = [result for result in results if not isinstance(result, BaseException)]
+        if errors:
+            self.give_back(hosts)
+            raise errors[0]
+        return hosts
+
+    async def _start(self, seat: _Seat) -> RemoteHost:
+        seat.starting = True
+        try:
+            seat.host = await start_host(seat.group, seat.bundle, self.kind.need, self.kind.start_timeout_s)
+        finally:
+            seat.starting = False
+        return seat.host
+
+    async def _usable(self, seats: Sequence[_Seat]) -> list[_Seat]:
+        """Those whose node is there; Ray looks for another place for the rest."""
+        if not seats:
+            return []
+        alive = await asyncio.to_thread(_alive_nodes)
+        tables = [await asyncio.to_thread(placement_group_table, seat.group) for seat in seats]
+        return [
+            seat
+            for seat, table in zip(seats, tables, strict=True)
+            if table["state"] == "CREATED" and table["bundles_to_node_id"][seat.bundle] in alive and seat.is_vacant
+        ]
+
+    async def _answering(self, hosts: Sequence[RemoteHost]) -> list[RemoteHost]:
+        """Those that answer; the others are ended."""
+
+        async def answers(host: RemoteHost) -> bool:
+            try:
+                await host.progress(_PING_S)
+            except ClusterError:
+                return False
+            return True
+
+        flags = await asyncio.gather(*(answers(host) for host in hosts))
+        if gone := [host for host, lives in zip(hosts, flags, strict=True) if not lives]:
+            await self.discard(gone)
+        return [host for host, lives in zip(hosts, flags, strict=True) if lives]
+
+    async def _keep(self) -> None:
+        while True:
+            self._changed.clear()
+            await asyncio.sleep(_SETTLE_S)
+            if self._num_takers == 0:
+                try:
+                    await self._settle()
+                except ClusterError as error:
+                    _log.warning("no spare could be started: %s", error)
+            self.on_spares(len(self._idle))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), _SPARE_CHECK_S if self.num_spares else None)
+
+    async def _settle(self) -> None:
+        """As many idle hosts as there are to be spares, no empty group."""
+        idle, self._idle = self._idle, []  # one that is being asked is not to be taken
+        self._idle += await self._answering(idle)
+        surplus = len(self._idle) - self.num_spares
+        if surplus > 0:
+            await self.discard(self._most_crowded(self._idle)[:surplus])
+        elif surplus < 0:
+            await self._start_spare()
+        await self.give_back_empty_groups()
+
+    def _most_crowded(self, hosts: Sequence[RemoteHost]) -> list[RemoteHost]:
+        """Hosts of the largest groups first: ending those empties groups, which is what frees their room."""
+        sizes = Counter(seat.group_id for seat in self._seats)
+        group_of = {seat.host: seat.group_id for seat in self._seats if seat.host is not None}
+        return sorted(hosts, key=lambda host: -sizes[group_of[host]])
+
+    async def _start_spare(self) -> None:
+        vacant = [seat for seat in self._seats if seat.is_vacant]
+        usable = await self._usable(vacant)
+        if usable:
+            spares = [await self._start(usable[0])]
+        elif await asyncio.to_thread(shortage_now, self.kind.need.of(1)) is None:
+            spares = await self._start_group(1, lambda reason, remaining_s: None, _SPARE_CHECK_S)
+        else:
+            return
+        try:
+            await spares[0].prepare(self.kind.num_threads, self.kind.start_timeout_s)
+        except ClusterError:
+            await self.discard(spares)
+            raise
+        self.give_back(spares)
+
+    async def _give_back_groups_but(self, kept: set[str]) -> None:
+        lost = {seat.group_id: seat.group for seat in self._seats if seat.group_id not in kept}
+        self._seats = [seat for seat in self._seats if seat.group_id in kept]
+        await asyncio.gather(*(asyncio.to_thread(remove_placement_group, group) for group in lost.values()))
+
+
+def _alive_nodes() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]

@@ -1,0 +1,239 @@
+"""Joins the driver to the replicas, and changes the fleet as an operator asks: one operation at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+from shardray.runtime.cluster.errors import ClusterError
+from shardray.runtime.cluster.events import (
+    ClusterEvent,
+    EventSink,
+    PlacementWaiting,
+    ReplicaGaveUp,
+    ReplicaLost,
+    ShardProgress,
+)
+from shardray.runtime.cluster.form import FormedMesh, MeshRecipe
+from shardray.runtime.cluster.replica import Replica
+from shardray.runtime.cluster.replica_set import ReplicaSet
+from shardray.runtime.cluster.reports import RankFailure
+from shardray.runtime.config import Config
+from shardray.runtime.driver.driver import Driver
+from shardray.runtime.driver.fit import check_room, load_recipe
+from shardray.runtime.driver.fleet import FailureStatus, FleetState
+from shardray.runtime.driver.operations import (
+    OperationConflictError,
+    OperationFailedError,
+    OperationProgress,
+    OperationRefusedError,
+    ShapeChange,
+)
+
+_log = logging.getLogger(__name__)
+_Say = Callable[[str, float], None]
+
+
+class FleetController:
+    """The outlet of the replicas, and the FleetOperator of the control service."""
+
+    def __init__(self, config: Config, driver: Driver, on_event: EventSink) -> None:
+        self._config = config
+        self._driver = driver
+        self._on_event = on_event
+        self._replicas: ReplicaSet | None = None
+        self._operation: asyncio.Task[None] | None = None
+        self.stop_asked = asyncio.Event()  # by Drain
+
+    async def start(self, model_dir: Path) -> None:
+        """Form the fleet. Raises ClusterError or ConnectionError, with nothing left behind."""
+        self._driver.on_link_lost = self._on_link_lost
+        self._set_spares(0)
+        self._replicas = await ReplicaSet.start(self._config, model_dir, self, self._on_cluster, self._set_spares)
+
+    async def stop(self) -> None:
+        """Break off the operation at hand and stop every replica. Idempotent."""
+        if self._operation is not None:
+            self._operation.cancel()
+            await asyncio.gather(self._operation, return_exceptions=True)
+        if self._replicas is not None:
+            await self._replicas.stop()
+
+    # The outlet of the replicas.
+
+    async def up(self, replica_id: int, mesh: FormedMesh) -> None:
+        await self._driver.attach(replica_id, mesh.address, mesh.secret, mesh.shards)
+
+    def down(self, replica_id: int, reason: str) -> None:
+        self._driver.suspend(replica_id, reason)
+
+    # The operator's side.
+
+    def scale(self, change: ShapeChange) -> AsyncIterator[OperationProgress]:
+        return self._run(lambda say: self._scale(change, say))
+
+    def reload(self, source: str) -> AsyncIterator[OperationProgress]:
+        return self._run(lambda say: self._reload(source, say))
+
+    def restart(self) -> AsyncIterator[OperationProgress]:
+        return self._run(lambda say: self._reshape_all(self._fleet.recipe, say))
+
+    def drain(self, timeout_s: float) -> AsyncIterator[OperationProgress]:
+        return self._run(lambda say: self._drain(timeout_s, say))
+
+    async def _run(self, operation: Callable[[_Say], Awaitable[None]]) -> AsyncIterator[OperationProgress]:
+        """Start an operation and tell of its steps; it goes on when nobody listens."""
+        if self._operation is not None and not self._operation.done():
+            raise OperationConflictError("another operation is under way; try again when it has ended")
+        told: asyncio.Queue[OperationProgress | None] = asyncio.Queue()
+        self._operation = asyncio.create_task(_told(operation, told))
+        while (step := await told.get()) is not None:
+            yield step
+        await asyncio.shield(self._operation)
+
+    async def _scale(self, change: ShapeChange, say: _Say) -> None:
+        fleet, before = self._fleet, self._fleet.recipe
+        recipe, num_replicas = _changed(before, change), change.replicas or len(fleet.replicas)
+        say("checking that it fits", 0.0)
+        await check_room(fleet, recipe, num_replicas)
+        surplus = fleet.replicas[num_replicas:]
+        for replica in reversed(surplus):
+            say(f"handing on the requests of replica {replica.replica_id}", 0.1)
+            await self._remove(replica)
+        fleet.recipe = recipe
+        try:
+            if recipe.config.parallel != before.config.parallel:
+                await self._reshape_all(recipe, say)
+            if (num_missing := num_replicas - len(fleet.replicas)) > 0:
+                say(f"forming {num_missing} more", 0.8)
+                await fleet.add(num_missing)
+        except (ClusterError, ConnectionError, OperationFailedError) as error:
+            fleet.recipe = before
+            await self._go_back(before, len(surplus))
+            raise OperationFailedError(f"{error}; the fleet runs as before") from error
+        self._config = recipe.config
+
+    async def _go_back(self, recipe: MeshRecipe, num_removed: int) -> None:
+        for replica in self._fleet.replicas:
+            if replica.recipe != recipe:
+                await replica.reshape(recipe)
+        if num_removed:
+            await self._fleet.add(num_removed)
+
+    async def _reload(self, source: str, say: _Say) -> None:
+        before = self._fleet.recipe
+        say(f"fetching {source}", 0.0)
+        recipe = await load_recipe(before, source)
+        await self._reshape_all(recipe, say)
+        self._fleet.recipe = recipe
+        self._driver.fleet.model_id = source
+
+    async def _reshape_all(self, recipe: MeshRecipe, say: _Say) -> None:
+        """One replica after the other, so that the others go on serving; all go back when one fails."""
+        replicas = self._fleet.replicas
+        before = [replica.recipe for replica in replicas]
+        for number, replica in enumerate(replicas):
+            say(f"forming replica {replica.replica_id} anew", number / len(replicas))
+            try:
+                await replica.reshape(recipe)
+            except (ClusterError, ConnectionError) as error:
+                for changed, old in zip(replicas[:number], before, strict=False):
+                    await changed.reshape(old)
+                raise OperationFailedError(f"replica {replica.replica_id}: {error}") from error
+
+    async def _remove(self, replica: Replica) -> None:
+        await self._driver.retire(replica.replica_id)
+        await self._fleet.remove(replica)
+
+    async def _drain(self, timeout_s: float, say: _Say) -> None:
+        self._driver.refuse_new("the server is draining")
+        num_live = self._driver.fleet.snapshot().num_live_requests
+        say(f"waiting for {num_live} requests to end, {timeout_s:g} s at most", 0.1)
+        await self._driver.wait_until_idle(timeout_s)
+        say("stopping the server", 1.0)
+        self.stop_asked.set()
+
+    # What the cluster tells.
+
+    def _on_cluster(self, event: ClusterEvent) -> None:
+        match event:
+            case PlacementWaiting(replica_id, reason, remaining_s):
+                self._show(replica_id, f"{reason} (waiting {remaining_s:.0f} s more)", 0.0, waits_for_room=True)
+            case ShardProgress(replica_id, rank, host, _, doing, fraction):
+                self._show(replica_id, f"rank {rank} on {host}: {doing}", fraction)
+            case ReplicaLost(replica_id, _, cause):
+                self._driver.fleet.set_failure(replica_id, _failure_status(cause))
+            case ReplicaGaveUp(replica_id, reason):
+                self._driver.give_up(replica_id, reason)
+        self._on_event(event)
+
+    def _show(self, replica_id: int, doing: str, fraction: float, waits_for_room: bool = False) -> None:
+        """What a replica that does not run yet is at. While it lacks room, new requests are better refused."""
+        fleet = self._driver.fleet
+        state = fleet.state_of(replica_id)
+        if state is FleetState.RECOVERING and not waits_for_room:
+            fleet.set_recovering(replica_id, doing, fraction)
+        elif state is not FleetState.READY:
+            fleet.set_loading(replica_id, doing, fraction)
+
+    def _on_link_lost(self, replica_id: int) -> None:
+        for replica in self._fleet.replicas:
+            if replica.replica_id == replica_id:
+                replica.link_lost()
+
+    def _set_spares(self, num_ready: int) -> None:
+        self._driver.fleet.set_spares(num_ready, self._config.cluster.spares)
+
+    @property
+    def _fleet(self) -> ReplicaSet:
+        if self._replicas is None:
+            raise OperationRefusedError("the fleet is being formed for the first time; try again when it serves")
+        return self._replicas
+
+
+async def _told(operation: Callable[[_Say], Awaitable[None]], told: asyncio.Queue[OperationProgress | None]) -> None:
+    def say(doing: str, fraction: float) -> None:
+        _log.info("%s", doing)
+        told.put_nowait(OperationProgress(doing, fraction))
+
+    try:
+        await operation(say)
+        say("done", 1.0)
+    finally:
+        told.put_nowait(None)
+
+
+def _changed(recipe: MeshRecipe, change: ShapeChange) -> MeshRecipe:
+    """Raises OperationRefusedError."""
+    parallel = recipe.config.parallel
+    tp_size = change.tensor_parallel_size or parallel.tensor_parallel_size
+    pp_size = change.pipeline_parallel_size or parallel.pipeline_parallel_size
+    same_tp, same_pp = tp_size == parallel.tensor_parallel_size, pp_size == parallel.pipeline_parallel_size
+    try:
+        shape = dataclasses.replace(
+            parallel,
+            tensor_parallel_size=tp_size,
+            pipeline_parallel_size=pp_size,
+            replicas=change.replicas or parallel.replicas,
+            tensor_split=change.tensor_split or (parallel.tensor_split if same_tp else None),
+            stage_layers=change.stage_layers or (parallel.stage_layers if same_pp else None),
+        )
+    except ValueError as error:
+        raise OperationRefusedError(" ".join(str(error).split())) from error
+    return MeshRecipe(dataclasses.replace(recipe.config, parallel=shape), recipe.model_dir)
+
+
+def _failure_status(failure: RankFailure) -> FailureStatus:
+    return FailureStatus(
+        cause=str(failure),
+        stage=failure.stage,
+        tp_rank=failure.tp_rank,
+        host=failure.host,
+        pid=failure.pid,
+        kind=failure.kind,
+        step=failure.step,
+        collective=failure.collective or "",
+    )

@@ -1,0 +1,116 @@
+"""An operator whose replicas are stubs: it attaches and detaches real processes, step by step, and can be held up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import msgspec
+
+from shardray.runtime.driver.driver import Driver
+from shardray.runtime.driver.operations import (
+    OperationConflictError,
+    OperationFailedError,
+    OperationProgress,
+    OperationRefusedError,
+    ShapeChange,
+)
+from tests.serving import SHARD
+from tests.stub_replica import SECRET, StubReplica
+
+MAX_REPLICAS = 4
+STEP_TIME_S = 0.01
+
+
+class StubOperator:
+    """Only the iteration drives an operation: one that goes on without its client was carried by the server."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.asked: list[object] = []
+        self.may_go_on = asyncio.Event()  # cleared: an operation waits after its first step
+        self.may_go_on.set()
+        self.fails_with: str | None = None  # half-way
+        self.drained = asyncio.Event()
+        self._driver = driver
+        self._added: dict[int, StubReplica] = {}
+        self._busy = False
+
+    async def scale(self, change: ShapeChange) -> AsyncIterator[OperationProgress]:
+        async for step in self._alone(change, self._scale(change)):
+            yield step
+
+    async def reload(self, source: str) -> AsyncIterator[OperationProgress]:
+        async for step in self._alone(source, self._replace(f"loading {source}")):
+            yield step
+
+    async def restart(self) -> AsyncIterator[OperationProgress]:
+        async for step in self._alone("restart", self._replace("starting new hosts")):
+            yield step
+
+    async def drain(self, timeout_s: float) -> AsyncIterator[OperationProgress]:
+        async for step in self._alone(timeout_s, self._drain(timeout_s)):
+            yield step
+
+    def kill_added(self) -> None:
+        for replica in self._added.values():
+            replica.kill()
+
+    async def _alone(self, asked: object, steps: AsyncIterator[OperationProgress]) -> AsyncIterator[OperationProgress]:
+        self.asked.append(asked)
+        if self._busy:
+            raise OperationConflictError("another operation is under way; wait for its end")
+        self._busy = True
+        try:
+            async for step in steps:
+                yield step
+        finally:
+            self._busy = False
+
+    async def _scale(self, change: ShapeChange) -> AsyncIterator[OperationProgress]:
+        ready = self._driver.fleet.ready_replicas()
+        wanted = change.replicas or len(ready)
+        if wanted > MAX_REPLICAS:
+            raise OperationRefusedError(f"{wanted} replicas need {wanted} hosts, but there are {MAX_REPLICAS}")
+        yield OperationProgress(f"from {len(ready)} to {wanted} replicas", 0.0)
+        await self._half_way()
+        for replica_id in range(len(ready), wanted):
+            await self._attach(replica_id, change.tensor_parallel_size or 1)
+            yield OperationProgress(f"replica {replica_id} serves", (replica_id + 1) / wanted)
+        for replica_id in range(wanted, len(ready)):
+            await self._remove(replica_id)
+        yield OperationProgress(f"{wanted} replicas serve", 1.0)
+
+    async def _replace(self, doing: str) -> AsyncIterator[OperationProgress]:
+        yield OperationProgress(doing, 0.0)
+        await self._half_way()
+        for replica in self._driver.fleet.ready_replicas():
+            await self._attach(replica.replica_id, 1)
+        yield OperationProgress("done", 1.0)
+
+    async def _drain(self, timeout_s: float) -> AsyncIterator[OperationProgress]:
+        num_live = self._driver.fleet.snapshot().num_live_requests
+        yield OperationProgress(f"{num_live} requests in flight", 0.0)
+        await self._driver.shutdown(timeout_s)
+        self.drained.set()
+        yield OperationProgress("all requests have ended", 1.0)
+
+    async def _half_way(self) -> None:
+        await self.may_go_on.wait()
+        if self.fails_with is not None:
+            raise OperationFailedError(self.fails_with)
+
+    async def _attach(self, replica_id: int, tp_size: int) -> None:
+        """Another process takes over from the one that has this id, if there is one."""
+        replica = await asyncio.to_thread(StubReplica, step_time_s=STEP_TIME_S)
+        shards = [msgspec.structs.replace(SHARD, rank=rank, tp_rank=rank) for rank in range(tp_size)]
+        await self._driver.attach(replica_id, replica.address, SECRET, shards)
+        self._kill(replica_id)
+        self._added[replica_id] = replica
+
+    async def _remove(self, replica_id: int) -> None:
+        await self._driver.retire(replica_id)
+        self._kill(replica_id)
+
+    def _kill(self, replica_id: int) -> None:
+        if (replica := self._added.pop(replica_id, None)) is not None:
+            replica.kill()
