@@ -122,6 +122,8 @@ def _plain_cause(error: RayActorError) -> str:
         return "it was killed by the fleet"
     if "creation task" in text:
         return f"it did not start: {text[-300:]}"
+    if "temporarily unavailable" in text:
+        return "it cannot be reached any more (its process or its node is gone)"
     detail = re.search(r"Worker exit detail: (.*?)(?: Some common causes|$)", text)
     if detail is None:
         return text[:300]

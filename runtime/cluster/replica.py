@@ -25,6 +25,7 @@ from shardray.runtime.cluster.form import FormedMesh, MeshRecipe, dissolve, form
 from shardray.runtime.cluster.layout import CoreShare
 from shardray.runtime.cluster.pool import HostPool
 from shardray.runtime.cluster.remote_host import RemoteHost
+from shardray.runtime.cluster.shapes import smaller_recipes
 from shardray.runtime.cluster.supervise import MeshFailure, MeshWatch
 
 _log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class Replica:
         self._lock = asyncio.Lock()  # held by whoever changes the mesh
         self._keeper: asyncio.Task[None] | None = None
         self._relinking: asyncio.Task[None] | None = None
+        self._growing: asyncio.Task[None] | None = None
 
     async def place(self) -> None:
         """Get the hosts for the first mesh. Raises ClusterError."""
@@ -105,7 +107,7 @@ class Replica:
 
     async def stop(self) -> None:
         """End the mesh between two steps and give the hosts back. Idempotent; works in any state."""
-        tasks = [task for task in (self._keeper, self._relinking) if task is not None]
+        tasks = [task for task in (self._keeper, self._relinking, self._growing) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -153,8 +155,7 @@ class Replica:
             if self._num_failures:
                 await asyncio.sleep(min(_MAX_BACK_OFF_S, 0.25 * 2 ** (self._num_failures - 1)))
             try:
-                await self._gather()
-                await self._go(await self._form(self.hosts, self.recipe))
+                await self._form_what_fits()
                 return True
             except PlacementError as error:
                 last_error = str(error)
@@ -169,6 +170,42 @@ class Replica:
         self.gave_up.set_result(reason)
         self._events(ReplicaGaveUp(self.replica_id, reason))
         return False
+
+    async def _form_what_fits(self) -> None:
+        """Form the configured shape, or the best smaller one that there is room for if the fleet may degrade."""
+        if not self.recipe.config.cluster.degrade:
+            await self._gather(self.recipe, self._timeout_s)
+            return await self._go(await self._form(self.hosts, self.recipe))
+        for recipe in (self.recipe, *smaller_recipes(self.recipe)):
+            try:
+                await self._gather(recipe, _ROOM_S)
+            except PlacementError as error:
+                shortage = error
+                continue
+            await self._go(await self._form(self.hosts, recipe))
+            if recipe is not self.recipe:
+                _log.warning("replica %d runs on %d of %d hosts", self.replica_id, recipe.size, self.recipe.size)
+                self._growing = asyncio.create_task(self._grow_back())
+            return None
+        raise shortage
+
+    async def _grow_back(self) -> None:
+        """Once there is room for the configured shape, form it."""
+        while True:
+            await asyncio.sleep(_RETRY_S)
+            async with self._lock:
+                if self.mesh is None or len(self.hosts) >= self.recipe.size:
+                    return
+                try:
+                    hosts = await self._pool.take(self.recipe.size, self._ignore_wait, _ROOM_S, self.hosts)
+                except ClusterError:
+                    continue
+                added = hosts[len(self.hosts) :]
+                self._outlet.down(self.replica_id, "there is room for its configured shape again")
+                await self._let_go(_STOP_TIMEOUT_S)
+                self.hosts += added
+                await self._form_until_it_runs("")
+                return
 
     async def _reshape_beside(self, recipe: MeshRecipe, hosts: list[RemoteHost]) -> None:
         old_mesh, old_watch, old_hosts = self.mesh, self._watch, self.hosts
@@ -195,19 +232,18 @@ class Replica:
             if recipe.size <= len(self.hosts):  # a group cannot shrink: give it back, and take another
                 await self._keep_only(())
                 await self._pool.give_back_empty_groups()
-            await self._gather()
+            await self._gather(recipe, self._timeout_s)
             await self._go(await self._form(self.hosts, recipe))
         except (ClusterError, ConnectionError) as error:
             self.recipe = before
             await self._form_until_it_runs(str(error))
             raise FormError(str(error)) from error
 
-    async def _gather(self) -> None:
-        """As many hosts as the recipe needs, those that it has among them. Raises ClusterError."""
-        size = self.recipe.size
-        self._pool.give_back(self.hosts[size:])
-        self.hosts = self.hosts[:size]
-        self.hosts = await self._pool.take(size, self._on_wait, self._timeout_s, self.hosts)
+    async def _gather(self, recipe: MeshRecipe, timeout_s: float) -> None:
+        """As many hosts as ``recipe`` needs, those that it has among them. Raises ClusterError."""
+        self._pool.give_back(self.hosts[recipe.size :])
+        self.hosts = self.hosts[: recipe.size]
+        self.hosts = await self._pool.take(recipe.size, self._on_wait, timeout_s, self.hosts)
 
     async def _form(self, hosts: Sequence[RemoteHost], recipe: MeshRecipe) -> FormedMesh:
         """Raises FormError; ``self.hosts`` then has those that can be used again."""

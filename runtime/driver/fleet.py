@@ -27,13 +27,7 @@ class FleetState(enum.StrEnum):
 
 
 # The first of these that any replica is in is the state of the fleet.
-_MOST_TELLING = (
-    FleetState.READY,
-    FleetState.RECOVERING,
-    FleetState.LOADING,
-    FleetState.STOPPING,
-    FleetState.FAILED,
-)
+_MOST_TELLING = (FleetState.READY, FleetState.RECOVERING, FleetState.LOADING, FleetState.STOPPING, FleetState.FAILED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +99,11 @@ class Fleet:
         self._enter(replica_id, FleetState.LOADING, step, progress=progress)
 
     def set_ready(self, replica_id: int, shards: Sequence[ShardInfo]) -> None:
+        """It serves on these shards, whose engine counts from 0."""
         ordered = tuple(sorted(shards, key=lambda shard: shard.rank))
-        self._enter(replica_id, FleetState.READY, "", progress=1.0, shards=ordered)
+        self._stats_times.pop(replica_id, None)
+        changes = {"progress": 1.0, "shards": ordered, "stats": _NO_STATS, "output_tokens_per_s": 0.0}
+        self._enter(replica_id, FleetState.READY, "", **changes)
         if replica_id in self._broken:
             self._broken.discard(replica_id)
             self._update(replica_id, num_recoveries=self._replicas[replica_id].num_recoveries + 1)

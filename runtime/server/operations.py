@@ -66,13 +66,18 @@ class OperationRunner:
         self._running: set[asyncio.Task[None]] = set()
 
     async def run(self, steps: AsyncIterator[OperationProgress]) -> AsyncIterator[control_pb2.OperationProgress]:
-        """Each step as a message; raises what the operation raises. To leave this iterator breaks nothing off."""
+        """Each step as a message; raises what the operation raises. To leave this iterator breaks nothing off.
+
+        The fraction never goes back, whatever the parts of an operation say of themselves.
+        """
         told: asyncio.Queue[OperationProgress | None] = asyncio.Queue()
         running = asyncio.create_task(_follow(steps, told))
         self._running.add(running)
         running.add_done_callback(self._on_end)
+        fraction = 0.0
         while (step := await told.get()) is not None:
-            yield control_pb2.OperationProgress(doing=step.doing, fraction=step.fraction)
+            fraction = max(fraction, step.fraction)
+            yield control_pb2.OperationProgress(doing=step.doing, fraction=fraction)
         await running
 
     def _on_end(self, running: asyncio.Task[None]) -> None:

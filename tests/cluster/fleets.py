@@ -70,9 +70,9 @@ def reference_ids(folder: Path, prompt_ids: Sequence[int] = PROMPT_IDS, num_toke
 def fleet_config(
     folder: Path, tp_size: int = 1, pp_size: int = 1, replicas: int = 1, address: str = "local", **settings: Any
 ) -> Config:
-    """``settings``: step_timeout_s, form_timeout_s, placement_strategy, spares, max_failed_forms."""
+    """``settings``: step_timeout_s, form_timeout_s, placement_strategy, spares, max_failed_forms, degrade."""
     ray_settings = {key: settings.pop(key) for key in ("form_timeout_s", "placement_strategy") if key in settings}
-    cluster_settings = {key: settings.pop(key) for key in ("spares", "max_failed_forms") if key in settings}
+    cluster_settings = {key: settings.pop(key) for key in ("spares", "max_failed_forms", "degrade") if key in settings}
     return Config(
         model=ModelSettings(source=str(folder), dtype="float32"),
         parallel=ParallelSettings(tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size, replicas=replicas),

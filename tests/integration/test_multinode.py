@@ -10,7 +10,8 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from shardray.runtime.cluster.replica import ReplicaSet
+from shardray.runtime.cluster.events import ClusterEvent, PlacementWaiting
+from shardray.runtime.cluster.form import FormedMesh
 from tests.cluster.fleets import fleet_config, generate, make_tiny_llama, reference_ids, running
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio]
@@ -35,32 +36,76 @@ def cluster() -> Iterator[Cluster]:
     cluster.shutdown()
 
 
-def _nodes_of(fleet: ReplicaSet) -> list[str]:
+def _nodes_of(mesh: FormedMesh) -> list[str]:
     """The node of each rank."""
-    nodes = {host.info.pid: host.info.node_id for host in fleet.replicas[0].hosts}
-    return [nodes[shard.pid] for shard in fleet.replicas[0].shards]
+    return [host.info.node_id for host in mesh.hosts]
+
+
+async def _lose_node(cluster: Cluster, node_id: str) -> None:
+    """Its raylet is killed, and with it everything on the node."""
+    lost = next(node for node in cluster.worker_nodes if node.node_id == node_id)
+    await asyncio.to_thread(cluster.remove_node, lost, allow_graceful=False)
+
+
+def _add_node(cluster: Cluster) -> None:
+    cluster.add_node(num_cpus=2, object_store_memory=_STORE_BYTES)  # in the main thread: it sets signal handlers
 
 
 async def test_a_tensor_group_spans_nodes(cluster: Cluster, tiny_llama: Path) -> None:
     config = fleet_config(tiny_llama, tp_size=2, address="auto", placement_strategy="STRICT_SPREAD")
-    async with running(config) as fleet:
-        assert len(set(_nodes_of(fleet))) == 2
-        assert await generate(fleet.replicas[0]) == reference_ids(tiny_llama)
+    async with running(config) as (_, outlet):
+        assert len(set(_nodes_of(outlet.meshes[0]))) == 2
+        assert await generate(outlet.meshes[0]) == reference_ids(tiny_llama)
 
 
 async def test_stages_span_nodes_and_tensor_groups_stay_on_one(cluster: Cluster, tiny_llama: Path) -> None:
-    async with running(fleet_config(tiny_llama, tp_size=2, pp_size=2, address="auto")) as fleet:
-        nodes = _nodes_of(fleet)
+    async with running(fleet_config(tiny_llama, tp_size=2, pp_size=2, address="auto")) as (_, outlet):
+        nodes = _nodes_of(outlet.meshes[0])
         assert nodes[0] == nodes[1] != nodes[2] == nodes[3]
-        assert await generate(fleet.replicas[0]) == reference_ids(tiny_llama)
+        assert await generate(outlet.meshes[0]) == reference_ids(tiny_llama)
 
 
-async def test_a_lost_node_ends_its_replica_with_the_reason(cluster: Cluster, tiny_llama: Path) -> None:
+async def test_a_replica_moves_off_a_lost_node_where_the_others_have_room(cluster: Cluster, tiny_llama: Path) -> None:
+    async with running(fleet_config(tiny_llama, pp_size=2, address="auto")) as (_, outlet):
+        before = outlet.meshes[0]
+        [node_id] = set(_nodes_of(before))
+        await _lose_node(cluster, node_id)
+        mesh = await outlet.next_mesh(0, before)
+        assert node_id not in _nodes_of(mesh)
+        assert await generate(mesh) == reference_ids(tiny_llama)
+    _add_node(cluster)
+
+
+async def test_without_room_a_replica_waits_and_runs_again_when_a_node_comes(
+    cluster: Cluster, tiny_llama: Path
+) -> None:
+    events: list[ClusterEvent] = []
     config = fleet_config(tiny_llama, pp_size=2, address="auto", placement_strategy="STRICT_SPREAD")
-    async with running(config) as fleet:
-        lost_id = _nodes_of(fleet)[1]
-        lost = next(node for node in cluster.worker_nodes if node.unique_id == lost_id or node.node_id == lost_id)
-        await asyncio.to_thread(cluster.remove_node, lost, allow_graceful=False)
-        reason = await asyncio.wait_for(fleet.replicas[0].failed, timeout=30)
-        assert reason.startswith("stage 1 tensor rank 0 (host ")
-        assert "died" in reason
+    async with running(config, events.append) as (_, outlet):
+        before = outlet.meshes[0]
+        await _lose_node(cluster, _nodes_of(before)[1])
+        async with asyncio.timeout(60):
+            while not any(isinstance(event, PlacementWaiting) for event in events):
+                await asyncio.sleep(0.1)
+        assert outlet.losses[0].startswith("stage 1 tensor rank 0 (host ")
+        assert 0 not in outlet.meshes
+        _add_node(cluster)
+        mesh = await outlet.next_mesh(0, before)
+        assert len(set(_nodes_of(mesh))) == 2
+        assert await generate(mesh) == reference_ids(tiny_llama)
+
+
+async def test_a_replica_that_may_degrade_runs_smaller_until_the_node_is_back(
+    cluster: Cluster, tiny_llama: Path
+) -> None:
+    config = fleet_config(tiny_llama, tp_size=3, address="auto", degrade=True)
+    async with running(config) as (_, outlet):
+        whole = outlet.meshes[0]
+        await _lose_node(cluster, _nodes_of(whole)[2])
+        smaller = await outlet.next_mesh(0, whole)
+        assert len(smaller.hosts) == 2
+        assert await generate(smaller) == reference_ids(tiny_llama)
+        _add_node(cluster)
+        again = await outlet.next_mesh(0, smaller)
+        assert len(again.hosts) == 3
+        assert await generate(again) == reference_ids(tiny_llama)
