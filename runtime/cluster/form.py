@@ -79,7 +79,7 @@ async def form(
     return FormedMesh(
         epoch=leader.epoch,
         secret=leader.secret,
-        address=_join_port(leader.bind_host, reports[0].port),
+        address=join_port(leader.bind_host, reports[0].port),
         tp_size=recipe.tp_size,
         hosts=ranked,
         shards=tuple(report.shard for report in reports if report.shard is not None),
@@ -240,5 +240,6 @@ def _one_per_cause(failures: Sequence[RankFailure]) -> list[str]:
     return [f"{first}{f' (and on {len(others)} more)' if others else ''}" for first, *others in by_cause.values()]
 
 
-def _join_port(host: str, port: int | None) -> str:
+def join_port(host: str, port: int | None) -> str:
+    """host:port, as gRPC writes it."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,9 +1,10 @@
 """The host: a Ray actor with one device, light until it is given a place in a mesh, and free to be given another.
 
-    unassigned --form--> formed --run--> ended --release--> unassigned
+    unassigned --form--> formed --start--> running --> ended --release--> unassigned
 
-``form``, ``run`` and ``release`` go one after the other; ``progress``, ``stop`` and ``abort`` work at any time beside
-them. torch is imported by ``prepare``. Arguments and results are MessagePack or builtins.
+``form``, ``start`` and ``release`` go one after the other; ``progress``, ``stop``, ``abort`` and ``await_end`` work at
+any time beside them. torch is imported by ``prepare``. Arguments and results are MessagePack or builtins. A host
+belongs to the driver that renews its lease, outlives it by that lease, and can be claimed by the next one meanwhile.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,8 @@ import msgspec
 import psutil
 import ray
 
-from shardray.runtime.cluster.reports import FailureKind, FormReport, HostInfo, RankFailure, RunReport
+from shardray.runtime.cluster.lease import Lease
+from shardray.runtime.cluster.reports import FailureKind, FormReport, HostInfo, HostState, RankFailure, RunReport
 from shardray.runtime.engine.assignment import ShardAssignment
 
 if TYPE_CHECKING:
@@ -33,14 +36,21 @@ _STOPPED = "the replica was stopped"
 class Host:
     """One device's owner. See ``RemoteHost`` for the same methods as seen from the driver."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: str, bundle: int) -> None:
+        self._group = group
+        self._bundle = bundle
         self._cpu_ids = tuple(sorted(os.sched_getaffinity(0)))  # before any form pins this process
         self._progress: tuple[str, float] = ("waiting for a place", 0.0)
         self._assignment: ShardAssignment | None = None
         self._rendezvous: Rendezvous | None = None
         self._shard: Shard | None = None
         self._server: LeaderServer | None = None
+        self._port: int | None = None
         self._leaving = False  # asked to stop: the end of run is no failure
+        self._runner: threading.Thread | None = None
+        self._ended = threading.Event()
+        self._end = RunReport()
+        self._lease = Lease()
 
     @ray.method(concurrency_group="control")
     def describe(self) -> bytes:
@@ -48,6 +58,8 @@ class Host:
         gpu_ids = tuple(str(gpu) for gpu in ray.get_gpu_ids())
         info = HostInfo(
             node_id=ray.get_runtime_context().get_node_id(),
+            group=self._group,
+            bundle=self._bundle,
             host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
             pid=os.getpid(),
             device="cuda:0" if gpu_ids else "cpu",  # Ray hides all other GPUs from this process
@@ -91,24 +103,32 @@ class Host:
             report = FormReport(failure=_failure_of(error, place))
         return msgspec.msgpack.encode(report)
 
-    def run(self) -> bytes:
-        """Run the shard until the mesh ends; a RunReport comes back, whatever happens."""
+    def start(self) -> None:
+        """Run the shard in a thread of its own until the mesh ends. Does nothing if it runs already."""
         if self._shard is None or self._assignment is None:
-            raise RuntimeError("run: this host has no place in a mesh; form it first")
-        self._progress = ("running", 1.0)
-        failure = None
-        try:
-            if self._server is not None:
-                self._shard.engine.run(self._server.publish)
-            else:
-                self._shard.serve()
-        except Exception as error:  # the boundary to the driver: every failure leaves as data
-            if not self._leaving:
-                _log.exception("rank %d failed", self._assignment.rank)
-                failure = _failure_of(error, self._assignment)
-        if self._server is not None:
-            self._server.stop(_STOPPED if failure is None else str(failure))
-        return msgspec.msgpack.encode(RunReport(failure=failure))
+            raise RuntimeError("start: this host has no place in a mesh; form it first")
+        if self._runner is None:
+            self._progress = ("running", 1.0)
+            self._runner = threading.Thread(target=self._run, name="shard", args=(self._shard, self._assignment))
+            self._runner.start()
+
+    @ray.method(concurrency_group="sentinel")
+    def await_end(self, timeout_s: float) -> bytes | None:
+        """The RunReport of what ``start`` began, whatever happened; None if it still runs after ``timeout_s``."""
+        return msgspec.msgpack.encode(self._end) if self._ended.wait(timeout_s) else None
+
+    @ray.method(concurrency_group="control")
+    def state(self) -> bytes:
+        """The host's HostState."""
+        runs = self._runner is not None and not self._ended.is_set()
+        shard = None if self._shard is None else self._shard.info
+        state = HostState(assignment=self._assignment, shard=shard, port=self._port, runs=runs)
+        return msgspec.msgpack.encode(state)
+
+    @ray.method(concurrency_group="control")
+    def renew(self, owner: str, lease_s: float) -> bool:
+        """Stay alive for ``lease_s`` more seconds, as the host of ``owner``; False if another driver's it is."""
+        return self._lease.renew(owner, lease_s)
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:
@@ -127,25 +147,43 @@ class Host:
         """Give up the place: memory, groups and ports are free afterwards, and the host can be formed again."""
         if self._server is not None:
             self._server.stop(_STOPPED)
+        if self._runner is not None:
+            self._runner.join()
         if self._shard is not None:
             self._shard.close()
-        self._server = self._shard = self._rendezvous = self._assignment = None
+        self._server = self._shard = self._rendezvous = self._assignment = self._port = self._runner = None
         self._leaving = False
+        self._ended.clear()
         self._progress = ("waiting for a place", 0.0)
+
+    def _run(self, shard: Shard, place: ShardAssignment) -> None:
+        failure = None
+        try:
+            if self._server is not None:
+                shard.engine.run(self._server.publish)
+            else:
+                shard.serve()
+        except Exception as error:  # the boundary to the driver: every failure leaves as data
+            if not self._leaving:
+                _log.exception("rank %d failed", place.rank)
+                failure = _failure_of(error, place)
+        if self._server is not None:
+            self._server.stop(_STOPPED if failure is None else str(failure))
+        self._end = RunReport(failure=failure)
+        self._ended.set()
 
     def _take_place(self, place: ShardAssignment) -> FormReport:
         from shardray.runtime.engine.shard import form_shard
 
         shard = form_shard(place, self._note, self._rendezvous)
         self._shard = shard
-        port = None
         if place.rank == 0:
             from shardray.runtime.cluster.leader import LeaderServer
 
             self._server = LeaderServer()
-            port = self._server.start(place.bind_host, shard.engine, place.secret)
+            self._port = self._server.start(place.bind_host, shard.engine, place.secret)
         self._note("formed", 1.0)
-        return FormReport(shard=shard.info, port=port)
+        return FormReport(shard=shard.info, port=self._port)
 
     def _note(self, doing: str, fraction: float) -> None:
         self._progress = (doing, fraction)
@@ -182,6 +220,9 @@ def _failure_of(error: Exception, place: ShardAssignment) -> RankFailure:
     )
 
 
-# A host that dies is replaced, never restarted: its place in the old mesh is gone.
-_OPTIONS: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0, "concurrency_groups": {"control": 4}}
+_CONCURRENCY = {"control": 4, "sentinel": 4}
+# A host that dies is replaced, never restarted: its place in the old mesh is gone. It does outlive its driver.
+_OPTIONS: dict[str, Any] = {
+    "max_restarts": 0, "max_task_retries": 0, "lifetime": "detached", "concurrency_groups": _CONCURRENCY,
+}  # fmt: skip
 HostActor: Any = ray.remote(**_OPTIONS)(Host)

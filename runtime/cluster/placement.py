@@ -42,8 +42,8 @@ class HostsNeed:
         return "GPU" if self.gpus_per_host else "CPU"
 
 
-async def place(need: HostsNeed, timeout_s: float, can_grow: bool, on_wait: WaitSink) -> PlacementGroup:
-    """A placement group that holds one bundle per host.
+async def place(need: HostsNeed, name: str, timeout_s: float, can_grow: bool, on_wait: WaitSink) -> PlacementGroup:
+    """A placement group that holds one bundle per host, and outlives this process.
 
     Waits up to ``timeout_s`` for room, telling ``on_wait`` why; at once refuses what a cluster that cannot grow will
     never hold. Raises PlacementError.
@@ -52,7 +52,7 @@ async def place(need: HostsNeed, timeout_s: float, can_grow: bool, on_wait: Wait
     if reason is not None and not can_grow:
         raise PlacementError(reason)
     group: PlacementGroup = await asyncio.to_thread(
-        placement_group, [need.bundle] * need.num_hosts, strategy=need.strategy
+        placement_group, [need.bundle] * need.num_hosts, strategy=need.strategy, name=name, lifetime="detached"
     )
     placed = False
     try:

@@ -10,14 +10,16 @@ import asyncio
 import contextlib
 import logging
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group_table, remove_placement_group
 
 from shardray.runtime.cluster.errors import ClusterError, PlacementError
+from shardray.runtime.cluster.lease import RENEWAL_S, give_back_groups, group_prefix
 from shardray.runtime.cluster.placement import HostsNeed, WaitSink, place, shortage_now
 from shardray.runtime.cluster.remote_host import RemoteHost, start_host
 
@@ -31,13 +33,10 @@ _SETTLE_S = 1.0  # before spares are started: what just recovered needs the core
 @dataclass(eq=False)
 class _Seat:
     group: PlacementGroup
+    group_name: str
     bundle: int
     host: RemoteHost | None = None
     starting: bool = False
-
-    @property
-    def group_id(self) -> str:
-        return str(self.group.id.hex())
 
     @property
     def is_vacant(self) -> bool:
@@ -52,6 +51,9 @@ class HostKind:
     num_threads: int  # of an idle host; a mesh sets its own
     start_timeout_s: float
     can_grow: bool  # whether more nodes may come: then lack of room is waited for
+    namespace: str  # of Ray
+    owner: str  # the driver, in the hosts' leases
+    lease_s: float
 
 
 @dataclass
@@ -65,6 +67,7 @@ class HostPool:
     _idle: list[RemoteHost] = field(default_factory=list)
     _num_takers: int = 0
     _keeper: asyncio.Task[None] | None = None
+    _renewer: asyncio.Task[None] | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -117,18 +120,33 @@ class HostPool:
     async def give_back_empty_groups(self) -> None:
         """Free the room of groups without hosts, for others and for groups of another size."""
         if self._num_takers == 0:  # else a seat that looks empty may be about to be used
-            await self._give_back_groups_but({seat.group_id for seat in self._seats if not seat.is_vacant})
+            await self._give_back_groups_but({seat.group_name for seat in self._seats if not seat.is_vacant})
+
+    async def adopt(self, hosts: Sequence[RemoteHost]) -> None:
+        """Know the seats of hosts that another driver started; groups of this fleet without any are given back."""
+        names = {host.info.group for host in hosts}
+        await asyncio.to_thread(give_back_groups, self.kind.namespace, names)
+        for name in names:
+            group = await asyncio.to_thread(get_placement_group, name)
+            sitting = {host.info.bundle: host for host in hosts if host.info.group == name}
+            self._seats += [_Seat(group, name, bundle, sitting.get(bundle)) for bundle in range(group.bundle_count)]
 
     def start_keeping(self) -> None:
         """From now on keep as many spares as configured, and give back what nobody needs."""
         if self._keeper is None:
             self._keeper = asyncio.create_task(self._keep())
 
+    def start_renewing(self) -> None:
+        """From now on renew the leases of all hosts."""
+        if self._renewer is None:
+            self._renewer = asyncio.create_task(self._renew())
+
     async def close(self) -> None:
         """End every host and give back every group. Idempotent."""
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
+        tasks = [task for task in (self._keeper, self._renewer) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self.discard([seat.host for seat in self._seats if seat.host is not None])
         await self._give_back_groups_but(set())
 
@@ -159,8 +177,9 @@ class HostPool:
 
     async def _start_group(self, num_hosts: int, on_wait: WaitSink, timeout_s: float) -> list[RemoteHost]:
         need = self.kind.need.of(num_hosts)
-        group = await place(need, timeout_s, can_grow=self.kind.can_grow, on_wait=on_wait)
-        seats = [_Seat(group, bundle) for bundle in range(num_hosts)]
+        name = f"{group_prefix(self.kind.namespace)}{uuid.uuid4().hex}"
+        group = await place(need, name, timeout_s, can_grow=self.kind.can_grow, on_wait=on_wait)
+        seats = [_Seat(group, name, bundle) for bundle in range(num_hosts)]
         self._seats += seats
         return await self._start_all(seats)
 
@@ -177,7 +196,10 @@ class HostPool:
     async def _start(self, seat: _Seat) -> RemoteHost:
         seat.starting = True
         try:
-            seat.host = await start_host(seat.group, seat.bundle, self.kind.need, self.kind.start_timeout_s)
+            need, timeout_s = self.kind.need, self.kind.start_timeout_s
+            host = await start_host(seat.group, seat.group_name, seat.bundle, need, timeout_s)
+            await host.renew(self.kind.owner, self.kind.lease_s)
+            seat.host = host
         finally:
             seat.starting = False
         return seat.host
@@ -209,6 +231,14 @@ class HostPool:
             await self.discard(gone)
         return [host for host, lives in zip(hosts, flags, strict=True) if lives]
 
+    async def _renew(self) -> None:
+        """A host that does not answer is its mesh's watch's to find."""
+        while True:
+            hosts = [seat.host for seat in self._seats if seat.host is not None]
+            owner, lease_s = self.kind.owner, self.kind.lease_s
+            await asyncio.gather(*(host.renew(owner, lease_s) for host in hosts), return_exceptions=True)
+            await asyncio.sleep(RENEWAL_S)
+
     async def _keep(self) -> None:
         while True:
             self._changed.clear()
@@ -235,8 +265,8 @@ class HostPool:
 
     def _most_crowded(self, hosts: Sequence[RemoteHost]) -> list[RemoteHost]:
         """Hosts of the largest groups first: ending those empties groups, which is what frees their room."""
-        sizes = Counter(seat.group_id for seat in self._seats)
-        group_of = {seat.host: seat.group_id for seat in self._seats if seat.host is not None}
+        sizes = Counter(seat.group_name for seat in self._seats)
+        group_of = {seat.host: seat.group_name for seat in self._seats if seat.host is not None}
         return sorted(hosts, key=lambda host: -sizes[group_of[host]])
 
     async def _start_spare(self) -> None:
@@ -256,8 +286,8 @@ class HostPool:
         self.give_back(spares)
 
     async def _give_back_groups_but(self, kept: set[str]) -> None:
-        lost = {seat.group_id: seat.group for seat in self._seats if seat.group_id not in kept}
-        self._seats = [seat for seat in self._seats if seat.group_id in kept]
+        lost = {seat.group_name: seat.group for seat in self._seats if seat.group_name not in kept}
+        self._seats = [seat for seat in self._seats if seat.group_name in kept]
         await asyncio.gather(*(asyncio.to_thread(remove_placement_group, group) for group in lost.values()))
 
 

@@ -5,30 +5,33 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import uuid
 from typing import Any
 
 import msgspec
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util import list_named_actors
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from shardray.runtime.cluster.errors import ClusterError, HostDied, HostSilent
 from shardray.runtime.cluster.host import HostActor
 from shardray.runtime.cluster.placement import HostsNeed
-from shardray.runtime.cluster.reports import FormReport, HostInfo, RunReport
+from shardray.runtime.cluster.reports import FormReport, HostInfo, HostState, RunReport
 from shardray.runtime.engine.assignment import ShardAssignment
 
 _log = logging.getLogger(__name__)
 _ANSWER_TIMEOUT_S = 10.0
+_SENTINEL_S = 30.0
+_NAME_PREFIX = "shardray-host-"
 
 
 class RemoteHost:
     """A started host; ``info`` is what it told about itself. Every call raises HostDied or HostSilent."""
 
-    def __init__(self, actor: Any, bundle_index: int, info: HostInfo) -> None:
+    def __init__(self, actor: Any, info: HostInfo) -> None:
         self._actor = actor
-        self.bundle_index = bundle_index
         self.info = info
 
     async def progress(self, timeout_s: float = _ANSWER_TIMEOUT_S) -> tuple[str, float]:
@@ -49,9 +52,18 @@ class RemoteHost:
         return msgspec.msgpack.decode(report, type=FormReport)
 
     async def run(self) -> RunReport:
-        """Ends when the host's part of the mesh does: the sentinel of its life."""
-        report = await self._ask("run", self._actor.run.remote(), None)
+        """Start the shard, if it does not run yet; ends when its part of the mesh does: the sentinel of its life."""
+        await self._ask("start", self._actor.start.remote(), None)
+        report = None
+        while report is None:  # asked again now and then: a driver that is gone must not leave its question behind
+            report = await self._ask("await_end", self._actor.await_end.remote(_SENTINEL_S), None)
         return msgspec.msgpack.decode(report, type=RunReport)
+
+    async def state(self, timeout_s: float = _ANSWER_TIMEOUT_S) -> HostState:
+        return msgspec.msgpack.decode(await self._ask("state", self._actor.state.remote(), timeout_s), type=HostState)
+
+    async def renew(self, owner: str, lease_s: float, timeout_s: float = _ANSWER_TIMEOUT_S) -> bool:
+        return bool(await self._ask("renew", self._actor.renew.remote(owner, lease_s), timeout_s))
 
     async def stop(self, timeout_s: float = _ANSWER_TIMEOUT_S) -> None:
         await self._ask("stop", self._actor.stop.remote(), timeout_s)
@@ -73,21 +85,35 @@ class RemoteHost:
         return await _answer(ref, timeout_s, f"{self.info} did not answer {what}", str(self.info))
 
 
-async def start_host(group: PlacementGroup, bundle_index: int, need: HostsNeed, timeout_s: float) -> RemoteHost:
+async def start_host(
+    group: PlacementGroup, group_name: str, bundle: int, need: HostsNeed, timeout_s: float
+) -> RemoteHost:
     """Start a host in one bundle. Raises HostDied or HostSilent, naming the bundle."""
     options = HostActor.options(
+        name=f"{_NAME_PREFIX}{uuid.uuid4().hex}",
         num_cpus=need.cpus_per_host,
         num_gpus=need.gpus_per_host,
-        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle_index),
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
     )
-    actor = await asyncio.to_thread(options.remote)
-    name = f"the host of bundle {bundle_index}"
+    actor = await asyncio.to_thread(options.remote, group_name, bundle)
+    return await _meet(actor, f"the host of bundle {bundle}", timeout_s)
+
+
+async def find_hosts(timeout_s: float) -> list[RemoteHost]:
+    """The hosts of this Ray namespace that answer; the others are ended."""
+    names = await asyncio.to_thread(list_named_actors)
+    actors = [await asyncio.to_thread(ray.get_actor, name) for name in names if name.startswith(_NAME_PREFIX)]
+    found = await asyncio.gather(*(_meet(actor, "a host", timeout_s) for actor in actors), return_exceptions=True)
+    return [host for host in found if isinstance(host, RemoteHost)]
+
+
+async def _meet(actor: Any, name: str, timeout_s: float) -> RemoteHost:
     try:
         frame = await _answer(actor.describe.remote(), timeout_s, f"{name} has not started", name)
     except BaseException:
         await asyncio.to_thread(ray.kill, actor)
         raise
-    return RemoteHost(actor, bundle_index, msgspec.msgpack.decode(frame, type=HostInfo))
+    return RemoteHost(actor, msgspec.msgpack.decode(frame, type=HostInfo))
 
 
 async def _answer(ref: Any, timeout_s: float | None, silence: str, name: str) -> Any:

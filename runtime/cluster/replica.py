@@ -88,6 +88,13 @@ class Replica:
             await self._go(await self._form(self.hosts, self.recipe))
         self._keeper = asyncio.create_task(self._keep())
 
+    async def adopt(self, mesh: FormedMesh) -> None:
+        """Go on with a mesh that runs already. Raises ConnectionError if it cannot be reached."""
+        self.hosts = list(mesh.hosts)
+        async with self._lock:
+            await self._go(mesh)
+        self._keeper = asyncio.create_task(self._keep())
+
     async def reshape(self, recipe: MeshRecipe) -> None:
         """Go over to ``recipe`` on new hosts: beside the present mesh if there is room, else in its place.
 

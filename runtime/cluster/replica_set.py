@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -19,8 +21,10 @@ from shardray.runtime.cluster.pool import HostKind, HostPool
 from shardray.runtime.cluster.ray_session import RaySession
 from shardray.runtime.cluster.remote_host import RemoteHost
 from shardray.runtime.cluster.replica import Outlet, Replica
+from shardray.runtime.cluster.takeover import FoundFleet, take_over
 from shardray.runtime.config import Config
 
+_log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
@@ -44,21 +48,33 @@ class ReplicaSet:
         events: EventSink = ignore_events,
         on_spares: Callable[[int], None] = lambda num_ready: None,
     ) -> ReplicaSet:
-        """Connect to Ray, place the hosts and form every replica.
+        """Connect to Ray; take over what a driver that is gone left running, place and form what is missing.
 
         Raises ClusterError or ConnectionError, with nothing left behind.
         """
         session = await _open_session(config)
+        owner, recipe = uuid.uuid4().hex, MeshRecipe(config, str(model_dir))
         try:
             need = await asyncio.to_thread(hosts_need, config)
-            kind = HostKind(need, config.engine.threads_per_host or 1, config.ray.form_timeout_s, not session.is_local)
-            pool = HostPool(kind, config.cluster.spares, on_spares)
+            found = await take_over(owner, recipe)
         except BaseException:
             await asyncio.to_thread(session.stop)
             raise
-        fleet = cls(session, pool, MeshRecipe(config, str(model_dir)), outlet, events)
+        kind = HostKind(
+            need=need,
+            num_threads=config.engine.threads_per_host or 1,
+            start_timeout_s=config.ray.form_timeout_s,
+            can_grow=not session.is_local,
+            namespace=config.ray.namespace,
+            owner=owner,
+            lease_s=config.cluster.lease_s,
+        )
+        pool = HostPool(kind, config.cluster.spares, on_spares)
+        fleet = cls(session, pool, recipe, outlet, events)
         try:
-            await fleet.add(config.parallel.replicas)
+            pool.start_renewing()
+            await fleet._adopt(found)
+            await fleet.add(config.parallel.replicas - len(found.meshes))
         except BaseException:
             await fleet.stop()
             raise
@@ -69,6 +85,16 @@ class ReplicaSet:
     def replicas(self) -> list[Replica]:
         """In order of their ids."""
         return [self._replicas[replica_id] for replica_id in sorted(self._replicas)]
+
+    async def _adopt(self, found: FoundFleet) -> None:
+        await self.pool.adopt([*found.idle, *(host for mesh, _ in found.meshes for host in mesh.hosts)])
+        self.pool.give_back(found.idle)
+        for mesh, recipe in found.meshes:
+            replica = self._make(len(self._replicas))
+            self.recipe = replica.recipe = recipe
+            self._replicas[replica.replica_id] = replica
+            await replica.adopt(mesh)
+            _log.warning("replica %d was taken over as it runs, on %d hosts", replica.replica_id, recipe.size)
 
     async def add(self, num_replicas: int) -> None:
         """Form more replicas. Raises ClusterError or ConnectionError; none of them is left then."""

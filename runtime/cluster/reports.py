@@ -6,7 +6,7 @@ import enum
 
 import msgspec
 
-from shardray.runtime.engine.assignment import ShardInfo
+from shardray.runtime.engine.assignment import ShardAssignment, ShardInfo
 
 
 class HostInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,6 +19,8 @@ class HostInfo(msgspec.Struct, frozen=True, kw_only=True):
     gpu_ids: tuple[str, ...] = ()  # as its node counts them
     cpu_ids: tuple[int, ...]  # cores it may run on
     free_memory_bytes: int  # of its node
+    group: str  # name of the placement group that it sits in
+    bundle: int  # of that group
 
     def __str__(self) -> str:
         return f"host {self.host} pid {self.pid}"
@@ -66,6 +68,15 @@ class FormReport(msgspec.Struct, frozen=True, kw_only=True):
     shard: ShardInfo | None = None
     port: int | None = None  # of the leader's server; None on other ranks
     failure: RankFailure | None = None
+
+
+class HostState(msgspec.Struct, frozen=True, kw_only=True):
+    """What a host holds: all that a driver needs that has not formed it itself."""
+
+    assignment: ShardAssignment | None = None  # None: no place in a mesh
+    shard: ShardInfo | None = None  # None: not formed yet
+    port: int | None = None  # of the leader's server
+    runs: bool = False
 
 
 class RunReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from ray.util.placement_group import remove_placement_group
 from shardray.runtime.cluster.events import EventSink, ignore_events
 from shardray.runtime.cluster.form import FormedMesh, MeshRecipe, form
 from shardray.runtime.cluster.layout import core_shares
+from shardray.runtime.cluster.lease import group_prefix
 from shardray.runtime.cluster.messages import Rejection
 from shardray.runtime.cluster.placement import place
 from shardray.runtime.cluster.remote_host import RemoteHost, start_host
@@ -122,9 +124,10 @@ async def running(
 async def hosts_of(config: Config) -> AsyncIterator[list[RemoteHost]]:
     """Unassigned hosts, as many as one replica of ``config`` needs."""
     need = hosts_need(config)
-    group = await place(need, timeout_s=20, can_grow=False, on_wait=lambda reason, remaining_s: None)
+    name = f"{group_prefix(config.ray.namespace)}{uuid.uuid4().hex}"
+    group = await place(need, name, timeout_s=20, can_grow=False, on_wait=lambda reason, remaining_s: None)
     try:
-        yield [await start_host(group, index, need, timeout_s=30) for index in range(need.num_hosts)]
+        yield [await start_host(group, name, index, need, timeout_s=30) for index in range(need.num_hosts)]
     finally:
         remove_placement_group(group)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 
 import pytest
 import ray
@@ -17,6 +18,10 @@ _TWO_NODES = [{"CPU": 16.0, "GPU": 2.0}, {"CPU": 16.0, "GPU": 1.0}]
 
 def _need(num_hosts: int, gpus: int = 0, strategy: str = "PACK", cpus: float = 1.0) -> HostsNeed:
     return HostsNeed(num_hosts=num_hosts, cpus_per_host=cpus, gpus_per_host=gpus, strategy=strategy)
+
+
+def _name() -> str:
+    return f"test/{uuid.uuid4().hex}"
 
 
 def _ignore(reason: str, remaining_s: float) -> None:
@@ -47,7 +52,7 @@ def test_strict_strategies_name_what_they_ask_for() -> None:
 async def test_a_cluster_that_cannot_grow_refuses_at_once(local_ray: RaySession) -> None:
     began = time.monotonic()
     with pytest.raises(PlacementError, match="needs 2 GPU bundles, the cluster has 0 on 1 node"):
-        await place(_need(2, gpus=1), timeout_s=60, can_grow=False, on_wait=_ignore)
+        await place(_need(2, gpus=1), _name(), timeout_s=60, can_grow=False, on_wait=_ignore)
     assert time.monotonic() - began < 5
 
 
@@ -56,7 +61,7 @@ async def test_a_cluster_that_cannot_grow_refuses_at_once(local_ray: RaySession)
 async def test_a_cluster_that_may_grow_is_waited_for_visibly_until_the_deadline(local_ray: RaySession) -> None:
     waits: list[tuple[str, float]] = []
     with pytest.raises(PlacementError, match=r"has 0 on 1 node; gave up after 1\.5 s \(ray\.form_timeout_s\)"):
-        await place(_need(1, gpus=1), 1.5, can_grow=True, on_wait=lambda *wait: waits.append(wait))
+        await place(_need(1, gpus=1), _name(), 1.5, can_grow=True, on_wait=lambda *wait: waits.append(wait))
     assert waits
     assert all("needs 1 GPU bundle," in reason and 0 < left_s <= 1.5 for reason, left_s in waits)
 
@@ -65,10 +70,10 @@ async def test_a_cluster_that_may_grow_is_waited_for_visibly_until_the_deadline(
 @pytest.mark.asyncio
 async def test_room_that_others_hold_is_told_from_room_that_is_missing(local_ray: RaySession) -> None:
     num_cpus = int(ray.cluster_resources()["CPU"])
-    group = await place(_need(num_cpus - 1), timeout_s=10, can_grow=False, on_wait=_ignore)
+    group = await place(_need(num_cpus - 1), _name(), timeout_s=10, can_grow=False, on_wait=_ignore)
     try:
         with pytest.raises(PlacementError, match="enough but at most 1 free; other work holds the rest"):
-            await place(_need(3), timeout_s=0.5, can_grow=False, on_wait=_ignore)
+            await place(_need(3), _name(), timeout_s=0.5, can_grow=False, on_wait=_ignore)
     finally:
         remove_placement_group(group)
 
@@ -78,5 +83,5 @@ async def test_room_that_others_hold_is_told_from_room_that_is_missing(local_ray
 async def test_a_place_given_up_is_free_again(local_ray: RaySession) -> None:
     num_cpus = int(ray.cluster_resources()["CPU"])
     for _ in range(2):
-        group = await place(_need(num_cpus), timeout_s=10, can_grow=False, on_wait=_ignore)
+        group = await place(_need(num_cpus), _name(), timeout_s=10, can_grow=False, on_wait=_ignore)
         remove_placement_group(group)

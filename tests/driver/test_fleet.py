@@ -86,6 +86,20 @@ async def test_the_output_rate_is_that_between_snapshots_and_zero_when_idle() ->
     assert fleet.snapshot().replicas[0].output_tokens_per_s == 0
 
 
+async def test_the_output_rate_starts_anew_with_another_mesh() -> None:
+    fleet = Fleet("m")
+    fleet.set_ready(0, [])
+    fleet.set_stats(0, EngineStats(num_running=1, num_output_tokens=1000))
+    fleet.set_recovering(0)
+    fleet.set_ready(0, [SHARD])
+    assert fleet.snapshot().replicas[0].stats == EngineStats()
+    fleet.set_stats(0, EngineStats(num_running=1, num_output_tokens=5))
+    assert fleet.snapshot().replicas[0].output_tokens_per_s == 0
+    await asyncio.sleep(0.01)
+    fleet.set_stats(0, EngineStats(num_running=1, num_output_tokens=9))
+    assert fleet.snapshot().replicas[0].output_tokens_per_s > 0
+
+
 async def test_a_request_goes_to_the_least_loaded_replica_then_to_the_emptier_one() -> None:
     fleet = Fleet("m")
     entry = JournalEntry("a", (1,), SamplingParams())

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import random
 import signal
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -62,6 +67,21 @@ def reduce_many_shapes(mesh: Mesh, kind: str) -> str:
             found = mesh.tp.all_reduce(part_of(mesh.tp.rank, shape, dtype, seed))
             assert found.dtype == dtype
             assert torch.equal(found, exact_sum(mesh.tp.size, shape, dtype, seed)), (shape, dtype)
+    return "done"
+
+
+def reduce_special_values(mesh: Mesh, kind: str) -> str:
+    check_backend(mesh, kind)
+    highest, lowest = 3.38e38, 1e-40
+    own = [math.inf, math.inf, math.nan, highest, highest, -0.0, lowest, 1.0]
+    others = [-math.inf, 1.0, 0.0, highest, -highest, -0.0, lowest, 2.0**-9]
+    for dtype in (torch.float32, torch.bfloat16):
+        parts = [torch.tensor(values, dtype=dtype) for values in (own, others)]
+        expected = (parts[0].float() + parts[1].float()).to(dtype)
+        found = mesh.tp.all_reduce(parts[mesh.tp.rank].clone())
+        assert torch.equal(found.isnan(), expected.isnan()), (found, expected)
+        numbers, bits = ~expected.isnan(), {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+        assert torch.equal(found[numbers].view(bits), expected[numbers].view(bits)), (found, expected)
     return "done"
 
 
@@ -149,6 +169,13 @@ def test_a_sum_is_exact_in_float32_and_rank_order_for_any_shape(ranks: RankProce
     assert done == ["done"] * size
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_infinities_nan_and_the_ends_of_the_range_are_summed_like_other_numbers(
+    ranks: RankProcesses, kind: str
+) -> None:
+    assert ranks.run(reduce_special_values, kind, tp_size=2, nodes=nodes(kind, 2)) == ["done"] * 2
+
+
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_views_that_are_not_contiguous_are_safe(ranks: RankProcesses, kind: str, size: int) -> None:
@@ -198,6 +225,35 @@ def test_a_sum_has_the_same_bits_on_every_rank_and_over_shared_memory_and_tcp(ra
     assert all(found == bits[0] for found in bits)
 
 
+@contextmanager
+def mesh_without_numba(mesh: Mesh, ranks: list[int]) -> Iterator[Mesh]:
+    """Another mesh of the same ranks, of which ``ranks`` find no numba."""
+    spec = mesh.spec
+    place = own_place(spec.rank, spec.tp_size, 1, spec.store_port, f"{spec.epoch}-mixed", nodes=spec.nodes)
+    hidden = {"numba": None} if spec.rank in ranks else {}
+    with mock.patch.dict(sys.modules, hidden):
+        mixed = open_mesh(place, MAX_TOKENS, HIDDEN_SIZE, torch.float32)
+    try:
+        yield mixed
+    finally:
+        mixed.close()
+
+
+def use_mesh_without_numba(mesh: Mesh, ranks: list[int]) -> int:
+    with mesh_without_numba(mesh, ranks) as mixed:
+        reduce_many_shapes(mixed, "shm")
+        gather_widths(mixed, [7, 0, 1], 5)
+        broadcast_many_shapes(mixed)
+        return mix_operations(mixed, 300, naps=True)
+
+
+@pytest.mark.parametrize("without", [[0, 1, 2], [1], [0, 2]])
+def test_ranks_with_and_without_numba_understand_each_other(ranks: RankProcesses, without: list[int]) -> None:
+    digests = ranks.run(use_mesh_without_numba, without, tp_size=3, nodes=nodes("shm", 3))
+    assert all(isinstance(digest, int) for digest in digests), digests
+    assert len(set(digests)) == 1
+
+
 def lose_rank_1(mesh: Mesh, how: signal.Signals) -> None:
     for _ in range(3):
         mesh.tp.all_reduce(torch.ones(8))
@@ -237,6 +293,24 @@ def test_a_killed_rank_is_named_long_before_the_deadline(ranks: RankProcesses, k
     assert (failure.kind, failure.missing) == ("PeerLost", (1,))
     assert failure.after_s < 2.0
     assert f"stage 0 tensor rank 1 (rank 1, pid {pid} on 127.0.0.1)" in failure.message
+
+
+def lose_rank_1_at_any_moment(mesh: Mesh) -> None:
+    if mesh.spec.tp_rank == 1:
+        threading.Timer(0.3, end_this_process, [signal.SIGKILL]).start()
+    x = torch.ones(40_000, dtype=torch.bfloat16)
+    while True:
+        start_clock()
+        mesh.tp.all_reduce(x)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_a_rank_killed_in_full_run_is_named_by_all_others(ranks: RankProcesses, size: int) -> None:
+    outcomes = ranks.run(lose_rank_1_at_any_moment, tp_size=size, nodes=nodes("shm", size), lost=[1])
+    for rank in {*range(size)} - {1}:
+        failure = outcomes[rank]
+        assert (failure.kind, failure.missing) == ("PeerLost", (1,))
+        assert failure.after_s < 2.0
 
 
 @pytest.mark.parametrize("kind", KINDS)
