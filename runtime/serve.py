@@ -12,6 +12,7 @@ from typing import Any
 from shardray.runtime.cluster.events import ClusterEvent
 from shardray.runtime.config import Config
 from shardray.runtime.config.units import join_listen, parse_listen
+from shardray.runtime.driver.autoscaler import Autoscaler
 from shardray.runtime.driver.controller import FleetController
 from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.fleet import FleetStatus
@@ -47,6 +48,8 @@ async def serve(config: Config, model_dir: Path, watcher: Watcher, stop: asyncio
             return
         # Before the replicas stop: requests may end.
         cleanup.push_async_callback(server.stop, config.limits.shutdown_grace_s)
+        scaling = asyncio.create_task(Autoscaler(config.autoscaling, driver.fleet, controller).run())
+        cleanup.callback(scaling.cancel)
         watcher.on_ready(address, driver.fleet.snapshot())
         await _first_of(stop.wait(), controller.stop_asked.wait())
 
@@ -54,13 +57,16 @@ async def serve(config: Config, model_dir: Path, watcher: Watcher, stop: asyncio
 async def _unless_stopped(starting: Coroutine[Any, Any, None], stop: asyncio.Event) -> bool:
     """Whether ``starting`` came to its end before ``stop`` was set; it is broken off otherwise."""
     task = asyncio.create_task(starting)
-    await _first_of(asyncio.shield(task), stop.wait())
-    if task.done():
-        task.result()
-        return True
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    return False
+    try:
+        await _first_of(asyncio.shield(task), stop.wait())
+        if task.done():
+            task.result()
+            return True
+        return False
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
 
 async def _first_of(*awaitables: Awaitable[Any]) -> None:
