@@ -7,7 +7,8 @@ A block may be empty (more ranks than heads): its product is zeros, and the sum 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,21 +18,39 @@ from shardray.parallel.comm import Comm
 
 
 class Linear:
-    """``x @ weight.T + bias`` on one rank. CPU weights of two bytes are repacked once for oneDNN's kernels."""
+    """``x @ weight.T + bias`` on one rank. CPU weights of two bytes are packed once, for our kernel or oneDNN's."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.out_size = weight.shape[0]
         self.num_bytes = weight.numel() * weight.element_size()
-        self._bias = bias
-        self._packed = weight.device.type == "cpu" and weight.numel() > 0 and _can_prepack(weight.dtype)
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._packed else weight
+        self._multiply = _prepare(weight, bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """(T, in) -> (T, out)"""
-        if self._packed:
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-            return y
-        return F.linear(x, self._weight, self._bias)
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """(T, in) -> (T, out), in ``dtype`` or that of ``x``"""
+        return self._multiply(x, dtype or x.dtype)
+
+
+def _prepare(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, torch.dtype], Tensor]:
+    """The fastest product there is for a weight; holds the weight as that product reads it, and nothing else of it."""
+    if weight.device.type == "cpu" and weight.numel() > 0:
+        if weight.dtype == torch.bfloat16 and (variant := _kernel_variant()) is not None:
+            from shardray.parallel.kernels.linear import PackedLinear
+
+            return PackedLinear(weight, bias, variant)
+        if _can_prepack(weight.dtype):
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+            return lambda x, dtype: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "").to(dtype)
+    return lambda x, dtype: F.linear(x, weight, bias).to(dtype)
+
+
+@functools.cache
+def _kernel_variant() -> str | None:
+    """Which of our kernels for bfloat16 is this processor's best choice, if any."""
+    if importlib.util.find_spec("numba") is None:
+        return None
+    from shardray.parallel.kernels.linear import cpu_features, variant_for
+
+    return variant_for(cpu_features())
 
 
 @functools.cache
@@ -53,18 +72,16 @@ class ColumnParallelLinear(Linear):
 
 
 class RowParallelLinear:
-    """Each rank holds a block of input columns; the partial products are summed, then the bias is added once."""
+    """Each rank holds a block of input columns; the partial products are summed. Rank 0's has the bias in it."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, comm: Comm) -> None:
-        self._linear = Linear(weight)
-        self._bias = bias
+        self._linear = Linear(weight, bias if comm.rank == 0 else None)
         self._comm = comm
         self.num_bytes = self._linear.num_bytes
 
     def __call__(self, x: Tensor) -> Tensor:
         """(T, k) -> (T, H)"""
-        y = self._comm.all_reduce(self._linear(x))
-        return y if self._bias is None else y.add_(self._bias)
+        return self._comm.all_reduce(self._linear(x))
 
 
 class VocabParallelEmbedding:
@@ -99,5 +116,4 @@ class VocabParallelHead:
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """(T, H) -> (T, V) float32 on rank 0 of the group, None elsewhere"""
-        logits = self._comm.gather(self._linear(x), self._widths)
-        return None if logits is None else logits.float()
+        return self._comm.gather(self._linear(x, torch.float32), self._widths)

@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
-from shardray.parallel.errors import CollectiveTimeout, MeshError, PeerLost
+from shardray.parallel.errors import CollectiveTimeout, MeshAborted, MeshError, PeerLost
 from shardray.parallel.place import MeshSpec
 
 _FIRST_POLL_S = 0.0005
 _LONGEST_POLL_S = 0.05
+_ABORTED = "aborted"  # a key beside those of the epoch
 
 
 class Rendezvous:
@@ -31,13 +32,19 @@ class Rendezvous:
             bind_host, self.port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
 
+    def abort(self) -> None:
+        """Make every rank that waits for another one here raise MeshAborted soon. Thread-safe."""
+        self._store.set(_ABORTED, "")
+
 
 class Meeting:
     """One rank's side of the rendezvous, under the name of the mesh's epoch."""
 
     def __init__(self, spec: MeshSpec) -> None:
         self._spec = spec
-        self._store: dist.Store | None = dist.PrefixStore(spec.epoch, _connect(spec))
+        root = _connect(spec)
+        self._root: dist.Store | None = root
+        self._store: dist.Store | None = dist.PrefixStore(spec.epoch, root)
         self.members = [spec.member(rank) for rank in range(spec.size)]
 
     def introduce(self) -> None:
@@ -72,6 +79,7 @@ class Meeting:
             while absent := _absent(store, key, ranks):
                 try:
                     check()
+                    self._check_abort(key)
                 except MeshError:
                     if _absent(store, key, ranks):
                         raise
@@ -89,7 +97,11 @@ class Meeting:
         return dist.PrefixStore(name, self._open_store())
 
     def close(self) -> None:
-        self._store = None
+        self._store = self._root = None
+
+    def _check_abort(self, key: str) -> None:
+        if self._root is not None and self._root.check([_ABORTED]):
+            raise MeshAborted(f"forming ({key}): aborted")
 
     def _open_store(self) -> dist.Store:
         if self._store is None:

@@ -1,14 +1,4 @@
-"""Collectives through shared memory, for ranks on the CPUs of one machine.
-
-    segment   | counters: one int64 per rank | 2 buffers x size slots of capacity bytes |
-
-Operation k uses buffer k mod 2. A rank writes its slot, then sets its counter to k; whoever needs the slot polls the
-counter. A counter of k also says that the rank has finished reading operation k - 1. So operation k begins when every
-counter has reached k - 1: then nobody reads operation k - 2 any more, whose buffer it overwrites. It follows that no
-rank is ever more than one operation ahead of another, whatever the mix of operations.
-
-Relies on the total store order of x86-64; ``usable`` says where that holds.
-"""
+"""Collectives through shared memory, for ranks on the CPUs of one machine: exchanges (see parallel/exchange.py)."""
 
 from __future__ import annotations
 
@@ -20,10 +10,12 @@ import torch
 from torch import Tensor
 
 from shardray.parallel.comm import sum_in_rank_order
+from shardray.parallel.exchange import BEGUN, DONE, LINE_BYTES, NO_SUM, SUM_BFLOAT16, SUM_FLOAT32, choose_exchange
 from shardray.parallel.waiting import Waiter
 
-_LINE = 64  # bytes between counters, so that they share no cache line
-_WORDS = _LINE // 8
+_COMPILED_SUMS = {torch.float32: SUM_FLOAT32, torch.bfloat16: SUM_BFLOAT16}
+# Polls of one compiled wait: microseconds that keep the core, then a millisecond that offers it to others before each.
+_NUM_SPINS, _NUM_YIELDS = 100, 2000
 
 
 def usable() -> bool:
@@ -38,22 +30,28 @@ class ShmComm:
         self.size = size
         self._name = name
         self._waiter = waiter
-        self._counters = memoryview(memory)[: size * _LINE].cast("q")
-        data = torch.frombuffer(memory, dtype=torch.uint8, offset=size * _LINE)
-        self._slots = data.view(2, size, capacity_bytes)
+        self._segment = torch.frombuffer(memory, dtype=torch.uint8)
+        self._slots = self._segment[size * LINE_BYTES :].view(2, size, capacity_bytes)
+        self._buffers = tuple(buffer.data_ptr() for buffer in self._slots)
+        self._counters = memoryview(memory)[: size * LINE_BYTES].cast("q")[:: LINE_BYTES // 8]
         self._capacity = capacity_bytes
+        self._exchange, compiled = choose_exchange()
+        self._sums = _COMPILED_SUMS if compiled else {}
+        self._wait = waiter.wait_long if compiled else waiter.wait
         self._step = 0
-        self._everyone = tuple(range(size))
 
     @staticmethod
     def num_bytes(size: int, capacity_bytes: int) -> int:
-        return size * _LINE + 2 * size * capacity_bytes
+        return size * LINE_BYTES + 2 * size * capacity_bytes
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        flat = x.contiguous().view(-1)
-        for piece in self._pieces(flat):
-            self._all_reduce_piece(piece)
-        return flat.view(x.shape)
+        x = x.contiguous()
+        sum_kind = self._sums.get(x.dtype, NO_SUM)
+        for piece in self._pieces(x):
+            slots = self._run("all_reduce", piece, range(self.size), sum_kind)
+            if sum_kind == NO_SUM:
+                sum_in_rank_order(_as(piece, slots).unbind(), piece.view(-1))
+        return x
 
     def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor | None:
         rows, row_bytes = x.shape[0], max(widths) * x.element_size()
@@ -65,78 +63,70 @@ class ShmComm:
         chunk = self._capacity // row_bytes
         for start in range(0, rows, chunk):
             part = slice(start, start + chunk)
-            self._gather_rows(x[part], widths, None if out is None else out[part])
+            if out is None:
+                self._run("gather", x[part].contiguous(), range(0))
+            else:
+                slots = self._run("gather", None, range(1, self.size))
+                out[part, : widths[0]] = x[part]
+                self._take_columns(slots, widths, out[part])
         return out
 
     def broadcast(self, x: Tensor) -> Tensor:
-        flat = x.contiguous().view(-1)
+        flat = x.contiguous()
         for piece in self._pieces(flat):
-            self._broadcast_piece(piece)
-        return x if self.rank == 0 or x.is_contiguous() else x.copy_(flat.view(x.shape))
+            if self.rank == 0:
+                self._run("broadcast", piece, range(0))
+            else:
+                slots = self._run("broadcast", None, range(1))
+                piece.view(-1).copy_(_as(piece, slots)[0])
+        return x if self.rank == 0 or flat is x else x.copy_(flat)
 
     def abort(self) -> None:
         self._waiter.aborted.set()
 
     def close(self) -> None:
         self._waiter.close()
-        del self._counters, self._slots
+        del self._counters, self._slots, self._segment
 
-    def _pieces(self, flat: Tensor) -> Sequence[Tensor]:
+    def _pieces(self, x: Tensor) -> Sequence[Tensor]:
         """What fits a slot, one after the other; nothing of an empty tensor."""
-        chunk = self._capacity // flat.element_size()
-        if 0 < flat.numel() <= chunk:
-            return (flat,)
-        return [flat[start : start + chunk] for start in range(0, flat.numel(), chunk)]
+        if 0 < x.nbytes <= self._capacity:
+            return (x,)
+        flat, chunk = x.view(-1), self._capacity // x.element_size()
+        return [flat[start : start + chunk] for start in range(0, x.numel(), chunk)]
 
-    def _all_reduce_piece(self, x: Tensor) -> None:
-        buffer = self._begin("all_reduce")[:, : x.numel() * x.element_size()].view(x.dtype)
-        buffer[self.rank].copy_(x)
-        self._arrive()
-        self._wait_for("all_reduce", self._step, self._everyone)
-        sum_in_rank_order(buffer.unbind(), x)
-
-    def _broadcast_piece(self, x: Tensor) -> None:
-        slot = self._begin("broadcast")[0, : x.numel() * x.element_size()].view(x.dtype)
-        if self.rank == 0:
-            slot.copy_(x)
-            self._arrive()
-        else:
-            self._arrive()
-            self._wait_for("broadcast", self._step, (0,))
-            x.copy_(slot)
-
-    def _gather_rows(self, x: Tensor, widths: Sequence[int], out: Tensor | None) -> None:
-        buffer = self._begin("gather")
-        if out is None:
-            if x.numel():
-                buffer[self.rank, : x.numel() * x.element_size()].view(x.dtype).view(x.shape).copy_(x)
-            self._arrive()
-            return
-        self._arrive()
-        self._wait_for("gather", self._step, self._everyone)
+    def _take_columns(self, slots: Tensor, widths: Sequence[int], out: Tensor) -> None:
         column = widths[0]
-        out[:, :column] = x
         for rank in range(1, self.size):
-            num_bytes, width = x.shape[0] * widths[rank] * x.element_size(), widths[rank]
-            out[:, column : column + width] = buffer[rank, :num_bytes].view(x.dtype).view(x.shape[0], width)
-            column += width
+            block = out[:, column : column + widths[rank]]
+            block.copy_(slots[rank, : block.nbytes].view(out.dtype).view(block.shape))
+            column += widths[rank]
 
-    def _begin(self, operation: str) -> Tensor:
-        """Start the next operation: its buffer (size, capacity), once nobody reads what it held."""
+    def _run(self, operation: str, own: Tensor | None, awaited: range, sum_kind: int = NO_SUM) -> Tensor:
+        """This rank's part of the next operation: brings ``own``, contiguous. Returns all slots, (size, capacity) of
+        bytes, of which those ``awaited`` are filled; they hold until the next operation."""
         self._step += 1
-        self._wait_for(operation, self._step - 1, self._everyone)
-        return self._slots[self._step & 1]
+        step, slots, progress = self._step, self._slots, BEGUN  # ``slots`` keeps the memory, whoever closes this
+        address, num_bytes = (0, 0) if own is None else (own.data_ptr(), own.nbytes)
+        while True:
+            progress = self._exchange(
+                progress, step, self._segment.data_ptr(), self.rank, self.size, awaited.start, awaited.stop,
+                _NUM_SPINS, _NUM_YIELDS, self._buffers[step & 1], self._capacity, address, num_bytes, sum_kind,
+            )  # fmt: skip
+            if progress == DONE:
+                return slots[step & 1]
+            missing = (step - 1, range(self.size)) if progress == BEGUN else (step, awaited)
+            self._wait_for(operation, *missing)
 
-    def _arrive(self) -> None:
-        self._counters[self.rank * _WORDS] = self._step
-
-    def _wait_for(self, operation: str, step: int, ranks: Sequence[int]) -> None:
+    def _wait_for(self, operation: str, step: int, ranks: range) -> None:
         counters = self._counters
 
         def missing() -> tuple[int, ...]:
-            return tuple(rank for rank in ranks if counters[rank * _WORDS] < step)
+            return tuple(rank for rank in ranks if counters[rank] < step)
 
-        def ready() -> bool:
-            return all(counters[rank * _WORDS] >= step for rank in ranks)
+        self._wait(lambda: not missing(), f"{self._name} {operation}", missing)
 
-        self._waiter.wait(ready, f"{self._name} {operation}", missing)
+
+def _as(piece: Tensor, slots: Tensor) -> Tensor:
+    """The slots (size, elements) as elements of ``piece``'s dtype and number."""
+    return slots[:, : piece.nbytes].view(piece.dtype)

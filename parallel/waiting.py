@@ -46,14 +46,10 @@ class Waiter:
             if ready():
                 return
             time.sleep(0)
-        self._wait_long(ready, operation, missing)
+        self.wait_long(ready, operation, missing)
 
-    def close(self) -> None:
-        for pidfd in self._pidfds.values():
-            os.close(pidfd)
-        self._pidfds.clear()
-
-    def _wait_long(self, ready: Callable[[], bool], operation: str, missing: Callable[[], tuple[int, ...]]) -> None:
+    def wait_long(self, ready: Callable[[], bool], operation: str, missing: Callable[[], tuple[int, ...]]) -> None:
+        """As ``wait``, for who has polled already: naps from the start."""
         start = check_at = time.monotonic()
         while not ready():
             time.sleep(_NAP_S)
@@ -64,6 +60,11 @@ class Waiter:
             self._check(operation, missing())
             if now - start > self._timeout_s and (absent := missing()):
                 raise CollectiveTimeout(operation, self._timeout_s, [self._members[index] for index in absent])
+
+    def close(self) -> None:
+        for pidfd in self._pidfds.values():
+            os.close(pidfd)
+        self._pidfds.clear()
 
     def _check(self, operation: str, missing: tuple[int, ...]) -> None:
         if self.aborted.is_set():

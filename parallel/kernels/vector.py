@@ -1,122 +1,108 @@
-"""Sixteen floats at a time: a numba value type over LLVM vectors, for the loops that its vectorizer does not get right.
+"""Sixteen floats at a time: what kernels emit in LLVM themselves, for the loops that its vectorizer does not get right.
 
 LLVM lowers a vector of 16 floats to whatever the processor has (one AVX-512 register, two of AVX, four of NEON), so the
-same kernels run everywhere. Offsets count elements.
+same kernels run everywhere. Addresses are int64, in bytes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model
+from numba.extending import intrinsic
 
 WIDTH = 16
-_FLOAT = ir.FloatType()
-_FLOATS = ir.VectorType(_FLOAT, WIDTH)
-_INTS = ir.VectorType(ir.IntType(32), WIDTH)
-_HALVES = ir.VectorType(ir.IntType(16), WIDTH)
-_F32: Any = types.CPointer(types.float32)  # type: ignore[no-untyped-call]
-_U32: Any = types.CPointer(types.uint32)  # type: ignore[no-untyped-call]
-_U16: Any = types.CPointer(types.uint16)  # type: ignore[no-untyped-call]
+VECTOR_BYTES = 4 * WIDTH  # of 16 floats or words
+I32, I64, FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
+FLOATS, WORDS, HALVES = (ir.VectorType(kind, WIDTH) for kind in (FLOAT, I32, ir.IntType(16)))
 
 
-class _Floats(types.Type):
-    """The numba type of a vector value; lives in registers."""
-
-    def __init__(self) -> None:
-        super().__init__(name="floats16")
-
-
-floats: Any = _Floats()
+def call(builder: Any, name: str, operands: list[Any], result: Any) -> Any:
+    """Call one of LLVM's intrinsics."""
+    kind = ir.FunctionType(result, [operand.type for operand in operands])
+    function = cgutils.get_or_insert_function(builder.module, kind, name)  # type: ignore[no-untyped-call]
+    return builder.call(function, operands)
 
 
-@register_model(_Floats)
-class _Model(models.PrimitiveModel):
-    def __init__(self, manager: Any, kind: Any) -> None:
-        super().__init__(manager, kind, _FLOATS)  # type: ignore[no-untyped-call]
+def load(builder: Any, address: Any, kind: Any) -> Any:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=2)
 
 
-def _at(builder: Any, pointer: Any, offset: Any, kind: Any) -> Any:
-    return builder.bitcast(builder.gep(pointer, [offset]), kind.as_pointer())
+def store(builder: Any, value: Any, address: Any) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=4)
 
 
-@intrinsic
-def zeros(typing_context: Any) -> Any:
-    """Sixteen zeros."""
-
-    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
-        return ir.Constant(_FLOATS, [0.0] * WIDTH)
-
-    return floats(), generate
+def load_bfloat16(builder: Any, address: Any) -> Any:
+    """Sixteen bfloat16, widened"""
+    words = builder.zext(load(builder, address, HALVES), WORDS)
+    return builder.bitcast(builder.shl(words, ir.Constant(WORDS, [16] * WIDTH)), FLOATS)
 
 
-@intrinsic
-def load_float32(typing_context: Any, pointer: Any, offset: Any) -> Any:
-    """Sixteen float32 from ``pointer`` (of floats, or of their bits) on."""
-
-    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
-        return builder.load(_at(builder, operands[0], operands[1], _FLOATS), align=4)
-
-    return floats(_U32 if pointer == _U32 else _F32, types.int64), generate
+def load_float32(builder: Any, address: Any) -> Any:
+    return load(builder, address, FLOATS)
 
 
-@intrinsic
-def load_bfloat16(typing_context: Any, pointer: Any, offset: Any) -> Any:
-    """Sixteen bfloat16 from ``pointer`` on, widened."""
-
-    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
-        words = builder.zext(builder.load(_at(builder, operands[0], operands[1], _HALVES), align=2), _INTS)
-        return builder.bitcast(builder.shl(words, ir.Constant(_INTS, [16] * WIDTH)), _FLOATS)
-
-    return floats(_U16, types.int64), generate
+def splat(builder: Any, value: Any) -> Any:
+    """A vector of one float or word"""
+    kind = ir.VectorType(value.type, WIDTH)
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, I32(0))
+    return builder.shuffle_vector(first, first, ir.Constant(WORDS, [0] * WIDTH))
 
 
-@intrinsic
-def store(typing_context: Any, pointer: Any, offset: Any, value: Any) -> Any:
-    """Sixteen float32 to ``pointer`` on."""
-
-    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
-        builder.store(operands[2], _at(builder, operands[0], operands[1], _FLOATS), align=4)
-        return context.get_dummy_value()
-
-    return types.void(_F32, types.int64, floats), generate
+def multiply_add(builder: Any, factor: Any, values: Any, total: Any) -> Any:
+    """factor * values + total, rounded once"""
+    return call(builder, "llvm.fma.v16f32", [factor, values, total], FLOATS)
 
 
-@intrinsic
-def multiply_add(typing_context: Any, scalar: Any, values: Any, total: Any) -> Any:
-    """scalar * values + total"""
-
-    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
-        scalar, values, total = operands
-        first = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), scalar, ir.IntType(32)(0))
-        spread = builder.shuffle_vector(first, first, ir.Constant(_INTS, [0] * WIDTH))
-        kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
-        name = f"llvm.fma.v{WIDTH}f32"
-        fma = cgutils.get_or_insert_function(builder.module, kind, name)  # type: ignore[no-untyped-call]
-        return builder.call(fma, [spread, values, total])
-
-    return floats(types.float32, floats, floats), generate
+def prefetch(builder: Any, address: Any) -> None:
+    """Fetch a cache line into the second-level cache. Any address will do."""
+    pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
+    read, second_level, data = I32(0), I32(2), I32(1)
+    call(builder, "llvm.prefetch.p0", [pointer, read, second_level, data], ir.VoidType())
 
 
-@intrinsic
-def add(typing_context: Any, left: Any, right: Any) -> Any:
-    """left + right"""
+def register(builder: Any, value: Any) -> Any:
+    """A variable that LLVM keeps in a register: ``builder.load`` and ``builder.store``"""
+    return cgutils.alloca_once_value(builder, value)  # type: ignore[no-untyped-call]
 
-    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
-        return builder.fadd(*operands)
 
-    return floats(floats, floats), generate
+def offset(builder: Any, address: Any, index: Any, num_bytes: int) -> Any:
+    """address + index * num_bytes"""
+    return builder.add(address, builder.mul(index, I64(num_bytes)))
+
+
+@contextmanager
+def loop(builder: Any, count: Any) -> Iterator[Any]:
+    """Emits what follows once for each index below ``count``."""
+    with cgutils.for_range(builder, count) as places:  # type: ignore[no-untyped-call]
+        yield places.index
+
+
+def choose(builder: Any, key: Any, keys: Iterable[int], emit: Callable[[int], None]) -> None:
+    """Emits code for each of ``keys``, and the choice by ``key``, which must be one of them."""
+    done, other = builder.append_basic_block("done"), builder.append_basic_block("other")
+    choice = builder.switch(key, other)
+    for each in keys:
+        case = builder.append_basic_block(f"case_{each}")
+        choice.add_case(I64(each), case)
+        with builder.goto_block(case):
+            emit(each)
+            builder.branch(done)
+    builder.position_at_end(other)
+    builder.unreachable()
+    builder.position_at_end(done)
 
 
 @intrinsic
 def address_of(typing_context: Any, array: Any) -> Any:
-    """A float32 pointer to the first element of a contiguous array."""
+    """Where the first element of a contiguous array lies."""
 
     def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
         data = context.make_array(array)(context, builder, operands[0]).data
-        return builder.bitcast(data, _FLOAT.as_pointer())
+        return builder.ptrtoint(data, I64)
 
-    return _F32(array), generate
+    return types.int64(array), generate

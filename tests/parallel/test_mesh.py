@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 
 import pytest
 import torch
 
-from shardray.parallel.errors import CollectiveTimeout
+from shardray.parallel.errors import CollectiveTimeout, MeshAborted
 from shardray.parallel.mesh import Mesh, Rendezvous, open_mesh
 from tests.parallel.rank_processes import (
     HIDDEN_SIZE,
@@ -42,6 +43,16 @@ def test_a_mesh_of_one_needs_nobody() -> None:
     assert mesh.agree_on_minimum("pages", 5) == 5
     mesh.abort()
     mesh.close()
+
+
+def test_an_aborted_rendezvous_frees_who_waits_there_for_a_rank_that_does_not_come() -> None:
+    rendezvous = Rendezvous(LOOPBACK)
+    place = own_place(0, 1, 2, rendezvous.port, "aborted")
+    threading.Timer(0.3, rendezvous.abort).start()
+    began = time.monotonic()
+    with pytest.raises(MeshAborted, match="forming"):
+        open_mesh(place, MAX_TOKENS, HIDDEN_SIZE, torch.float32)
+    assert time.monotonic() - began < place.form_timeout_s / 2
 
 
 def sums_over_mixed_nodes(mesh: Mesh) -> float:

@@ -1,7 +1,7 @@
 """Decode attention that reads the pages in place, on CPUs: one task per (row, KV head), softmax in float32.
 
-A task widens each page of its KV head once and uses it for all query heads of the group. What it computes depends on
-its row alone, so a row's result is the same whoever shares the batch.
+A task reads each page of its KV head for up to four query heads at a time. What it computes depends on its row alone,
+so a row's result is the same whoever shares the batch.
 
 Legend: D decode rows, n / g query and KV heads, d head size, b tokens a page, W blocks in a row of the block table.
 """
@@ -11,30 +11,39 @@ Legend: D decode rows, n / g query and KV heads, d head size, b tokens a page, W
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numba
 import numpy as np
 
 from shardray.parallel.kernels import jit, vector
-from shardray.parallel.kernels.jit import FLOAT32
+from shardray.parallel.kernels.jit import Element
+from shardray.runtime.model.kernels import page_tiles
+from shardray.runtime.model.kernels.page_tiles import MAX_HEADS, PageElement, make_accumulate_page, make_score_page
 
-_, pointer, load, store = FLOAT32  # replaced by those of the element a kernel is compiled for
+
+class Variant(NamedTuple):
+    """Attention for pages of one dtype: what the names below stand for."""
+
+    name: str
+    pointer: object
+    load: object
+    store: object
+    element_bytes: int
+    score_page: object
+    accumulate_page: object
 
 
-@numba.njit(fastmath=jit.MATH)
-def _scores(queries, first_query, keys, head_dim, block_size, scores, first_score):
-    """scores = one query . each token of the (d, b) tile, for all places of the page, filled or not"""
-    for i in range(0, block_size, vector.WIDTH):
-        even, odd = vector.zeros(), vector.zeros()
-        for j in range(0, head_dim, 2):
-            even = vector.multiply_add(queries[first_query + j], vector.load_float32(keys, j * block_size + i), even)
-            key = vector.load_float32(keys, (j + 1) * block_size + i)
-            odd = vector.multiply_add(queries[first_query + j + 1], key, odd)
-        vector.store(scores, first_score + i, vector.add(even, odd))
+def make_variant(element: Element, page_element: PageElement) -> Variant:
+    return Variant(*element, page_element.num_bytes, make_score_page(page_element), make_accumulate_page(page_element))
+
+
+_, pointer, load, store, element_bytes, score_page, accumulate_page = make_variant(jit.FLOAT32, page_tiles.FLOAT32)
 
 
 @numba.njit(inline="always", fastmath=jit.MATH)
 def _normalize(scores, bits, num_tokens):
-    """e ** (score - highest) in place; returns their sum."""
+    """The softmax of the first scores, in place"""
     highest = scores[0]
     for i in range(1, num_tokens):
         highest = max(highest, scores[i])
@@ -44,18 +53,16 @@ def _normalize(scores, bits, num_tokens):
     total = np.float32(0.0)
     for i in range(num_tokens):
         total += scores[i]
-    return total
+    for i in range(num_tokens):
+        scores[i] /= total
 
 
-@numba.njit(fastmath=jit.MATH)
-def _accumulate(weights, first_weight, values, num_tokens, head_dim, sums, first_sum):
-    """sums += the first tokens of the (b, d) tile, weighted"""
-    for j in range(0, head_dim, vector.WIDTH):
-        total = vector.load_float32(sums, first_sum + j)
-        for i in range(num_tokens):
-            value = vector.load_float32(values, i * head_dim + j)
-            total = vector.multiply_add(weights[first_weight + i], value, total)
-        vector.store(sums, first_sum + j, total)
+@numba.njit(inline="always")
+def _pages(tables, first, block, num_pages, num_kv_heads, kv_head):
+    """The tile of a block of the row, and that of the next one"""
+    following = min(block + 1, num_pages - 1)
+    page, next_page = np.int64(tables[first + block]), np.int64(tables[first + following])
+    return page * num_kv_heads + kv_head, next_page * num_kv_heads + kv_head
 
 
 def decode(args):
@@ -67,27 +74,22 @@ def decode(args):
     a = numba.carray(args, (16,))
     num_rows, num_heads, num_kv_heads, head_dim = a[1], a[2], a[3], a[4]
     block_size, num_blocks, row_stride = a[5], a[6], a[8]
-    queries, keys, values = pointer(a[7]), pointer(a[9]), pointer(a[10])
+    queries, keys, values = pointer(a[7]), a[9], a[10]
     tables, context_lens, groups = jit.pointer_i32(a[11]), jit.pointer_i32(a[12]), jit.pointer_i64(a[13])
     out, scale = pointer(a[14]), jit.pointer_f32(a[15])[0]
-    tile_size = block_size * head_dim
-    tile_words = np.empty(tile_size, np.uint32)
-    tile = tile_words.view(np.float32)
-    tile_at = vector.address_of(tile)
+    tile_bytes = block_size * head_dim * element_bytes
     query_words = np.empty(num_heads * head_dim, np.uint32)
     query = query_words.view(np.float32)
     sums = np.empty(num_heads * head_dim, np.float32)
     out_words = sums.view(np.uint32)
     query_at, sums_at = vector.address_of(query), vector.address_of(sums)
-    totals = np.empty(num_heads, np.float32)
     while True:
         task = jit.take_task(args)
         if task >= num_rows * num_kv_heads:
             break
         row, kv_head = task // num_kv_heads, task % num_kv_heads
-        first_head, last_head = groups[kv_head], groups[kv_head + 1]
-        context_len = np.int64(context_lens[row])
-        group = last_head - first_head
+        first_head, context_len = groups[kv_head], np.int64(context_lens[row])
+        group = groups[kv_head + 1] - first_head
         num_pages = (context_len + block_size - 1) // block_size
         row_len = num_pages * block_size
         scores = np.empty(group * row_len, np.float32)
@@ -98,21 +100,23 @@ def decode(args):
             query[i] *= scale
             sums[i] = np.float32(0.0)
         for block in range(num_pages):
-            first = block * block_size
-            page = np.int64(tables[row * num_blocks + block])
-            load(keys, (page * num_kv_heads + kv_head) * tile_size, tile_size, tile_words)
-            for h in range(group):
-                _scores(query_at, h * head_dim, tile_at, head_dim, block_size, scores_at, h * row_len + first)
+            page, following = _pages(tables, row * num_blocks, block, num_pages, num_kv_heads, kv_head)
+            for h in range(0, group, MAX_HEADS):
+                score_page(
+                    min(MAX_HEADS, group - h), query_at + h * head_dim * 4, head_dim, keys + page * tile_bytes,
+                    keys + following * tile_bytes, block_size, scores_at + (h * row_len + block * block_size) * 4,
+                    row_len,
+                )  # fmt: skip
         for h in range(group):
-            totals[h] = _normalize(scores[h * row_len : (h + 1) * row_len], bits, context_len)
+            _normalize(scores[h * row_len : (h + 1) * row_len], bits, context_len)
         for block in range(num_pages):
+            page, following = _pages(tables, row * num_blocks, block, num_pages, num_kv_heads, kv_head)
             first = block * block_size
-            num_tokens = min(block_size, context_len - first)
-            page = np.int64(tables[row * num_blocks + block])
-            load(values, (page * num_kv_heads + kv_head) * tile_size, num_tokens * head_dim, tile_words)
-            for h in range(group):
-                _accumulate(scores_at, h * row_len + first, tile_at, num_tokens, head_dim, sums_at, h * head_dim)
-        for h in range(group):
-            for j in range(head_dim):
-                sums[h * head_dim + j] /= totals[h]
+            for h in range(0, group, MAX_HEADS):
+                accumulate_page(
+                    min(MAX_HEADS, group - h), scores_at + (h * row_len + first) * 4, row_len,
+                    values + page * tile_bytes, values + following * tile_bytes,
+                    min(block_size, context_len - first), head_dim, sums_at + h * head_dim * 4,
+                )  # fmt: skip
+        scores[0] = np.float32(0.0)  # numba frees an array after its last mention; its address does not count as one
         store(out_words, group * head_dim, out, (row * num_heads + first_head) * head_dim)

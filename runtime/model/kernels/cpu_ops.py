@@ -10,11 +10,14 @@ from torch import Tensor
 from shardray.parallel.kernels import jit, vector
 from shardray.parallel.kernels.jit import Kernel
 from shardray.runtime.model.attention import KVPages, PagedAttention, StepView
-from shardray.runtime.model.kernels import cpu_attention, cpu_elementwise
+from shardray.runtime.model.kernels import cpu_attention, cpu_elementwise, page_tiles
 from shardray.runtime.model.kernels.ops import Angles, NormWeights, Ops
 from shardray.runtime.model.spec import Activation
 
-_ELEMENTS = {torch.float32: jit.FLOAT32, torch.bfloat16: jit.BFLOAT16}
+_ELEMENTS = {
+    torch.float32: (jit.FLOAT32, page_tiles.FLOAT32),
+    torch.bfloat16: (jit.BFLOAT16, page_tiles.BFLOAT16),
+}
 _TOKENS_A_THREAD = 8  # fewer are not worth waking a second thread for
 
 
@@ -85,13 +88,10 @@ class CpuOps(Ops):
 
 @functools.cache
 def _compile(dtype: torch.dtype) -> tuple[Kernel, ...]:
-    functions = (
-        cpu_elementwise.add_rms_norm,
-        cpu_elementwise.rotate_and_store,
-        cpu_elementwise.silu_gate,
-        cpu_attention.decode,
-    )
-    return tuple(jit.compile_kernel(function, _ELEMENTS[dtype]) for function in functions)
+    element, page_element = _ELEMENTS[dtype]
+    functions = cpu_elementwise.add_rms_norm, cpu_elementwise.rotate_and_store, cpu_elementwise.silu_gate
+    decode = jit.compile_kernel(cpu_attention.decode, cpu_attention.make_variant(element, page_element))
+    return *(jit.compile_kernel(function, element) for function in functions), decode
 
 
 @functools.cache

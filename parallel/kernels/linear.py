@@ -1,0 +1,96 @@
+"""``x @ weight.T + bias`` for bfloat16 on CPUs, from weights that are packed once. Sums are float32 and in K's order.
+
+Weights lie in blocks of 64 outputs, what is left in blocks of 16; a block holds, for each pair of inputs, that pair of
+each of its outputs side by side:
+
+    outputs  0..63    pairs 0..K/2 x [64 outputs x 2]     a load brings 16 pairs; they meet one pair of a row of x
+             64..79   pairs 0..K/2 x [16 outputs x 2]     zeros pad outputs to 16 and K to 2
+
+A result depends on its row of x and its row of weights alone, to the bit: not on T, on N or on the threads.
+
+Legend: T tokens, N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Collection
+
+import torch
+import torch.nn.functional as F
+from llvmlite.binding import get_host_cpu_features
+from torch import Tensor
+
+from shardray.parallel.kernels import jit
+from shardray.parallel.kernels.jit import Kernel
+from shardray.parallel.kernels.product import Variant, make_variant, product
+from shardray.parallel.kernels.vector import WIDTH
+
+_PAIR_FEATURES = {"avx512f", "avx512bf16"}
+
+
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """What kernels are compiled for: this processor, or what NUMBA_CPU_NAME and NUMBA_CPU_FEATURES say instead."""
+    chosen = os.environ.get("NUMBA_CPU_FEATURES")
+    if chosen is not None or "NUMBA_CPU_NAME" in os.environ:
+        return frozenset(feature[1:] for feature in (chosen or "").split(",") if feature.startswith("+"))
+    return frozenset(name for name, there in get_host_cpu_features().items() if there)
+
+
+def variant_for(features: Collection[str]) -> str | None:
+    """The name of the fastest product of a processor; None where matrix units (AMX) make oneDNN's faster."""
+    if "amx-bf16" in features:
+        return None
+    if "avx512f" not in features:
+        return "narrow"
+    return "pairs" if "avx512bf16" in features else "halves"
+
+
+def runs_here(variant_name: str) -> bool:
+    return variant_name != "pairs" or cpu_features() >= _PAIR_FEATURES
+
+
+@functools.cache
+def _compiled(variant: Variant) -> Kernel:
+    return jit.compile_kernel(product, variant)
+
+
+class PackedLinear:
+    """One weight, packed. Computes on as many threads as torch would where it is called."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, variant_name: str) -> None:
+        """``weight`` (N, K) bfloat16, not empty, and ``bias`` (N,); neither is kept."""
+        variant = make_variant(variant_name)
+        self._kernel = _compiled(variant)
+        self._out_size, self._in_size = weight.shape
+        self._weights = _pack(weight, variant.block_vectors)
+        self._bias = torch.zeros(-(-self._out_size // WIDTH) * WIDTH)
+        if bias is not None:
+            self._bias[: self._out_size] = bias
+        num_pairs = (self._in_size + 1) // 2
+        self._fixed = self._out_size, num_pairs, self._weights.data_ptr(), self._bias.data_ptr()
+
+    def __call__(self, x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """(T, K) bfloat16 -> (T, N) in ``dtype``: bfloat16 or float32"""
+        num_tokens = x.shape[0]
+        out = torch.empty(num_tokens, self._out_size, dtype=dtype)
+        if num_tokens > 0:
+            x = F.pad(x, (0, 1)) if self._in_size % 2 else x.contiguous()
+            threads = torch.get_num_threads()
+            wide = dtype == torch.float32
+            self._kernel(threads, num_tokens, x.data_ptr(), out.data_ptr(), threads, *self._fixed, wide)
+        return out
+
+
+def _pack(weight: Tensor, block_vectors: int) -> Tensor:
+    """(N, K) -> flat, as drawn above"""
+    weight = F.pad(weight, (0, weight.shape[1] % 2, 0, -weight.shape[0] % WIDTH))
+    block = block_vectors * WIDTH
+    num_blocks = weight.shape[0] // block
+    packed = torch.empty(weight.shape, dtype=weight.dtype)
+    for part, size in ((slice(num_blocks * block), block), (slice(num_blocks * block, None), WIDTH)):
+        pairs = weight[part].view(-1, size, weight.shape[1] // 2, 2)
+        packed[part].view(-1, weight.shape[1] // 2, size, 2).copy_(pairs.transpose(1, 2))
+    return packed

@@ -1,0 +1,138 @@
+"""The compiled part of a bfloat16 matrix product (see parallel/kernels/linear.py): which thread multiplies what, when.
+
+A task is some blocks of outputs for a span of tokens. While a block is multiplied with one tile of tokens after the
+other, its weights and the tokens stay in the second-level cache, for at most ``_PASS`` pairs of K at a time, and the
+weights of the next block are fetched. With a single tile there is nothing to hide that behind, and memory streams best
+undisturbed.
+
+Legend: T tokens, N outputs, K inputs.
+"""
+
+# mypy: ignore-errors
+# (numba's dialect: pointers, fixed-width scalars, names bound when a kernel is compiled)
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numba
+import numpy as np
+
+from shardray.parallel.kernels import jit, vector
+from shardray.parallel.kernels.tile import HALVES, PAIRS, make_tile
+from shardray.parallel.kernels.vector import VECTOR_BYTES, WIDTH
+
+_PASS = 1024  # pairs of K
+_SPAN_BYTES = 256 << 10  # of x
+_TASKS_A_THREAD = 8  # a slower core takes fewer
+
+
+class Variant(NamedTuple):
+    """The product for one kind of processor: what the names below stand for."""
+
+    name: str
+    block_vectors: int  # of 16 outputs, side by side in a block of weights
+    max_rows: int  # of a tile: as many as there are registers for their sums
+    multiply: object
+
+
+block_vectors, max_rows, multiply = 0, 0, None  # replaced by those of a variant
+
+
+@functools.cache
+def make_variant(name: str) -> Variant:
+    """``pairs``: AVX-512 that multiplies bfloat16. ``halves``: any AVX-512. ``narrow``: less room in registers."""
+    dot = PAIRS if name == "pairs" else HALVES
+    vectors, rows = (2, 2) if name == "narrow" else (4, 6)
+    return Variant(name, vectors, rows, make_tile(dot, rows, vectors))
+
+
+@numba.njit(inline="always")
+def _span(num_tokens, num_pairs, max_rows):
+    """How many tokens a task takes: about the same number each, in whole tiles."""
+    num_spans = (num_tokens - 1) // max(_SPAN_BYTES // (4 * min(num_pairs, _PASS)), max_rows) + 1
+    return min(((num_tokens - 1) // num_spans // max_rows + 1) * max_rows, num_tokens)
+
+
+@numba.njit(inline="always")
+def _first_vector(block, num_whole, block_vectors):
+    """Whole blocks come first, then blocks of a single vector."""
+    return min(block, num_whole) * block_vectors + max(block - num_whole, 0)
+
+
+@numba.njit(inline="always")
+def _start_sums(sums, bias, num_rows, width):
+    for i in range(num_rows):
+        for j in range(width):
+            sums[i * width + j] = bias[j]
+
+
+@numba.njit(inline="always")
+def _write(words, width, num_rows, num_columns, out, as_float32, first, stride):
+    """The first columns of ``words`` (num_rows, width), as float32 or rounded to bfloat16, into ``out``."""
+    for i in range(num_rows):
+        if as_float32:
+            jit.copy_out(words[i * width :], num_columns, jit.pointer_u32(out), first + i * stride)
+        else:
+            jit.narrow(words[i * width :], num_columns, jit.pointer_u16(out), first + i * stride)
+
+
+def product(args):
+    """args: T, x, out, threads, N, pairs of K, weights, bias, whether out is float32.  out = x @ weights + bias
+
+    x is (T, 2 pairs) bfloat16, out (T, N) bfloat16 or float32, bias float32, padded to 16 outputs like the weights.
+    """
+    a = numba.carray(args, (10,))
+    num_tokens, x, out, num_threads, num_outputs = a[1], a[2], a[3], a[4], a[5]
+    num_pairs, weights, bias = a[6], a[7], a[8]
+    num_vectors = (num_outputs - 1) // WIDTH + 1
+    num_whole = num_vectors // block_vectors
+    num_blocks = num_whole + num_vectors % block_vectors
+    span = _span(num_tokens, num_pairs, max_rows)
+    num_spans = (num_tokens - 1) // span + 1
+    blocks_a_task = max(num_blocks * num_spans // (_TASKS_A_THREAD * num_threads), 1) if num_threads > 1 else num_blocks
+    tasks_a_span = (num_blocks - 1) // blocks_a_task + 1
+    words = np.empty(span * block_vectors * WIDTH, np.uint32)
+    sums = words.view(np.float32)
+    sums_at = vector.address_of(sums)
+    while True:
+        task = jit.take_task(args)
+        if task >= num_spans * tasks_a_span:
+            break
+        first_token, first_block = task // tasks_a_span * span, task % tasks_a_span * blocks_a_task
+        num_rows, last_block = min(span, num_tokens - first_token), min(first_block + blocks_a_task, num_blocks)
+        num_tiles = (num_rows - 1) // max_rows + 1
+        for block in range(first_block, last_block):
+            # Next comes the next block; at the end of a task, as long as threads keep pace, that of so many tasks on
+            following = block + 1 if block + 1 < last_block else (task + num_threads) % tasks_a_span * blocks_a_task
+            start, then = (
+                _first_vector(block, num_whole, block_vectors),
+                _first_vector(following, num_whole, block_vectors),
+            )
+            vectors = block_vectors if block < num_whole else 1
+            width = vectors * WIDTH
+            lines = min((vectors - 1) // num_tiles + 1, 2) if num_tiles > 1 else 0  # prefetched for each pair
+            _start_sums(sums, jit.pointer_f32(bias + start * VECTOR_BYTES), num_rows, width)
+            for first_pair in range(0, num_pairs, _PASS):
+                count = min(_PASS, num_pairs - first_pair)
+                here = weights + (start * num_pairs + vectors * first_pair) * VECTOR_BYTES
+                there = weights + (then * num_pairs + vectors * first_pair) * VECTOR_BYTES
+                for tile in range(num_tiles):
+                    row, next_row = num_rows * tile // num_tiles, num_rows * (tile + 1) // num_tiles
+                    multiply(
+                        next_row - row, vectors, x + ((first_token + row) * num_pairs + first_pair) * 4, num_pairs * 4,
+                        here, count, sums_at + row * width * 4,
+                        there + min(tile * lines, vectors - lines) * count * VECTOR_BYTES, lines * VECTOR_BYTES,
+                    )  # fmt: skip
+            num_columns = min(width, num_outputs - start * WIDTH)
+            _write(
+                words,
+                width,
+                num_rows,
+                num_columns,
+                out,
+                a[9] != 0,
+                first_token * num_outputs + start * WIDTH,
+                num_outputs,
+            )

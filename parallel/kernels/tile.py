@@ -1,0 +1,123 @@
+"""The inner loop of a bfloat16 matrix product, in LLVM: a few rows of x against 16 outputs or several 16, in registers.
+
+    x        rows of pairs of bfloat16 along K
+    weights  for each pair of K a vector of 16 words, or several: the pair of each output
+    sums     (rows, outputs) float32, read, added to, written
+
+Every sum runs over K from its start to its end, pair by pair, whatever the number of rows: a row's result does not
+depend on how many are computed with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from shardray.parallel.kernels import vector
+from shardray.parallel.kernels.vector import FLOAT, FLOATS, I32, I64, VECTOR_BYTES, WIDTH, WORDS
+
+Operand = tuple[Any, ...]
+
+
+class Dot(NamedTuple):
+    """How pairs are multiplied and added to 16 sums."""
+
+    spread: Callable[[Any, Any], Operand]  # (builder, word of x) -> what ``add`` takes
+    prepare: Callable[[Any, Any], Operand]  # (builder, 16 words of weights) -> what ``add`` takes
+    add: Callable[[Any, Any, Operand, Operand], Any]  # (builder, sums, x, weights) -> sums
+
+
+def _add_pairs(builder: Any, sums: Any, x: Operand, weights: Operand) -> Any:
+    return vector.call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", [sums, *x, *weights], FLOATS)
+
+
+def _halves(builder: Any, words: Any) -> Operand:
+    """The first and the second of each pair, widened to float32."""
+    is_vector = words.type == WORDS
+    first, second = (ir.Constant(WORDS, [value] * WIDTH) if is_vector else I32(value) for value in (16, -0x10000))
+    floats = FLOATS if is_vector else FLOAT
+    return builder.bitcast(builder.shl(words, first), floats), builder.bitcast(builder.and_(words, second), floats)
+
+
+def _spread_halves(builder: Any, word: Any) -> Operand:
+    return tuple(vector.splat(builder, half) for half in _halves(builder, word))
+
+
+def _add_halves(builder: Any, sums: Any, x: Operand, weights: Operand) -> Any:
+    for factor, values in zip(x, weights, strict=True):
+        sums = vector.multiply_add(builder, factor, values, sums)
+    return sums
+
+
+# One instruction of AVX-512 for sixteen pairs.
+PAIRS = Dot(lambda builder, word: (vector.splat(builder, word),), lambda builder, words: (words,), _add_pairs)
+# On any processor: two fused multiply-adds of what is widened to float32.
+HALVES = Dot(_spread_halves, _halves, _add_halves)
+
+
+class _Tile:
+    """Emits the loop over K for one shape of tile."""
+
+    def __init__(self, builder: Any, dot: Dot, num_rows: int, num_vectors: int) -> None:
+        self._builder = builder
+        self._dot = dot
+        self._num_rows = num_rows
+        self._num_vectors = num_vectors
+
+    def emit(
+        self, x: Any, row_bytes: Any, weights: Any, num_pairs: Any, sums: Any, ahead: Any, ahead_step: Any
+    ) -> None:
+        builder = self._builder
+        rows = [vector.offset(builder, x, row_bytes, r) for r in range(self._num_rows)]
+        places = [builder.add(sums, I64(i * VECTOR_BYTES)) for i in range(self._num_rows * self._num_vectors)]
+        totals = [vector.register(builder, vector.load(builder, place, FLOATS)) for place in places]
+        with vector.loop(builder, num_pairs) as pair:
+            line = builder.add(ahead, builder.mul(pair, ahead_step))
+            vector.prefetch(builder, line)
+            vector.prefetch(builder, builder.add(line, builder.lshr(ahead_step, I64(1))))  # another if there are two
+            self._add_pair(rows, weights, pair, totals)
+        for place, total in zip(places, totals, strict=True):
+            vector.store(builder, builder.load(total), place)
+
+    def _add_pair(self, rows: list[Any], weights: Any, pair: Any, totals: list[Any]) -> None:
+        builder, dot = self._builder, self._dot
+        at = vector.offset(builder, weights, pair, self._num_vectors * VECTOR_BYTES)
+        columns = []
+        for v in range(self._num_vectors):
+            words = vector.load(builder, builder.add(at, I64(v * VECTOR_BYTES)), WORDS)
+            columns.append(dot.prepare(builder, words))
+        for r, row in enumerate(rows):
+            factor = dot.spread(builder, vector.load(builder, vector.offset(builder, row, pair, 4), I32))
+            for v, column in enumerate(columns):
+                total = totals[r * self._num_vectors + v]
+                builder.store(dot.add(builder, builder.load(total), factor, column), total)
+
+
+def make_tile(dot: Dot, max_rows: int, block_vectors: int) -> Any:
+    """A numba function over int64: (num_rows, num_vectors, x, row_bytes, weights, num_pairs, sums, ahead, ahead_step).
+
+    1 <= num_rows <= max_rows; num_vectors is block_vectors or 1. ``x``, ``weights``, ``sums`` and ``ahead`` are
+    addresses; rows of x are ``row_bytes`` apart. On its way the tile prefetches from ``ahead`` on, ``ahead_step`` bytes
+    for each pair: 0, 64 or 128.
+    """
+    shapes = [(vectors, rows) for vectors in sorted({1, block_vectors}) for rows in range(1, max_rows + 1)]
+    by_key = {vectors * (max_rows + 1) + rows: (rows, vectors) for vectors, rows in shapes}
+
+    @intrinsic
+    def tile(
+        typing_context: Any, num_rows: Any, num_vectors: Any, x: Any, row_bytes: Any, weights: Any, num_pairs: Any,
+        sums: Any, ahead: Any, ahead_step: Any,
+    ) -> Any:  # fmt: skip
+        def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
+            num_rows, num_vectors, *rest = operands
+            key = vector.offset(builder, num_rows, num_vectors, max_rows + 1)
+            vector.choose(builder, key, by_key, lambda key: _Tile(builder, dot, *by_key[key]).emit(*rest))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 9), generate
+
+    return tile
