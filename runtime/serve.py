@@ -16,6 +16,7 @@ from shardray.runtime.driver.autoscaler import Autoscaler
 from shardray.runtime.driver.controller import FleetController
 from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.fleet import FleetStatus
+from shardray.runtime.driver.sqlite_journal import open_journal
 from shardray.runtime.model.tokenizer import Tokenizer
 from shardray.runtime.server.server import Server
 
@@ -32,13 +33,17 @@ class Watcher:
 async def serve(config: Config, model_dir: Path, watcher: Watcher, stop: asyncio.Event) -> None:
     """Serve the model in ``model_dir`` until ``stop`` is set, then let requests end and give everything back.
 
-    The server listens while the model loads. Raises ClusterError, ListenError or what a broken model folder raises;
-    nothing is left behind then, nor when the task is cancelled.
+    The server listens while the model loads. Raises ClusterError, ListenError, JournalError or what a broken model
+    folder raises; nothing is left behind then, nor when the task is cancelled.
     """
-    driver = Driver(config.model.source, Tokenizer.load_optional(model_dir), config.limits, config.engine.max_num_seqs)
+    tokenizer = Tokenizer.load_optional(model_dir)
+    journal = open_journal(config)
+    driver = Driver(config.model.source, tokenizer, config.limits, config.engine.max_num_seqs, journal)
+    driver.restore()  # before the clients of these requests can ask for them
     controller = FleetController(config, driver, watcher.on_loading)
     server = Server(config.grpc, driver, controller)
     async with contextlib.AsyncExitStack() as cleanup:
+        cleanup.push_async_callback(journal.stop)
         port = await server.start()
         cleanup.push_async_callback(server.stop, 0.0)
         address = join_listen(parse_listen(config.grpc.listen)[0], port)

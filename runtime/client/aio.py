@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Self, Unpack
 
@@ -20,8 +21,11 @@ from shardray.runtime.client.operations import (
     to_progress,
 )
 from shardray.runtime.client.requests import Prompt, SamplingOptions, generate_request, tokenize_request
-from shardray.runtime.client.results import Completion, Delta, join, to_delta
+from shardray.runtime.client.results import Completion, Delta, join
+from shardray.runtime.client.resuming import RESUMABLE_S, ResumingStream
 from shardray.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+_ABORT_TIMEOUT_S = 1.0
 
 
 class AsyncClient:
@@ -37,6 +41,7 @@ class AsyncClient:
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._control = control_pb2_grpc.ControlServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._kept_ids: set[str] = set()  # of requests that the server would keep without this client
 
     async def stream(
         self,
@@ -45,17 +50,38 @@ class AsyncClient:
         request_id: str = "",
         priority: int = 0,
         timeout_s: float | None = None,
+        resumable_s: float = RESUMABLE_S,
+        wait_s: float = 0.0,
         **options: Unpack[SamplingOptions],
     ) -> AsyncGenerator[Delta, None]:
-        """The deltas of a generation. Closing the iterator, or cancelling its reader, ends the generation."""
+        """The deltas of a generation. Closing the iterator, or cancelling its reader, ends the generation.
+
+        A lost connection, or a server that is started again with its journal, is a pause and nothing else, unless
+        ``resumable_s`` pass without success; for that long the server keeps the request of a client that vanished.
+        0: a lost connection is an error, and ends the generation at once. A server that is full, not ready or not
+        there is an error after ``wait_s``.
+        """
         request = generate_request(prompt, request_id, priority, options)
-        call = self._inference.Generate(request, timeout=timeout_s or self._timeout_s)
-        with readable_errors(self.address):
-            try:
-                async for response in call:
-                    yield to_delta(response)
-            finally:
-                call.cancel()
+        stream = ResumingStream(self.address, request, timeout_s or self._timeout_s, resumable_s, wait_s)
+        if stream.must_abort:
+            self._kept_ids.add(stream.request_id)
+        try:
+            while True:
+                call = self._inference.Generate(stream.next_request(), timeout=stream.remaining_s())
+                try:
+                    async for response in call:
+                        if (delta := stream.take(response)) is not None:
+                            yield delta
+                except grpc.aio.AioRpcError as error:
+                    await asyncio.sleep(stream.pause_s(error))
+                else:
+                    return
+                finally:
+                    call.cancel()
+        finally:
+            self._kept_ids.discard(stream.request_id)
+            if stream.must_abort:
+                await self._abort_quietly(stream.request_id)
 
     async def generate(
         self,
@@ -64,10 +90,20 @@ class AsyncClient:
         request_id: str = "",
         priority: int = 0,
         timeout_s: float | None = None,
+        resumable_s: float = RESUMABLE_S,
+        wait_s: float = 0.0,
         **options: Unpack[SamplingOptions],
     ) -> Completion:
-        """The whole answer at once."""
-        deltas = self.stream(prompt, request_id=request_id, priority=priority, timeout_s=timeout_s, **options)
+        """The whole answer at once. Parameters as for ``stream``."""
+        deltas = self.stream(
+            prompt,
+            request_id=request_id,
+            priority=priority,
+            timeout_s=timeout_s,
+            resumable_s=resumable_s,
+            wait_s=wait_s,
+            **options,
+        )
         return join([delta async for delta in deltas])
 
     async def tokenize(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
@@ -140,6 +176,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """End what is running and close the connection."""
+        await asyncio.gather(*(self._abort_quietly(request_id) for request_id in self._kept_ids))
         await self._channel.close()
 
     async def __aenter__(self) -> Self:
@@ -155,6 +192,11 @@ class AsyncClient:
                     yield to_progress(response)
             finally:
                 call.cancel()
+
+    async def _abort_quietly(self, request_id: str) -> None:
+        """A server that cannot be told gives the request up by itself, a little later."""
+        with contextlib.suppress(grpc.aio.AioRpcError, grpc.aio.UsageError):  # UsageError: the channel is closed
+            await self._inference.Abort(inference_pb2.AbortRequest(request_id=request_id), timeout=_ABORT_TIMEOUT_S)
 
     async def _watch_until_serving(self) -> bool:
         """False if the server went away first."""

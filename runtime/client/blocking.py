@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Self, Unpack
@@ -20,8 +21,11 @@ from shardray.runtime.client.operations import (
     to_progress,
 )
 from shardray.runtime.client.requests import Prompt, SamplingOptions, generate_request, tokenize_request
-from shardray.runtime.client.results import Completion, Delta, join, to_delta
+from shardray.runtime.client.results import Completion, Delta, join
+from shardray.runtime.client.resuming import RESUMABLE_S, ResumingStream
 from shardray.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+_ABORT_TIMEOUT_S = 1.0
 
 
 class Client:
@@ -37,6 +41,7 @@ class Client:
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._control = control_pb2_grpc.ControlServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
+        self._kept_ids: set[str] = set()  # of requests that the server would keep without this client
 
     def stream(
         self,
@@ -45,12 +50,20 @@ class Client:
         request_id: str = "",
         priority: int = 0,
         timeout_s: float | None = None,
+        resumable_s: float = RESUMABLE_S,
+        wait_s: float = 0.0,
         **options: Unpack[SamplingOptions],
     ) -> Generator[Delta, None, None]:
-        """Start a generation; iterate its deltas. Closing the iterator, or leaving it, ends the generation."""
+        """Start a generation; iterate its deltas. Closing the iterator, or leaving it, ends the generation.
+
+        A lost connection, or a server that is started again with its journal, is a pause and nothing else, unless
+        ``resumable_s`` pass without success; for that long the server keeps the request of a client that vanished.
+        0: a lost connection is an error, and ends the generation at once. A server that is full, not ready or not
+        there is an error after ``wait_s``.
+        """
         request = generate_request(prompt, request_id, priority, options)
-        call = self._inference.Generate(request, timeout=timeout_s or self._timeout_s)
-        return self._deltas(call)
+        stream = ResumingStream(self.address, request, timeout_s or self._timeout_s, resumable_s, wait_s)
+        return self._deltas(stream, self._call(stream))
 
     def generate(
         self,
@@ -59,10 +72,22 @@ class Client:
         request_id: str = "",
         priority: int = 0,
         timeout_s: float | None = None,
+        resumable_s: float = RESUMABLE_S,
+        wait_s: float = 0.0,
         **options: Unpack[SamplingOptions],
     ) -> Completion:
-        """The whole answer at once."""
-        return join(self.stream(prompt, request_id=request_id, priority=priority, timeout_s=timeout_s, **options))
+        """The whole answer at once. Parameters as for ``stream``."""
+        return join(
+            self.stream(
+                prompt,
+                request_id=request_id,
+                priority=priority,
+                timeout_s=timeout_s,
+                resumable_s=resumable_s,
+                wait_s=wait_s,
+                **options,
+            )
+        )
 
     def tokenize(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
         """The token ids that ``generate`` would use for a text or for chat messages."""
@@ -133,6 +158,8 @@ class Client:
 
     def close(self) -> None:
         """End what is running and close the connection."""
+        for request_id in list(self._kept_ids):
+            self._abort_quietly(request_id)
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -141,13 +168,33 @@ class Client:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _deltas(self, call: Any) -> Generator[Delta, None, None]:
-        with readable_errors(self.address):
-            try:
-                for response in call:
-                    yield to_delta(response)
-            finally:
-                call.cancel()
+    def _call(self, stream: ResumingStream) -> Any:
+        return self._inference.Generate(stream.next_request(), timeout=stream.remaining_s())
+
+    def _deltas(self, stream: ResumingStream, call: Any) -> Generator[Delta, None, None]:
+        if stream.must_abort:
+            self._kept_ids.add(stream.request_id)
+        try:
+            while True:
+                try:
+                    for response in call:
+                        if (delta := stream.take(response)) is not None:
+                            yield delta
+                except grpc.RpcError as error:
+                    time.sleep(stream.pause_s(error))
+                    call = self._call(stream)
+                else:
+                    return
+        finally:
+            call.cancel()
+            self._kept_ids.discard(stream.request_id)
+            if stream.must_abort:
+                self._abort_quietly(stream.request_id)
+
+    def _abort_quietly(self, request_id: str) -> None:
+        """A server that cannot be told gives the request up by itself, a little later."""
+        with contextlib.suppress(grpc.RpcError, ValueError):  # ValueError: the channel is closed
+            self._inference.Abort(inference_pb2.AbortRequest(request_id=request_id), timeout=_ABORT_TIMEOUT_S)
 
     def _progress(self, call: Any) -> Generator[Progress, None, None]:
         with readable_errors(self.address):

@@ -31,8 +31,7 @@ def explain(error: ErrorDetails, schema: Schema) -> str:
         return f"{path}: missing; give {accepts(_subschema(location, schema), schema)}"
     if error["type"] == "cross_field":
         context = error["ctx"]
-        key = _dotted([*location, context["key"]])
-        return f"{key}: {_shown(context['value'])} {context['message']}"
+        return f"{path}.{context['key']}: {_shown(context['value'])} {context['message']}"
     return f"{path}: {_shown(error['input'])} is not accepted; give {accepts(_subschema(location, schema), schema)}"
 
 

@@ -220,9 +220,3 @@ class Config:
     cluster: ClusterSettings = dataclasses.field(default_factory=ClusterSettings)
     driver: DriverSettings = dataclasses.field(default_factory=DriverSettings)
     autoscaling: AutoscalingSettings = dataclasses.field(default_factory=AutoscalingSettings)
-
-    def __post_init__(self) -> None:
-        least, most = self.autoscaling.min_replicas, self.autoscaling.max_replicas
-        if most is not None and not least <= self.parallel.replicas <= most:
-            message = f"is outside of autoscaling's bounds; start with {least} to {most}"
-            _refuse("parallel.replicas", self.parallel.replicas, message)

@@ -66,7 +66,8 @@ def desired_replicas(settings: AutoscalingSettings, mean_ongoing: float, num_rep
     """
     needed = mean_ongoing / settings.target_ongoing_requests
     if needed > num_replicas:
-        desired = math.ceil(num_replicas + settings.upscaling_factor * (needed - num_replicas))
+        boosted = math.ceil(num_replicas + settings.upscaling_factor * (needed - num_replicas))
+        desired = max(boosted, num_replicas + 1)  # a difference may be too small to survive the rounding
     else:
         damped = math.ceil(num_replicas + settings.downscaling_factor * (needed - num_replicas))
         # A small factor rounds to no step at all; then one replica at a time.

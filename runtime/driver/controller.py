@@ -21,7 +21,7 @@ from shardray.runtime.cluster.form import FormedMesh, MeshRecipe
 from shardray.runtime.cluster.replica import Replica
 from shardray.runtime.cluster.replica_set import ReplicaSet
 from shardray.runtime.cluster.reports import RankFailure
-from shardray.runtime.config import Config
+from shardray.runtime.config import Config, ParallelSettings
 from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.fit import check_room, load_recipe
 from shardray.runtime.driver.fleet import FailureStatus, FleetState
@@ -35,6 +35,7 @@ from shardray.runtime.driver.operations import (
 
 _log = logging.getLogger(__name__)
 _Say = Callable[[str, float], None]
+_TRIES_TO_GO_BACK = 3  # of forming replicas that were removed, if something goes wrong then as well
 
 
 class FleetController:
@@ -105,23 +106,43 @@ class FleetController:
             await self._remove(replica)
         fleet.recipe = recipe
         try:
-            if recipe.config.parallel != before.config.parallel:
+            if _shape(recipe) != _shape(before):
                 await self._reshape_all(recipe, say)
             if (num_missing := num_replicas - len(fleet.replicas)) > 0:
                 say(f"forming {num_missing} more", 0.8)
-                await fleet.add(num_missing)
+                await self._add(num_missing)
         except (ClusterError, ConnectionError, OperationFailedError) as error:
             fleet.recipe = before
-            await self._go_back(before, len(surplus))
-            raise OperationFailedError(f"{error}; the fleet runs as before") from error
+            outcome = await self._go_back(before, len(surplus))
+            raise OperationFailedError(f"{error}; {outcome}") from error
         self._config = recipe.config
 
-    async def _go_back(self, recipe: MeshRecipe, num_removed: int) -> None:
+    async def _go_back(self, recipe: MeshRecipe, num_removed: int) -> str:
+        """What became of the fleet."""
         for replica in self._fleet.replicas:
-            if replica.recipe != recipe:
-                await replica.reshape(recipe)
-        if num_removed:
-            await self._fleet.add(num_removed)
+            if _shape(replica.recipe) != _shape(recipe):
+                await replica.reshape_at_last(recipe)
+        for _ in range(_TRIES_TO_GO_BACK if num_removed else 0):
+            try:
+                await self._add(num_removed)
+                break
+            except (ClusterError, ConnectionError) as error:
+                _log.error("%d replicas could not be formed again: %s", num_removed, error)
+        else:
+            if num_removed:
+                return f"the fleet runs in its old shape, but {num_removed} of its replicas could not be formed again"
+        return "the fleet runs as before"
+
+    async def _add(self, num_replicas: int) -> None:
+        """Raises ClusterError or ConnectionError; the driver knows none of them then."""
+        try:
+            await self._fleet.add(num_replicas)
+        except BaseException:
+            kept = {replica.replica_id for replica in self._fleet.replicas}
+            for status in self._driver.fleet.snapshot().replicas:
+                if status.replica_id not in kept:
+                    await self._driver.retire(status.replica_id)
+            raise
 
     async def _reload(self, source: str, say: _Say) -> None:
         before = self._fleet.recipe
@@ -141,7 +162,7 @@ class FleetController:
                 await replica.reshape(recipe)
             except (ClusterError, ConnectionError) as error:
                 for changed, old in zip(replicas[:number], before, strict=False):
-                    await changed.reshape(old)
+                    await changed.reshape_at_last(old)
                 raise OperationFailedError(f"replica {replica.replica_id}: {error}") from error
 
     async def _remove(self, replica: Replica) -> None:
@@ -224,6 +245,11 @@ def _changed(recipe: MeshRecipe, change: ShapeChange) -> MeshRecipe:
     except ValueError as error:
         raise OperationRefusedError(" ".join(str(error).split())) from error
     return MeshRecipe(dataclasses.replace(recipe.config, parallel=shape), recipe.model_dir)
+
+
+def _shape(recipe: MeshRecipe) -> ParallelSettings:
+    """What every replica of a recipe looks like."""
+    return dataclasses.replace(recipe.config.parallel, replicas=1)
 
 
 def _failure_status(failure: RankFailure) -> FailureStatus:

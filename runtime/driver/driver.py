@@ -1,9 +1,9 @@
 """Takes requests, hands them to replicas, and streams back what they yield.
 
 A request is journalled, waits until a replica has a place, is dispatched there under an id of its own, and ends exactly
-once: by its last token, a stop string, a cancel or its deadline. A replica that is lost, or that gives way to another,
-gives its requests back; they wait in their old places and go on, on any mesh, behind the tokens that were sent. Use it
-in one asyncio loop.
+once: by its last token, a stop string, a cancel, its deadline, or the loss of its client. A replica that is lost, or
+that gives way to another, gives its requests back; they wait in their old places and go on, on any mesh, behind the
+tokens that were sent. Use it in one asyncio loop.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ from shardray.runtime.driver.errors import (
     DeadlineExceededError,
     DuplicateRequestError,
     QueueFullError,
+    SuspendedError,
     UnavailableError,
 )
 from shardray.runtime.driver.fleet import Fleet, ReplicaStatus
-from shardray.runtime.driver.journal import Journal, JournalEntry, MemoryJournal
+from shardray.runtime.driver.journal import Journal, MemoryJournal
+from shardray.runtime.driver.journal_entry import JournalEntry
 from shardray.runtime.driver.link import ReplicaLink
 from shardray.runtime.driver.live import LiveRequest
 from shardray.runtime.driver.queue import WaitingQueue
+from shardray.runtime.driver.register import Register
 from shardray.runtime.driver.router import pick_replica
 from shardray.runtime.driver.stream import RequestStream
 from shardray.runtime.driver.trials import Trials
@@ -56,17 +59,17 @@ class Driver:
         self.tokenizer = tokenizer
         self.limits = limits
         self.model: ServedModel | None = None  # known once the first replica is ready
-        self._journal: Journal = journal if journal is not None else MemoryJournal()
+        self.journal: Journal = journal if journal is not None else MemoryJournal()
         # A replica gets a few more than it can run, so that a freed place is taken in its next step.
         self._replica_capacity = max_num_seqs + max(1, max_num_seqs // 8)
         self._links: dict[int, ReplicaLink] = {}
         self._models: dict[int, ServedModel] = {}  # by replica id
         self._waiting = WaitingQueue()
         self._trials = Trials()
-        self._live: dict[str, LiveRequest] = {}
+        self._live = Register(self.journal, on_deadline=self._expire, on_given_up=self._abort)
         self._dispatched: dict[str, LiveRequest] = {}
-        self._arrivals = itertools.count()
         self._dispatches = itertools.count()
+        self._driver_id = secrets.token_hex(4)  # a replica may not have ended yet what an earlier driver dispatched
         self._all_ended = asyncio.Event()
         self._closing: set[asyncio.Task[None]] = set()  # keeps them from being collected
         self.on_link_lost: Callable[[int], None] = lambda replica_id: None
@@ -93,10 +96,12 @@ class Driver:
         params: SamplingParams,
         timeout_s: float | None = None,
         priority: int = 0,
+        resumable_s: float = 0.0,
     ) -> RequestStream:
         """Take a request that was checked against ``check_available()``; iterate what is returned, then ``release`` it.
 
-        ``timeout_s`` None means the default deadline; longer than the longest one is shortened to it.
+        ``timeout_s`` None means the default deadline; longer than the longest one is shortened to it. Released before
+        its end it goes on, and can be resumed, for ``resumable_s``, at most as long as the journal retains it.
         Raises UnavailableError, QueueFullError, DuplicateRequestError. Iterating raises UnavailableError,
         DeadlineExceededError or FieldError.
         """
@@ -107,28 +112,39 @@ class Driver:
             message = f"{len(self._waiting)} requests are waiting, the most that limits.max_queued_requests allows"
             raise QueueFullError(message, _RETRY_QUEUE_FULL_S)
         timeout_s = min(self.limits.default_deadline_s if timeout_s is None else timeout_s, self.limits.max_deadline_s)
-        entry = JournalEntry(request_id, prompt_ids, params, priority)
-        stream = RequestStream(entry, self.tokenizer)
-        deadline = asyncio.get_running_loop().call_later(timeout_s, self._expire, request_id, timeout_s)
-        self._journal.open(entry)
-        live = self._live[request_id] = LiveRequest(entry, stream, deadline, next(self._arrivals))
+        resumable_s = min(resumable_s, self.journal.retain_s)
+        entry = JournalEntry(request_id, prompt_ids, params, priority, timeout_s, resumable_s)
+        live = self._live.open(entry, self.tokenizer)
         self._waiting.push(request_id, priority, live.arrival)
         self._dispatch()
-        return stream
+        return live.stream
+
+    def restore(self) -> None:
+        """Go on with what an earlier driver left in the journal. Call it once, before anything else."""
+        for live in self._live.restore(self.tokenizer):
+            self._waiting.push(live.request_id, live.entry.priority, live.arrival)
+        self._dispatch()
+
+    async def resume(self, request_id: str, num_seen_tokens: int, num_seen_chars: int) -> RequestStream:
+        """The rest of a resumable request that was released, or that another client still reads; ``release`` it too.
+
+        Raises UnknownRequestError, SuspendedError, FieldError. Iterating also raises TakenOverError.
+        """
+        return await self._live.resume(request_id, num_seen_tokens, num_seen_chars, self.tokenizer)
 
     def release(self, stream: RequestStream) -> None:
-        """The client of this stream is gone: free what the request holds. Idempotent."""
+        """The client of this stream is gone: free what the request holds, unless it may come back. Idempotent."""
         live = self._live.get(stream.request_id)
         if live is not None and live.stream is stream:
-            self._cancel(live)
+            self._live.leave(live)
 
     def abort(self, request_id: str) -> bool:
         """End a request; its stream ends with ABORTED. Returns whether it was in flight."""
         live = self._live.get(request_id)
         if live is None:
+            self.journal.close(request_id)  # its end need not be retained
             return False
-        live.stream.finish(FinishReason.ABORTED)
-        self._cancel(live)
+        self._abort(live)
         return True
 
     async def attach(self, replica_id: int, address: str, secret: str, shards: Sequence[ShardInfo]) -> None:
@@ -157,7 +173,10 @@ class Driver:
         self.fleet.set_recovering(replica_id, reason)
         if link is not None:
             lost = self._take_back(replica_id, None)
-            self._judge(lost, reason)
+            if (culprit := self._trials.judge(lost, self._waiting)) is not None:
+                message = f"this request breaks the step that runs it, also alone: {reason}"
+                culprit.stream.fail(BrokenRequestError(message))
+                self._end(culprit)
             self._close_soon(link)
             self._dispatch()
 
@@ -198,8 +217,12 @@ class Driver:
         """Refuse new requests, give those in flight ``grace_s`` seconds, fail the rest, close the links."""
         self.refuse_new(_SHUTDOWN)
         await self.wait_until_idle(grace_s)
+        await self.journal.stop()  # as it is now: what is in flight is left to the next driver
         for live in reversed(list(self._live.values())):  # newest first: no place is given to one that waits
-            live.stream.fail(UnavailableError(_SHUTDOWN, _RETRY_UNAVAILABLE_S))
+            if live.entry.resumable_s and self.journal.outlives_driver:
+                live.stream.fail(SuspendedError(f"{_SHUTDOWN}; the request goes on when it is started again"))
+            else:
+                live.stream.fail(UnavailableError(_SHUTDOWN, _RETRY_UNAVAILABLE_S))
             self._cancel(live)
         links, self._links = self._links, {}
         await asyncio.gather(*(link.close() for link in links.values()), *self._closing)
@@ -231,7 +254,7 @@ class Driver:
 
     def _send(self, live: LiveRequest, replica_id: int) -> None:
         # Not the client's id: that one may come again while a replica still has the end of its last use to tell.
-        live.dispatch_id = f"{live.request_id}#{next(self._dispatches)}"
+        live.dispatch_id = f"{live.request_id}#{self._driver_id}.{next(self._dispatches)}"
         live.replica_id = replica_id
         live.num_dispatched_with = len(live.entry.sent_ids)
         self._dispatched[live.dispatch_id] = live
@@ -259,22 +282,6 @@ class Driver:
             self.fleet.add_live(live.replica_id, -1)
             live.replica_id = None
 
-    def _judge(self, lost: list[LiveRequest], reason: str) -> None:
-        """A mesh broke under these requests: one of them may be why."""
-        if self._trials.current in lost:
-            suspect = self._trials.current
-            self._waiting.remove(suspect.request_id)
-            if self._trials.fail():
-                message = f"this request breaks the step that runs it, also alone: {reason}"
-                suspect.stream.fail(BrokenRequestError(message))
-                self._end(suspect)
-            return
-        for live in lost:
-            live.strike()
-            if live.is_suspect:
-                self._waiting.remove(live.request_id)
-                self._trials.add(live)
-
     def _on_events(self, outputs: list[TokenOutput], rejections: list[Rejection]) -> None:
         for output in outputs:
             if (live := self._dispatched.get(output.request_id)) is not None:
@@ -291,7 +298,7 @@ class Driver:
             self._end(live)
             return
         if output.token_id is not None:
-            self._journal.append(live.entry.request_id, output.token_id)
+            self.journal.append(live.request_id, output)
         live.stream.push(output)
         if output.finish_reason is not None:
             self._end(live)
@@ -301,10 +308,13 @@ class Driver:
             self._trials.acquit()
             self._dispatch()
 
-    def _expire(self, request_id: str, timeout_s: float) -> None:
-        live = self._live[request_id]
-        message = f"the request did not end within its deadline of {round(timeout_s, 1):g} s"
+    def _expire(self, live: LiveRequest) -> None:
+        message = f"the request did not end within its deadline of {round(live.entry.timeout_s, 1):g} s"
         live.stream.fail(DeadlineExceededError(message))
+        self._cancel(live)
+
+    def _abort(self, live: LiveRequest) -> None:
+        live.stream.finish(FinishReason.ABORTED)
         self._cancel(live)
 
     def _cancel(self, live: LiveRequest) -> None:
@@ -314,10 +324,8 @@ class Driver:
 
     def _end(self, live: LiveRequest) -> None:
         """Forget a request; its place goes to the next one."""
-        live.deadline.cancel()
-        del self._live[live.entry.request_id]
-        self._journal.close(live.entry.request_id)
-        self._waiting.remove(live.entry.request_id)
+        self._live.close(live)
+        self._waiting.remove(live.request_id)
         self._trials.forget(live)
         self._withdraw(live)
         if not self._live:

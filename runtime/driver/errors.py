@@ -11,6 +11,18 @@ class DuplicateRequestError(RequestError):
     """A request with the same id is in flight."""
 
 
+class UnknownRequestError(RequestError):
+    """No request with this id is in flight, and none that ended is retained."""
+
+
+class TakenOverError(RequestError):
+    """Another client goes on with this stream."""
+
+
+class SuspendedError(RequestError):
+    """The request is left in the journal, for the next driver to go on with."""
+
+
 class DeadlineExceededError(RequestError):
     """The request did not end in time."""
 

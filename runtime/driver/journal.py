@@ -1,62 +1,114 @@
-"""Every request in flight, with the tokens its client was sent: all that another mesh needs to go on with it."""
+"""Every request in flight, with the tokens its client was sent: all that another mesh needs to go on with it.
+
+Requests that were submitted as resumable are kept for a while after their end as well, for clients that lost their
+connection and ask for the rest.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import time
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Protocol
 
-from shardray.runtime.engine.request import EngineRequest, SamplingParams
+from shardray.runtime.driver.ends import RequestEnd
+from shardray.runtime.driver.journal_entry import JournalEntry
+from shardray.runtime.engine.request import FinishReason, TokenOutput
 
+__all__ = ["DEFAULT_RETAIN_S", "Journal", "JournalEntry", "MemoryJournal", "is_retained"]
 
-@dataclasses.dataclass
-class JournalEntry:
-    """One request. ``params`` has a seed, so that the continuation is the same text on any mesh."""
-
-    request_id: str
-    prompt_ids: tuple[int, ...]
-    params: SamplingParams
-    priority: int = 0
-    sent_ids: list[int] = dataclasses.field(default_factory=list)
-
-    def as_engine_request(self, dispatch_id: str) -> EngineRequest:
-        """What a replica is handed, now or after another one was lost."""
-        return EngineRequest(
-            request_id=dispatch_id,
-            prompt_ids=self.prompt_ids,
-            generated_ids=tuple(self.sent_ids),
-            params=self.params,
-            priority=self.priority,
-        )
+DEFAULT_RETAIN_S = 300.0
+_MAX_RETAINED_BYTES = 8 << 20
 
 
 class Journal(Protocol):
-    """Where entries are kept. Calls come from one thread and must not block."""
+    """Where entries are kept. Calls come from one asyncio loop and do not block."""
 
-    def open(self, entry: JournalEntry) -> None: ...
-    def append(self, request_id: str, token_id: int) -> None: ...
-    def close(self, request_id: str) -> None: ...
-    def entries(self) -> Iterable[JournalEntry]: ...
+    @property
+    def retain_s(self) -> float:
+        """How long at most a request is kept for a client that is away, and after its end."""
+
+    @property
+    def outlives_driver(self) -> bool:
+        """Whether another driver can go on with what is in flight."""
+
+    def open(self, entry: JournalEntry) -> None:
+        """A request was accepted. Raises KeyError if one with its id is in flight; forgets one that has ended."""
+
+    def append(self, request_id: str, token: TokenOutput) -> None:
+        """A token is about to be sent. What is written in one callback of the loop is kept whole or not at all."""
+
+    def close(self, request_id: str, end: RequestEnd | None = None) -> None:
+        """A request has ended: it is retained if ``is_retained``, else forgotten. An unknown id is ignored."""
+
+    def entries(self) -> Iterable[JournalEntry]:
+        """Requests in flight, oldest first; at start those that an earlier driver left."""
+
+    async def find_ended(self, request_id: str) -> JournalEntry | None:
+        """A retained request. Raises SuspendedError after ``stop``, if the next driver will know."""
+
+    async def sync(self) -> None:
+        """Until everything written so far would outlive this process, if this journal does."""
+
+    async def stop(self) -> None:
+        """Write nothing more: requests in flight are left to the next driver, if this journal outlives this one."""
+
+
+def is_retained(entry: JournalEntry, end: RequestEnd | None) -> bool:
+    """Whether a client may still want the rest of a request that has ended. After an abort nobody does."""
+    return end is not None and entry.resumable_s > 0 and end.reason is not FinishReason.ABORTED
 
 
 class MemoryJournal:
-    """Entries live as long as the driver."""
+    """Entries live as long as the driver. Of requests that have ended only the newest 8 MiB are retained."""
 
-    def __init__(self) -> None:
+    outlives_driver = False
+
+    def __init__(self, retain_s: float = DEFAULT_RETAIN_S) -> None:
+        self.retain_s = retain_s
         self._entries: dict[str, JournalEntry] = {}
+        self._retained: OrderedDict[str, tuple[float, bytes]] = OrderedDict()  # oldest first; when each is forgotten
+        self._num_retained_bytes = 0
 
     def open(self, entry: JournalEntry) -> None:
-        """Raises KeyError if a request with this id is in flight."""
         if entry.request_id in self._entries:
             raise KeyError(entry.request_id)
+        self._forget(entry.request_id)
         self._entries[entry.request_id] = entry
 
-    def append(self, request_id: str, token_id: int) -> None:
-        self._entries[request_id].sent_ids.append(token_id)
+    def append(self, request_id: str, token: TokenOutput) -> None:
+        self._entries[request_id].append(token)
 
-    def close(self, request_id: str) -> None:
-        """Forget a request that has ended; an unknown id is ignored."""
-        self._entries.pop(request_id, None)
+    def close(self, request_id: str, end: RequestEnd | None = None) -> None:
+        self._forget(request_id)
+        entry = self._entries.pop(request_id, None)
+        if entry is not None and is_retained(entry, end):
+            entry.end = end
+            self._retain(request_id, entry.to_bytes())
 
     def entries(self) -> list[JournalEntry]:
         return list(self._entries.values())
+
+    async def find_ended(self, request_id: str) -> JournalEntry | None:
+        expires_s, data = self._retained.get(request_id, (0.0, b""))
+        return JournalEntry.from_bytes(data) if expires_s > time.monotonic() else None
+
+    async def sync(self) -> None:
+        """At once: nothing outlives this process."""
+
+    async def stop(self) -> None:
+        """Nothing to do: nothing outlives this process."""
+
+    def _retain(self, request_id: str, data: bytes) -> None:
+        now_s = time.monotonic()
+        self._retained[request_id] = (now_s + self.retain_s, data)
+        self._num_retained_bytes += len(data)
+        while self._retained:
+            oldest_id, (expires_s, _) = next(iter(self._retained.items()))
+            if expires_s > now_s and self._num_retained_bytes <= _MAX_RETAINED_BYTES:
+                break
+            self._forget(oldest_id)
+
+    def _forget(self, request_id: str) -> None:
+        _, data = self._retained.pop(request_id, (0.0, b""))
+        self._num_retained_bytes -= len(data)

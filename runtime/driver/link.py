@@ -62,6 +62,9 @@ class ReplicaLink:
         except grpc.aio.AioRpcError as error:
             await self._channel.close()
             raise LinkError(f"the leader at {address} refused: {error.details()}") from None
+        except StopAsyncIteration:
+            await self._channel.close()
+            raise LinkError(f"the leader at {address} ended the stream at once") from None
         self._reader = asyncio.create_task(self._read(call, events))
         return messages.model_from_event(hello)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 
-from shardray.runtime.driver.journal import JournalEntry
+from shardray.runtime.driver.journal_entry import JournalEntry
 from shardray.runtime.driver.stream import RequestStream
 
 # A request that made fewer tokens on a mesh before that broke made no progress there. More than one: what comes back

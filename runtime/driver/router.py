@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shardray.runtime.driver.fleet import ReplicaStatus
-from shardray.runtime.driver.journal import JournalEntry
+from shardray.runtime.driver.journal_entry import JournalEntry
 
 
 def pick_replica(entry: JournalEntry, candidates: Sequence[ReplicaStatus]) -> ReplicaStatus:

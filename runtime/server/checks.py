@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import uuid
 from collections.abc import Collection
 
@@ -32,6 +33,7 @@ class CheckedRequest:
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     priority: int
+    resumable_s: float
 
 
 async def check_generate(
@@ -41,16 +43,27 @@ async def check_generate(
     request_id = check_request_id(request.request_id) if request.request_id else f"req-{uuid.uuid4().hex}"
     if not -_MAX_PRIORITY <= request.priority <= _MAX_PRIORITY:
         raise FieldError("priority", f"{request.priority} is outside [{-_MAX_PRIORITY}, {_MAX_PRIORITY}]")
+    if not request.resumable_s >= 0 or math.isinf(request.resumable_s):
+        raise FieldError("resumable_s", f"{request.resumable_s} is no duration; give seconds, or 0")
     _check_sampling_sizes(request.sampling, model)
     if request.sampling.stop:
         require_tokenizer("sampling.stop", tokenizer)
     prompt_ids = await _prompt_ids(request, tokenizer, model)
     params = _sampling_params(request.sampling, len(prompt_ids), model, default_seed)
-    checked = CheckedRequest(request_id, prompt_ids, params, request.priority)
+    checked = CheckedRequest(request_id, prompt_ids, params, request.priority, request.resumable_s)
     # The engine's own check, so that the two cannot drift apart.
     engine_request = EngineRequest(request_id=request_id, prompt_ids=prompt_ids, params=params)
     engine_request.check(model.vocab_size, model.max_model_len)
     return checked
+
+
+def check_resume(request: inference_pb2.GenerateRequest) -> tuple[str, int, int]:
+    """The request to go on with, and how many tokens and characters of it were seen. Raises FieldError."""
+    request_id = check_request_id(request.request_id)
+    given = [field.name for field, _ in request.ListFields() if field.name not in ("request_id", "resume")]
+    if given:
+        raise FieldError(given[0], "must be unset with resume: the request was submitted with its own")
+    return request_id, request.resume.num_tokens, request.resume.num_chars
 
 
 def check_request_id(request_id: str) -> str:

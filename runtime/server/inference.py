@@ -10,9 +10,11 @@ import grpc.aio
 from shardray.runtime.cluster.messages import finish_to_proto, logprob_to_proto
 from shardray.runtime.driver.deltas import Delta, PositionLogprobs
 from shardray.runtime.driver.driver import Driver
+from shardray.runtime.driver.stream import RequestStream
 from shardray.runtime.server.checks import (
     check_generate,
     check_request_id,
+    check_resume,
     check_token_ids,
     require_tokenizer,
     tokenize,
@@ -32,17 +34,28 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: _Context
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         driver = self._driver
-        model = driver.check_available()
-        checked = await check_generate(request, driver.tokenizer, model, driver.choose_seed())
-        stream = driver.submit(
-            checked.request_id, checked.prompt_ids, checked.params, context.time_remaining(), checked.priority
-        )
+        if request.HasField("resume"):
+            stream = await driver.resume(*check_resume(request))
+        else:
+            stream = await self._submit(request, context.time_remaining())
         # However the call ends, also in the middle of a write: cancel, deadline, lost connection, last token.
         context.add_done_callback(lambda _: driver.release(stream))  # type: ignore[arg-type]
-        seed: int | None = checked.params.seed
-        async for delta in stream:
-            yield _response(checked.request_id, delta, seed)
+        seed = stream.entry.params.seed
+        if stream.entry.resumable_s:
+            await driver.journal.sync()
+            yield _response(stream.request_id, Delta(), seed)
             seed = None
+        async for delta in stream:
+            yield _response(stream.request_id, delta, seed)
+            seed = None
+
+    async def _submit(self, request: inference_pb2.GenerateRequest, timeout_s: float | None) -> RequestStream:
+        driver = self._driver
+        model = driver.check_available()
+        checked = await check_generate(request, driver.tokenizer, model, driver.choose_seed())
+        return driver.submit(
+            checked.request_id, checked.prompt_ids, checked.params, timeout_s, checked.priority, checked.resumable_s
+        )
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: _Context

@@ -14,7 +14,10 @@ from shardray.runtime.driver.errors import (
     DeadlineExceededError,
     DuplicateRequestError,
     QueueFullError,
+    SuspendedError,
+    TakenOverError,
     UnavailableError,
+    UnknownRequestError,
 )
 from shardray.runtime.driver.operations import OperationConflictError, OperationError, OperationRefusedError
 from shardray.runtime.engine.request import FieldError
@@ -33,13 +36,17 @@ def to_status(error: Exception) -> grpc.Status:
             return _status(code_pb2.RESOURCE_EXHAUSTED, str(error), _retry_info(error.retry_after_s))
         case UnavailableError():
             return _status(code_pb2.UNAVAILABLE, str(error), _retry_info(error.retry_after_s))
+        case SuspendedError():  # without RetryInfo: what can be tried again is to resume it
+            return _status(code_pb2.UNAVAILABLE, str(error))
+        case UnknownRequestError():
+            return _status(code_pb2.NOT_FOUND, str(error))
         case DuplicateRequestError():
             return _status(code_pb2.ALREADY_EXISTS, str(error))
         case DeadlineExceededError():
             return _status(code_pb2.DEADLINE_EXCEEDED, str(error))
         case BrokenRequestError():
             return _status(code_pb2.INTERNAL, str(error))
-        case OperationConflictError():
+        case TakenOverError() | OperationConflictError():
             return _status(code_pb2.ABORTED, str(error))
         case OperationRefusedError():
             return _status(code_pb2.FAILED_PRECONDITION, str(error))

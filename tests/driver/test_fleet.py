@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from shardray.runtime.driver.fleet import FailureStatus, Fleet, FleetState
-from shardray.runtime.driver.journal import JournalEntry
+from shardray.runtime.driver.journal_entry import JournalEntry
 from shardray.runtime.driver.router import pick_replica
 from shardray.runtime.engine.request import EngineStats, SamplingParams
 from tests.serving import SHARD

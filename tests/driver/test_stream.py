@@ -6,7 +6,7 @@ import pytest
 
 from shardray.runtime.driver.deltas import Delta
 from shardray.runtime.driver.errors import UnavailableError
-from shardray.runtime.driver.journal import JournalEntry
+from shardray.runtime.driver.journal_entry import JournalEntry
 from shardray.runtime.driver.stream import RequestStream
 from shardray.runtime.engine.request import FinishReason, SamplingParams, TokenOutput
 from shardray.runtime.model.tokenizer import Tokenizer

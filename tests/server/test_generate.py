@@ -175,8 +175,10 @@ async def test_a_slow_reader_gets_everything_in_fewer_messages(tokenizer: Tokeni
         assert num_messages < 10_000
 
 
-async def test_a_lost_replica_ends_its_streams_as_unavailable_with_the_reason(tokenizer: Tokenizer) -> None:
+async def test_a_replica_that_is_given_up_ends_its_streams_as_unavailable_with_the_reason(tokenizer: Tokenizer) -> None:
     async with serving(tokenizer, step_time_s=0.01, fail_after_steps=5) as up:
+        driver = up.driver
+        driver.on_link_lost = lambda replica_id: driver.give_up(replica_id, driver.fleet.snapshot().reason)
         with pytest.raises(ServerError, match="stage 0, rank 1 did not answer") as caught:
             await up.client.generate("abc", max_tokens=100)
         assert caught.value.code == "UNAVAILABLE"

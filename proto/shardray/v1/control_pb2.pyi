@@ -428,7 +428,7 @@ class OperationProgress(_message.Message):
     doing: _builtins.str
     """What is being done, in a few words."""
     fraction: _builtins.float
-    """Share of the whole operation that is done, in [0, 1]."""
+    """Share of the whole operation that is done, in [0, 1]. Never goes back."""
     def __init__(
         self,
         *,

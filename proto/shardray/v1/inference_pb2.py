@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from shardray.v1 import common_pb2 as shardray_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bshardray/v1/inference.proto\x12\x0bshardray.v1\x1a\x18shardray/v1/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\":\n\x0c\x43hatMessages\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.shardray.v1.ChatMessage\"\xdb\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.shardray.v1.TokenIdsH\x00\x12)\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x19.shardray.v1.ChatMessagesH\x00\x12\x31\n\x08sampling\x18\x05 \x01(\x0b\x32\x1f.shardray.v1.SamplingParameters\x12\x10\n\x08priority\x18\x06 \x01(\x11\x42\x08\n\x06prompt\"\x8b\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.shardray.v1.TokenLogprobs\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.shardray.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.shardray.v1.Usage\x12#\n\x06timing\x18\x07 \x01(\x0b\x32\x13.shardray.v1.Timing\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"b\n\rTokenLogprobs\x12)\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x19.shardray.v1.TokenLogprob\x12&\n\x03top\x18\x02 \x03(\x0b\x32\x19.shardray.v1.TokenLogprob\"=\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11num_output_tokens\x18\x02 \x01(\r\"h\n\x06Timing\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\"\n\x15time_to_first_token_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\x42\x18\n\x16_time_to_first_token_s\"V\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12)\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x19.shardray.v1.ChatMessagesH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0fGetModelRequest\"\xa5\x01\n\x10GetModelResponse\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\x12\x15\n\rnum_kv_tokens\x18\x05 \x01(\x04\x12\x12\n\ntakes_text\x18\x06 \x01(\x08\x12\x12\n\ntakes_chat\x18\x07 \x01(\x08\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"!\n\rAbortResponse\x12\x10\n\x08was_live\x18\x01 \x01(\x08\x32\xfe\x02\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.shardray.v1.GenerateRequest\x1a\x1d.shardray.v1.GenerateResponse0\x01\x12G\n\x08Tokenize\x12\x1c.shardray.v1.TokenizeRequest\x1a\x1d.shardray.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.shardray.v1.DetokenizeRequest\x1a\x1f.shardray.v1.DetokenizeResponse\x12G\n\x08GetModel\x12\x1c.shardray.v1.GetModelRequest\x1a\x1d.shardray.v1.GetModelResponse\x12>\n\x05\x41\x62ort\x12\x19.shardray.v1.AbortRequest\x1a\x1a.shardray.v1.AbortResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bshardray/v1/inference.proto\x12\x0bshardray.v1\x1a\x18shardray/v1/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\":\n\x0c\x43hatMessages\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.shardray.v1.ChatMessage\"\xaa\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.shardray.v1.TokenIdsH\x00\x12)\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x19.shardray.v1.ChatMessagesH\x00\x12\x31\n\x08sampling\x18\x05 \x01(\x0b\x32\x1f.shardray.v1.SamplingParameters\x12\x10\n\x08priority\x18\x06 \x01(\x11\x12\x13\n\x0bresumable_s\x18\x07 \x01(\x01\x12-\n\x06resume\x18\x08 \x01(\x0b\x32\x18.shardray.v1.ResumePointH\x01\x88\x01\x01\x42\x08\n\x06promptB\t\n\x07_resume\"4\n\x0bResumePoint\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x11\n\tnum_chars\x18\x02 \x01(\r\"\x8b\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.shardray.v1.TokenLogprobs\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.shardray.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.shardray.v1.Usage\x12#\n\x06timing\x18\x07 \x01(\x0b\x32\x13.shardray.v1.Timing\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"b\n\rTokenLogprobs\x12)\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x19.shardray.v1.TokenLogprob\x12&\n\x03top\x18\x02 \x03(\x0b\x32\x19.shardray.v1.TokenLogprob\"=\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11num_output_tokens\x18\x02 \x01(\r\"h\n\x06Timing\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\"\n\x15time_to_first_token_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\x42\x18\n\x16_time_to_first_token_s\"V\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12)\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x19.shardray.v1.ChatMessagesH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0fGetModelRequest\"\xa5\x01\n\x10GetModelResponse\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\x12\x15\n\rnum_kv_tokens\x18\x05 \x01(\x04\x12\x12\n\ntakes_text\x18\x06 \x01(\x08\x12\x12\n\ntakes_chat\x18\x07 \x01(\x08\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"!\n\rAbortResponse\x12\x10\n\x08was_live\x18\x01 \x01(\x08\x32\xfe\x02\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.shardray.v1.GenerateRequest\x1a\x1d.shardray.v1.GenerateResponse0\x01\x12G\n\x08Tokenize\x12\x1c.shardray.v1.TokenizeRequest\x1a\x1d.shardray.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.shardray.v1.DetokenizeRequest\x1a\x1f.shardray.v1.DetokenizeResponse\x12G\n\x08GetModel\x12\x1c.shardray.v1.GetModelRequest\x1a\x1d.shardray.v1.GetModelResponse\x12>\n\x05\x41\x62ort\x12\x19.shardray.v1.AbortRequest\x1a\x1a.shardray.v1.AbortResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,31 +37,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATMESSAGES']._serialized_start=116
   _globals['_CHATMESSAGES']._serialized_end=174
   _globals['_GENERATEREQUEST']._serialized_start=177
-  _globals['_GENERATEREQUEST']._serialized_end=396
-  _globals['_GENERATERESPONSE']._serialized_start=399
-  _globals['_GENERATERESPONSE']._serialized_end=666
-  _globals['_TOKENLOGPROBS']._serialized_start=668
-  _globals['_TOKENLOGPROBS']._serialized_end=766
-  _globals['_USAGE']._serialized_start=768
-  _globals['_USAGE']._serialized_end=829
-  _globals['_TIMING']._serialized_start=831
-  _globals['_TIMING']._serialized_end=935
-  _globals['_TOKENIZEREQUEST']._serialized_start=937
-  _globals['_TOKENIZEREQUEST']._serialized_end=1023
-  _globals['_TOKENIZERESPONSE']._serialized_start=1025
-  _globals['_TOKENIZERESPONSE']._serialized_end=1062
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1064
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1102
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1104
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1138
-  _globals['_GETMODELREQUEST']._serialized_start=1140
-  _globals['_GETMODELREQUEST']._serialized_end=1157
-  _globals['_GETMODELRESPONSE']._serialized_start=1160
-  _globals['_GETMODELRESPONSE']._serialized_end=1325
-  _globals['_ABORTREQUEST']._serialized_start=1327
-  _globals['_ABORTREQUEST']._serialized_end=1361
-  _globals['_ABORTRESPONSE']._serialized_start=1363
-  _globals['_ABORTRESPONSE']._serialized_end=1396
-  _globals['_INFERENCESERVICE']._serialized_start=1399
-  _globals['_INFERENCESERVICE']._serialized_end=1781
+  _globals['_GENERATEREQUEST']._serialized_end=475
+  _globals['_RESUMEPOINT']._serialized_start=477
+  _globals['_RESUMEPOINT']._serialized_end=529
+  _globals['_GENERATERESPONSE']._serialized_start=532
+  _globals['_GENERATERESPONSE']._serialized_end=799
+  _globals['_TOKENLOGPROBS']._serialized_start=801
+  _globals['_TOKENLOGPROBS']._serialized_end=899
+  _globals['_USAGE']._serialized_start=901
+  _globals['_USAGE']._serialized_end=962
+  _globals['_TIMING']._serialized_start=964
+  _globals['_TIMING']._serialized_end=1068
+  _globals['_TOKENIZEREQUEST']._serialized_start=1070
+  _globals['_TOKENIZEREQUEST']._serialized_end=1156
+  _globals['_TOKENIZERESPONSE']._serialized_start=1158
+  _globals['_TOKENIZERESPONSE']._serialized_end=1195
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1197
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1235
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1237
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1271
+  _globals['_GETMODELREQUEST']._serialized_start=1273
+  _globals['_GETMODELREQUEST']._serialized_end=1290
+  _globals['_GETMODELRESPONSE']._serialized_start=1293
+  _globals['_GETMODELRESPONSE']._serialized_end=1458
+  _globals['_ABORTREQUEST']._serialized_start=1460
+  _globals['_ABORTREQUEST']._serialized_end=1494
+  _globals['_ABORTRESPONSE']._serialized_start=1496
+  _globals['_ABORTRESPONSE']._serialized_end=1529
+  _globals['_INFERENCESERVICE']._serialized_start=1532
+  _globals['_INFERENCESERVICE']._serialized_end=1914
 # @@protoc_insertion_point(module_scope)

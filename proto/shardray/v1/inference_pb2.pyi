@@ -81,12 +81,19 @@ class GenerateRequest(_message.Message):
     CHAT_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    RESUMABLE_S_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request for Abort and in logs; 1 to 128 printable ASCII characters. Empty: the server makes one."""
     text: _builtins.str
     """Plain text."""
     priority: _builtins.int
     """In [-100, 100]. Lower runs first; first come, first served within one priority."""
+    resumable_s: _builtins.float
+    """How long the request goes on without its client when the connection is lost, in seconds, at most the server's
+    driver.retain_s; its end is then retained as well. 0 (or unset): it is freed at once. When it is set, an empty
+    response comes first, as soon as the request is accepted; where the server has a journal on disk, it is there by then.
+    """
     @_builtins.property
     def token_ids(self) -> _common_pb2.TokenIds:
         """Token ids, used as they are."""
@@ -99,6 +106,12 @@ class GenerateRequest(_message.Message):
     def sampling(self) -> _common_pb2.SamplingParameters:
         """How to choose tokens and when to stop."""
 
+    @_builtins.property
+    def resume(self) -> Global___ResumePoint:
+        """Go on with the request named request_id, which was submitted with resumable_s. Its stream moves to this call.
+        Everything but request_id has to be unset then.
+        """
+
     def __init__(
         self,
         *,
@@ -108,16 +121,49 @@ class GenerateRequest(_message.Message):
         chat: Global___ChatMessages | None = ...,
         sampling: _common_pb2.SamplingParameters | None = ...,
         priority: _builtins.int = ...,
+        resumable_s: _builtins.float = ...,
+        resume: Global___ResumePoint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_resume", b"_resume", "chat", b"chat", "prompt", b"prompt", "resume", b"resume", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_resume", b"_resume", "chat", b"chat", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resumable_s", b"resumable_s", "resume", b"resume", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__resume: _TypeAlias = _typing.Literal["resume"]  # noqa: Y015
+    _WhichOneofArgType__resume: _TypeAlias = _typing.Literal["_resume", b"_resume"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__resume) -> _WhichOneofReturnType__resume | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class ResumePoint(_message.Message):
+    """How much of a stream the client has seen: the rest follows. Zeros for a stream from its beginning."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_CHARS_FIELD_NUMBER: _builtins.int
+    num_tokens: _builtins.int
+    """Token ids received."""
+    num_chars: _builtins.int
+    """Unicode code points of text received."""
+    def __init__(
+        self,
+        *,
+        num_tokens: _builtins.int = ...,
+        num_chars: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_chars", b"num_chars", "num_tokens", b"num_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumePoint: _TypeAlias = ResumePoint  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):
@@ -140,7 +186,7 @@ class GenerateResponse(_message.Message):
     finish_reason: _common_pb2.FinishReason.ValueType
     """Set in the last message."""
     seed: _builtins.int
-    """The seed in use. First message only."""
+    """The seed in use. First message of a call only."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """New token ids, the end-of-sequence or stop id that ended the text included."""

@@ -29,7 +29,8 @@ class InferenceServiceStub:
     """Generates text and converts between text and token ids.
 
     Errors: INVALID_ARGUMENT names the field (google.rpc.BadRequest); RESOURCE_EXHAUSTED and UNAVAILABLE say when to try
-    again (google.rpc.RetryInfo); ALREADY_EXISTS for a request_id in use; DEADLINE_EXCEEDED.
+    again (google.rpc.RetryInfo); ALREADY_EXISTS for a request_id in use; NOT_FOUND for a request_id to resume that is
+    neither in flight nor retained; ABORTED for a stream that another client resumed; DEADLINE_EXCEEDED.
     """
 
     def __init__(self, channel):
@@ -69,11 +70,13 @@ class InferenceServiceServicer:
     """Generates text and converts between text and token ids.
 
     Errors: INVALID_ARGUMENT names the field (google.rpc.BadRequest); RESOURCE_EXHAUSTED and UNAVAILABLE say when to try
-    again (google.rpc.RetryInfo); ALREADY_EXISTS for a request_id in use; DEADLINE_EXCEEDED.
+    again (google.rpc.RetryInfo); ALREADY_EXISTS for a request_id in use; NOT_FOUND for a request_id to resume that is
+    neither in flight nor retained; ABORTED for a stream that another client resumed; DEADLINE_EXCEEDED.
     """
 
     def Generate(self, request, context):
-        """Streams the continuation of a prompt. Ending the call early frees what the request holds.
+        """Streams the continuation of a prompt. Ending the call early, or losing the connection, frees what the request holds;
+        with resumable_s it goes on for that long, and another call may resume it. Abort frees it at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -147,7 +150,8 @@ class InferenceService:
     """Generates text and converts between text and token ids.
 
     Errors: INVALID_ARGUMENT names the field (google.rpc.BadRequest); RESOURCE_EXHAUSTED and UNAVAILABLE say when to try
-    again (google.rpc.RetryInfo); ALREADY_EXISTS for a request_id in use; DEADLINE_EXCEEDED.
+    again (google.rpc.RetryInfo); ALREADY_EXISTS for a request_id in use; NOT_FOUND for a request_id to resume that is
+    neither in flight nor retained; ABORTED for a stream that another client resumed; DEADLINE_EXCEEDED.
     """
 
     @staticmethod

@@ -30,7 +30,8 @@ class InferenceServiceStub:
     """Generates text and converts between text and token ids.
 
     Errors: INVALID_ARGUMENT names the field (google.rpc.BadRequest); RESOURCE_EXHAUSTED and UNAVAILABLE say when to try
-    again (google.rpc.RetryInfo); ALREADY_EXISTS for a request_id in use; DEADLINE_EXCEEDED.
+    again (google.rpc.RetryInfo); ALREADY_EXISTS for a request_id in use; NOT_FOUND for a request_id to resume that is
+    neither in flight nor retained; ABORTED for a stream that another client resumed; DEADLINE_EXCEEDED.
     """
 
     @_typing.overload
@@ -38,7 +39,9 @@ class InferenceServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> InferenceServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
-    """Streams the continuation of a prompt. Ending the call early frees what the request holds."""
+    """Streams the continuation of a prompt. Ending the call early, or losing the connection, frees what the request holds;
+    with resumable_s it goes on for that long, and another call may resume it. Abort frees it at once.
+    """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Turns text or chat messages into the token ids that Generate would use."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
@@ -53,12 +56,15 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """Generates text and converts between text and token ids.
 
     Errors: INVALID_ARGUMENT names the field (google.rpc.BadRequest); RESOURCE_EXHAUSTED and UNAVAILABLE say when to try
-    again (google.rpc.RetryInfo); ALREADY_EXISTS for a request_id in use; DEADLINE_EXCEEDED.
+    again (google.rpc.RetryInfo); ALREADY_EXISTS for a request_id in use; NOT_FOUND for a request_id to resume that is
+    neither in flight nor retained; ABORTED for a stream that another client resumed; DEADLINE_EXCEEDED.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Streams the continuation of a prompt. Ending the call early frees what the request holds."""
+    """Streams the continuation of a prompt. Ending the call early, or losing the connection, frees what the request holds;
+    with resumable_s it goes on for that long, and another call may resume it. Abort frees it at once.
+    """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Turns text or chat messages into the token ids that Generate would use."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
@@ -72,7 +78,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     """Generates text and converts between text and token ids.
 
     Errors: INVALID_ARGUMENT names the field (google.rpc.BadRequest); RESOURCE_EXHAUSTED and UNAVAILABLE say when to try
-    again (google.rpc.RetryInfo); ALREADY_EXISTS for a request_id in use; DEADLINE_EXCEEDED.
+    again (google.rpc.RetryInfo); ALREADY_EXISTS for a request_id in use; NOT_FOUND for a request_id to resume that is
+    neither in flight nor retained; ABORTED for a stream that another client resumed; DEADLINE_EXCEEDED.
     """
 
     @_abc_1.abstractmethod
@@ -81,7 +88,9 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
-        """Streams the continuation of a prompt. Ending the call early frees what the request holds."""
+        """Streams the continuation of a prompt. Ending the call early, or losing the connection, frees what the request holds;
+        with resumable_s it goes on for that long, and another call may resume it. Abort frees it at once.
+        """
 
     @_abc_1.abstractmethod
     def Tokenize(

@@ -1,0 +1,82 @@
+"""The controller's own part of an operation: what the driver is told of replicas that come and go."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from shardray.runtime.cluster.errors import FormError
+from shardray.runtime.cluster.form import MeshRecipe
+from shardray.runtime.config import Config, ModelSettings
+from shardray.runtime.driver import controller
+from shardray.runtime.driver.controller import FleetController
+from shardray.runtime.driver.fleet import FleetState
+from shardray.runtime.driver.operations import OperationFailedError, ShapeChange
+from shardray.runtime.model.tokenizer import Tokenizer
+from tests.serving import Serving, serving
+
+pytestmark = pytest.mark.asyncio
+
+
+@dataclasses.dataclass
+class StubReplicas:
+    """One replica, and room for others that cannot be formed."""
+
+    recipe: MeshRecipe
+    on_add: Callable[[], None]
+    num_added: int = 0
+
+    def __post_init__(self) -> None:
+        self.replicas: list[Any] = [SimpleNamespace(replica_id=0, recipe=self.recipe, reshape=self._reshape)]
+
+    async def add(self, num_replicas: int) -> None:
+        self.num_added += 1
+        self.on_add()
+        raise FormError("a host died")
+
+    async def remove(self, replica: Any) -> None:
+        self.replicas.remove(replica)
+
+    async def _reshape(self, recipe: MeshRecipe) -> None:
+        raise AssertionError("its shape stays as it is")
+
+
+async def scale(up: Serving, fleet: StubReplicas, monkeypatch: pytest.MonkeyPatch, replicas: int) -> None:
+    async def fits(*_: object) -> None:
+        """There is room."""
+
+    monkeypatch.setattr(controller, "check_room", fits)
+    operator = FleetController(fleet.recipe.config, up.driver, lambda event: None)
+    monkeypatch.setattr(operator, "_replicas", fleet)
+    async for _ in operator.scale(ShapeChange(replicas=replicas)):
+        pass
+
+
+@pytest.fixture
+def recipe() -> MeshRecipe:
+    return MeshRecipe(Config(model=ModelSettings(source="stub")), "/nowhere")
+
+
+async def test_a_replica_that_could_not_be_added_is_not_shown_any_longer(
+    tokenizer: Tokenizer, recipe: MeshRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tokenizer) as up:
+        fleet = StubReplicas(recipe, lambda: up.driver.fleet.set_loading(1, "importing the runtime"))
+        with pytest.raises(OperationFailedError, match="a host died; the fleet runs as before"):
+            await scale(up, fleet, monkeypatch, 2)
+        status = up.driver.fleet.snapshot()
+        assert [(replica.replica_id, replica.state) for replica in status.replicas] == [(0, FleetState.READY)]
+
+
+async def test_more_replicas_leave_those_that_run_alone(
+    tokenizer: Tokenizer, recipe: MeshRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tokenizer) as up:
+        fleet = StubReplicas(recipe, lambda: None)
+        with pytest.raises(OperationFailedError):
+            await scale(up, fleet, monkeypatch, 2)
+        assert fleet.num_added == 1
