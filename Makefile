@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/installed
 
-.PHONY: help demo test test-all test-gpu lint format proto bench bench-peers ci clean
+.PHONY: help demo test test-all test-gpu chaos lint format proto bench bench-peers ci clean
 
 help:
 	@echo "make demo      fetch a small model, serve it from two hosts on this machine, ask it a question"
 	@echo "make test      the tests (CPU only, some minutes)"
 	@echo "make test-all  and the long rest of the matrices"
 	@echo "make test-gpu  the tests that need CUDA devices"
+	@echo "make chaos     kill, stop and scale a served fleet at random, five minutes a seed: SEEDS=\"1 2 3\""
 	@echo "make lint      ruff, mypy, buf, freshness of the generated code"
 	@echo "make format    ruff format and the fixes that are safe"
 	@echo "make proto     generate proto/shardray/v1/*_pb2* again"
@@ -38,6 +39,13 @@ test-all: $(READY)
 
 test-gpu: $(READY)
 	$(BIN)/pytest -m gpu
+
+SEEDS ?= 1 2 3
+SECONDS_A_SEED ?= 300
+chaos: $(READY)
+	@failed=; for seed in $(SEEDS); do \
+		$(BIN)/python -m tests.chaos --seconds $(SECONDS_A_SEED) --seed $$seed --json benchmarks/results/chaos.jsonl || failed="$$failed $$seed"; \
+	done; [ -z "$$failed" ] || { echo "failed with seed:$$failed"; exit 1; }
 
 lint: $(READY)
 	$(BIN)/ruff check .

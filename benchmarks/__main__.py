@@ -1,7 +1,9 @@
-"""``python -m benchmarks``: run contestants side by side (the default), compare results, install peers."""
+"""``python -m benchmarks``: run contestants side by side (the default), compare results, install peers, recover."""
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import json
 import os
 import sys
@@ -16,6 +18,7 @@ from benchmarks.harness import Harness, Options
 from benchmarks.kinds import DEFAULT_LABELS, KINDS, parse_label
 from benchmarks.machine import measure_machine
 from benchmarks.peers import PeerError, make_environments
+from benchmarks.recovery import Recovery, RecoverySetup, measure, to_table
 from benchmarks.workloads import WORKLOADS, make_workload
 from shardray.runtime.model.sources import resolve_model
 
@@ -97,6 +100,30 @@ def compare(
 def peers() -> None:
     """Make the environments of the peers that need one of their own."""
     _or_exit(make_environments)
+
+
+@app.command()
+def recovery(
+    spares: Annotated[int, typer.Option(help="Warm spares.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Hosts that are killed.")] = 6,
+    model: Annotated[str, typer.Option(help="What shardray pull takes.")] = "smollm2-135m",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    threads: Annotated[int, typer.Option(help="Compute threads of each host.")] = 1,
+    output: Annotated[Path | None, typer.Option(help="Default: a new file in benchmarks/results.")] = None,
+) -> None:
+    """Kill hosts under a stream; print one JSON line a kill, then the table of where the time went on stderr."""
+    started = time.strftime("%Y%m%d-%H%M%S")
+    setup = RecoverySetup(model, dtype, spares, rounds, threads)
+    emit = _emitter(output or RESULTS_DIR / f"{started}-recovery.jsonl", {"run_id": started, **vars(setup)})
+
+    async def measure_all() -> list[Recovery]:
+        found = []
+        async for one in measure(setup):
+            emit(dataclasses.asdict(one))
+            found.append(one)
+        return found
+
+    print(f"\n{to_table(asyncio.run(measure_all()), spares)}", file=sys.stderr)
 
 
 def _or_exit(work: Any, *arguments: Any) -> Any:

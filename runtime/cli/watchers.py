@@ -12,7 +12,7 @@ import msgspec
 
 from shardray.runtime.cli.progress import load_bars
 from shardray.runtime.cli.shard_table import shard_table, table_console
-from shardray.runtime.cluster.events import ClusterEvent, PlacementWaiting, ShardProgress
+from shardray.runtime.cluster.events import ClusterEvent, PlacementWaiting, ReplicaLost, ReplicaRecovered, ShardProgress
 from shardray.runtime.config import Config
 from shardray.runtime.driver.fleet import FleetStatus
 from shardray.runtime.serve import Watcher
@@ -39,7 +39,7 @@ def text_watcher(settings: Config) -> Iterator[Watcher]:
 
 @contextlib.contextmanager
 def json_watcher(settings: Config) -> Iterator[Watcher]:
-    """One JSON object a line on stdout: listening, loading, serving."""
+    """One JSON object a line on stdout: listening, loading, serving; lost and recovered whenever that happens."""
 
     def emit(event: str, **fields: Any) -> None:
         print(json.dumps({"event": event, **fields}), flush=True)
@@ -47,6 +47,10 @@ def json_watcher(settings: Config) -> Iterator[Watcher]:
     def on_loading(event: ClusterEvent) -> None:
         if isinstance(event, PlacementWaiting | ShardProgress):
             emit("loading", **dataclasses.asdict(event))
+        elif isinstance(event, ReplicaLost):
+            emit("lost", replica_id=event.replica_id, reason=event.reason)
+        elif isinstance(event, ReplicaRecovered):
+            emit("recovered", replica_id=event.replica_id, **dataclasses.asdict(event.times))
 
     def on_ready(address: str, fleet: FleetStatus) -> None:
         shards = [

@@ -46,11 +46,31 @@ class ReplicaLost:
 
 
 @dataclass(frozen=True)
+class RecoveryTimes:
+    """Where the time of a recovery went: one part after the other."""
+
+    noticed_s: float  # when the first sign of the loss was seen, in seconds since 1970
+    fence_s: float  # until the ranks that are left had left the mesh, and those that hang were ended
+    hosts_s: float  # until there was a host for every place; forms that failed are in here
+    form_s: float  # until the groups of the new mesh were open
+    load_s: float  # until the last of its ranks had its weights and pages
+    attach_s: float  # until the driver was connected to it and had handed the requests over
+
+    @property
+    def recovery_s(self) -> float:
+        return self.fence_s + self.hosts_s + self.form_s + self.load_s + self.attach_s
+
+    def __str__(self) -> str:
+        parts = ("fence", "hosts", "form", "load", "attach")
+        return ", ".join(f"{part} {getattr(self, f'{part}_s'):.2f}" for part in parts)
+
+
+@dataclass(frozen=True)
 class ReplicaRecovered:
     """A replica runs again."""
 
     replica_id: int
-    recovery_s: float  # since its loss was found
+    times: RecoveryTimes
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from shardray.runtime.cluster.errors import ClusterError, FormError
+from shardray.runtime.cluster.errors import ClusterError, FormError, HostDied, HostSilent
 from shardray.runtime.cluster.layout import CoreShare, rank_order
 from shardray.runtime.cluster.remote_host import RemoteHost
 from shardray.runtime.cluster.reports import FailureKind, FormReport, RankFailure, place_text
@@ -23,6 +24,8 @@ RankProgress = Callable[[int, RemoteHost, str, float], None]  # (rank, host, doi
 _POLL_S = 0.25
 _GRACE_S = 2.0  # for the other ranks' reports after the first failure
 _RELEASE_TIMEOUT_S = 5.0
+_SHORTEST_SILENCE_S = 10.0
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class FormedMesh:
     tp_size: int
     hosts: tuple[RemoteHost, ...]
     shards: tuple[ShardInfo, ...]
+    load_s: float = 0.0  # of forming it, after its groups were open
 
 
 async def form(
@@ -83,6 +87,7 @@ async def form(
         tp_size=recipe.tp_size,
         hosts=ranked,
         shards=tuple(report.shard for report in reports if report.shard is not None),
+        load_s=max(report.load_s for report in reports),
     )
 
 
@@ -106,9 +111,12 @@ async def _assign(
     hosts: Sequence[RemoteHost], shares: Sequence[CoreShare], recipe: MeshRecipe, bind_hosts: Sequence[str]
 ) -> list[ShardAssignment]:
     """Every rank's assignment, after the leader-to-be opened the rendezvous."""
-    config, timeout_s = recipe.config, recipe.config.ray.form_timeout_s
-    await asyncio.gather(*(h.prepare(s.num_threads, timeout_s) for h, s in zip(hosts, shares, strict=True)))
-    store_host, store_port = await hosts[0].open_rendezvous(bind_hosts[0], timeout_s)
+    config, timeout_s, silence_s = recipe.config, recipe.config.ray.form_timeout_s, _silence_s(recipe)
+    model = recipe.model_dir, config.model.dtype
+    preparing = (host.prepare(share.num_threads, *model, timeout_s) for host, share in zip(hosts, shares, strict=True))
+    await asyncio.gather(*(_while_it_answers(h, call, silence_s) for h, call in zip(hosts, preparing, strict=True)))
+    opening = hosts[0].open_rendezvous(bind_hosts[0], timeout_s)
+    store_host, store_port = await _while_it_answers(hosts[0], opening, silence_s)
     epoch, secret = secrets.token_hex(8), secrets.token_hex(32)
     nodes = tuple(host.info.node_id for host in hosts)
     return [
@@ -142,6 +150,23 @@ async def _assign(
     ]
 
 
+def _silence_s(recipe: MeshRecipe) -> float:
+    """How long a host that forms may be silent: what it does may keep even a thread that only answers from running."""
+    config = recipe.config
+    return min(max(_SHORTEST_SILENCE_S, config.engine.step_timeout_s), config.ray.form_timeout_s)
+
+
+async def _while_it_answers(host: RemoteHost, call: Coroutine[Any, Any, _T], silence_s: float) -> _T:
+    """What ``call`` to ``host`` returns. Raises HostSilent once the host does not answer anything any more."""
+    task = asyncio.create_task(call)
+    try:
+        while not (await asyncio.wait({task}, timeout=_POLL_S))[0]:
+            await host.progress(silence_s)
+        return task.result()
+    finally:
+        task.cancel()
+
+
 def _own_memory(utilization: float, nodes: Sequence[str], rank: int, share: CoreShare) -> float:
     """The part of ``utilization`` that this mesh may take where other replicas have hosts on the same node.
 
@@ -157,6 +182,7 @@ class _Forming:
         self._hosts = hosts
         self._recipe = recipe
         self._stall_timeout_s = recipe.config.ray.form_timeout_s
+        self._silence_s = _silence_s(recipe)
         self._on_progress = on_progress
         self._doing = ["has not begun"] * len(hosts)
 
@@ -193,10 +219,11 @@ class _Forming:
         moved_at = time.monotonic()
         while not (await asyncio.wait({call}, timeout=_POLL_S))[0]:
             try:
-                progress = await self._hosts[rank].progress()
-            except ClusterError:
-                self._doing[rank] = "does not answer"  # if it died, the call says so
-                progress = seen or ("", 0.0)
+                progress = await self._hosts[rank].progress(self._silence_s)
+            except HostDied:  # the call says so
+                continue
+            except HostSilent as error:
+                raise FormError(f"it hangs: {error}; last seen: {self._doing[rank]}") from error
             if progress != seen:
                 seen, moved_at = progress, time.monotonic()
                 self._doing[rank] = f"{progress[0]} ({progress[1]:.0%})"

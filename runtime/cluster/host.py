@@ -13,6 +13,7 @@ import importlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ class Host:
         self._bundle = bundle
         self._cpu_ids = tuple(sorted(os.sched_getaffinity(0)))  # before any form pins this process
         self._progress: tuple[str, float] = ("waiting for a place", 0.0)
+        self._joined_s = 0.0  # when the groups of the mesh were open
         self._assignment: ShardAssignment | None = None
         self._rendezvous: Rendezvous | None = None
         self._shard: Shard | None = None
@@ -55,15 +57,14 @@ class Host:
     @ray.method(concurrency_group="control")
     def describe(self) -> bytes:
         """The host's HostInfo."""
-        gpu_ids = tuple(str(gpu) for gpu in ray.get_gpu_ids())
         info = HostInfo(
             node_id=ray.get_runtime_context().get_node_id(),
             group=self._group,
             bundle=self._bundle,
             host=ray.util.get_node_ip_address(),  # type: ignore[no-untyped-call]
             pid=os.getpid(),
-            device="cuda:0" if gpu_ids else "cpu",  # Ray hides all other GPUs from this process
-            gpu_ids=gpu_ids,
+            device=_device(),
+            gpu_ids=tuple(str(gpu) for gpu in ray.get_gpu_ids()),
             cpu_ids=self._cpu_ids,
             free_memory_bytes=psutil.virtual_memory().available,
         )
@@ -74,12 +75,14 @@ class Host:
         """What the host is doing, and how far it is (0 to 1). An answer also says that the host is not hung."""
         return self._progress
 
-    def prepare(self, num_threads: int) -> None:
-        """Import the runtime: the slow part of a form that needs no place yet."""
+    def prepare(self, num_threads: int, model_dir: str, dtype: str) -> None:
+        """Import the runtime and load its kernels: the slow part of a form that needs no place yet."""
         os.environ["OMP_NUM_THREADS"] = str(num_threads)  # read once, when torch is imported
         self._note("importing the runtime", 0.0)
-        importlib.import_module("shardray.runtime.engine.shard")
         importlib.import_module("shardray.runtime.cluster.leader")
+        from shardray.runtime.engine.shard import warm_up
+
+        warm_up(model_dir, dtype, _device(), num_threads)
         self._note("waiting for a place", 0.0)
 
     def open_rendezvous(self, bind_host: str) -> tuple[str, int]:
@@ -139,9 +142,11 @@ class Host:
 
     @ray.method(concurrency_group="control")
     def abort(self) -> None:
-        """Break off whatever the shard is blocked in, so that ``run`` returns soon."""
+        """Break off whatever the shard is blocked in, so that its run or its form returns soon."""
         if self._shard is not None:
             self._shard.abort()
+        elif self._rendezvous is not None:
+            self._rendezvous.abort()
 
     def release(self) -> None:
         """Give up the place: memory, groups and ports are free afterwards, and the host can be formed again."""
@@ -183,10 +188,16 @@ class Host:
             self._server = LeaderServer()
             self._port = self._server.start(place.bind_host, shard.engine, place.secret)
         self._note("formed", 1.0)
-        return FormReport(shard=shard.info, port=self._port)
+        return FormReport(shard=shard.info, port=self._port, load_s=time.monotonic() - self._joined_s)
 
     def _note(self, doing: str, fraction: float) -> None:
+        if doing == "loading" and self._progress[0] != doing:
+            self._joined_s = time.monotonic()
         self._progress = (doing, fraction)
+
+
+def _device() -> str:
+    return "cuda:0" if ray.get_gpu_ids() else "cpu"  # Ray hides all other GPUs from this process
 
 
 def _with_local_model(

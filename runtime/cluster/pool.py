@@ -12,7 +12,7 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import ray
@@ -49,6 +49,8 @@ class HostKind:
 
     need: HostsNeed  # of one replica as configured
     num_threads: int  # of an idle host; a mesh sets its own
+    model_dir: str  # that idle hosts are prepared for
+    dtype: str
     start_timeout_s: float
     can_grow: bool  # whether more nodes may come: then lack of room is waited for
     namespace: str  # of Ray
@@ -66,6 +68,7 @@ class HostPool:
     _seats: list[_Seat] = field(default_factory=list)
     _idle: list[RemoteHost] = field(default_factory=list)
     _num_takers: int = 0
+    _num_forming: int = 0
     _keeper: asyncio.Task[None] | None = None
     _renewer: asyncio.Task[None] | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -100,6 +103,7 @@ class HostPool:
             raise
         finally:
             self._num_takers -= 1
+            self.on_spares(len(self._idle))
             self._changed.set()
         return hosts
 
@@ -131,6 +135,16 @@ class HostPool:
             sitting = {host.info.bundle: host for host in hosts if host.info.group == name}
             self._seats += [_Seat(group, name, bundle, sitting.get(bundle)) for bundle in range(group.bundle_count)]
 
+    @contextlib.contextmanager
+    def forming(self) -> Iterator[None]:
+        """While a mesh is formed, no spare is started: streams wait for the cores."""
+        self._num_forming += 1
+        try:
+            yield
+        finally:
+            self._num_forming -= 1
+            self._changed.set()
+
     def start_keeping(self) -> None:
         """From now on keep as many spares as configured, and give back what nobody needs."""
         if self._keeper is None:
@@ -155,7 +169,11 @@ class HostPool:
         deadline = time.monotonic() + timeout_s
         while len(hosts) < num_hosts:
             if self._idle:
-                hosts += await self._answering([self._idle.pop(0)])
+                host = self._idle.pop(0)
+                hosts.append(host)
+                if await _silent([host]):
+                    hosts.remove(host)
+                    await self.discard([host])
                 continue
             vacant = [seat for seat in self._seats if seat.is_vacant][: num_hosts - len(hosts)]
             usable = await self._usable(vacant)
@@ -216,21 +234,6 @@ class HostPool:
             if table["state"] == "CREATED" and table["bundles_to_node_id"][seat.bundle] in alive and seat.is_vacant
         ]
 
-    async def _answering(self, hosts: Sequence[RemoteHost]) -> list[RemoteHost]:
-        """Those that answer; the others are ended."""
-
-        async def answers(host: RemoteHost) -> bool:
-            try:
-                await host.progress(_PING_S)
-            except ClusterError:
-                return False
-            return True
-
-        flags = await asyncio.gather(*(answers(host) for host in hosts))
-        if gone := [host for host, lives in zip(hosts, flags, strict=True) if not lives]:
-            await self.discard(gone)
-        return [host for host, lives in zip(hosts, flags, strict=True) if lives]
-
     async def _renew(self) -> None:
         """A host that does not answer is its mesh's watch's to find."""
         while True:
@@ -243,7 +246,7 @@ class HostPool:
         while True:
             self._changed.clear()
             await asyncio.sleep(_SETTLE_S)
-            if self._num_takers == 0:
+            if self._num_takers == self._num_forming == 0:
                 try:
                     await self._settle()
                 except ClusterError as error:
@@ -254,8 +257,8 @@ class HostPool:
 
     async def _settle(self) -> None:
         """As many idle hosts as there are to be spares, no empty group."""
-        idle, self._idle = self._idle, []  # one that is being asked is not to be taken
-        self._idle += await self._answering(idle)
+        silent = await _silent(self.idle)
+        await self.discard([host for host in silent if host in self._idle])  # one may have been taken meanwhile
         surplus = len(self._idle) - self.num_spares
         if surplus > 0:
             await self.discard(self._most_crowded(self._idle)[:surplus])
@@ -279,7 +282,8 @@ class HostPool:
         else:
             return
         try:
-            await spares[0].prepare(self.kind.num_threads, self.kind.start_timeout_s)
+            kind = self.kind
+            await spares[0].prepare(kind.num_threads, kind.model_dir, kind.dtype, kind.start_timeout_s)
         except ClusterError:
             await self.discard(spares)
             raise
@@ -289,6 +293,20 @@ class HostPool:
         lost = {seat.group_name: seat.group for seat in self._seats if seat.group_name not in kept}
         self._seats = [seat for seat in self._seats if seat.group_name in kept]
         await asyncio.gather(*(asyncio.to_thread(remove_placement_group, group) for group in lost.values()))
+
+
+async def _silent(hosts: Sequence[RemoteHost]) -> list[RemoteHost]:
+    """Those that do not answer."""
+
+    async def is_silent(host: RemoteHost) -> bool:
+        try:
+            await host.progress(_PING_S)
+        except ClusterError:
+            return True
+        return False
+
+    flags = await asyncio.gather(*(is_silent(host) for host in hosts))
+    return [host for host, silent in zip(hosts, flags, strict=True) if silent]
 
 
 def _alive_nodes() -> set[str]:

@@ -38,8 +38,8 @@ class RemoteHost:
         doing, fraction = await self._ask("progress", self._actor.progress.remote(), timeout_s)
         return doing, fraction
 
-    async def prepare(self, num_threads: int, timeout_s: float) -> None:
-        await self._ask("prepare", self._actor.prepare.remote(num_threads), timeout_s)
+    async def prepare(self, num_threads: int, model_dir: str, dtype: str, timeout_s: float) -> None:
+        await self._ask("prepare", self._actor.prepare.remote(num_threads, model_dir, dtype), timeout_s)
 
     async def open_rendezvous(self, bind_host: str, timeout_s: float) -> tuple[str, int]:
         host, port = await self._ask("open_rendezvous", self._actor.open_rendezvous.remote(bind_host), timeout_s)

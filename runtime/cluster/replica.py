@@ -15,6 +15,7 @@ from shardray.runtime.cluster.errors import ClusterError, FormError, PlacementEr
 from shardray.runtime.cluster.events import (
     EventSink,
     PlacementWaiting,
+    RecoveryTimes,
     ReplicaFormed,
     ReplicaGaveUp,
     ReplicaLost,
@@ -71,7 +72,7 @@ class Replica:
         self._is_local = is_local
         self._events = events
         self._watch: MeshWatch | None = None
-        self._formed_s = 0.0
+        self._gathered_s = self._formed_s = 0.0
         self._num_failures = 0  # in a row
         self._lock = asyncio.Lock()  # held by whoever changes the mesh
         self._keeper: asyncio.Task[None] | None = None
@@ -86,14 +87,14 @@ class Replica:
         """Form the first mesh, and keep one from then on. Raises ClusterError."""
         async with self._lock:
             await self._go(await self._form(self.hosts, self.recipe))
-        self._keeper = asyncio.create_task(self._keep())
+        self._start_keeping()
 
     async def adopt(self, mesh: FormedMesh) -> None:
         """Go on with a mesh that runs already. Raises ConnectionError if it cannot be reached."""
         self.hosts = list(mesh.hosts)
         async with self._lock:
             await self._go(mesh)
-        self._keeper = asyncio.create_task(self._keep())
+        self._start_keeping()
 
     async def reshape(self, recipe: MeshRecipe) -> None:
         """Go over to ``recipe`` on new hosts: beside the present mesh if there is room, else in its place.
@@ -107,6 +108,23 @@ class Replica:
                 await self._reshape_in_place(recipe)
             else:
                 await self._reshape_beside(recipe, hosts)
+        if self.gave_up.done():  # it runs again, by the operator's grace
+            self.gave_up = asyncio.get_running_loop().create_future()
+            self._num_failures = 0
+            self._start_keeping()
+
+    async def reshape_at_last(self, recipe: MeshRecipe) -> None:
+        """Go over to ``recipe``; where that fails, go on forming it until it runs or is given up."""
+        try:
+            await self.reshape(recipe)
+        except ClusterError as error:
+            async with self._lock:
+                if self.gave_up.done():
+                    return
+                self._outlet.down(self.replica_id, "its shape is being changed back")
+                await self._let_go(_STOP_TIMEOUT_S)
+                self.recipe = recipe
+                await self._form_until_it_runs(str(error))
 
     def link_lost(self) -> None:
         """The outlet lost its connection to the mesh; if that still runs, it is connected again, or else replaced."""
@@ -123,6 +141,18 @@ class Replica:
         self.hosts = []
         self.gave_up.cancel()
 
+    def _start_keeping(self) -> None:
+        if self._keeper is not None:
+            self._keeper.cancel()
+        self._keeper = asyncio.create_task(self._keep())
+        self._keeper.add_done_callback(self._on_keeper_end)
+
+    def _on_keeper_end(self, keeper: asyncio.Task[None]) -> None:
+        """Nobody would notice the end of a mesh any longer: say so, rather than let requests wait for nothing."""
+        if not keeper.cancelled() and (error := keeper.exception()) is not None and not self.gave_up.done():
+            _log.error("replica %d is not kept any longer", self.replica_id, exc_info=error)
+            self._give_up(f"an error of its keeper: {type(error).__name__}: {error}")
+
     async def _keep(self) -> None:
         while not self.gave_up.done():
             watch = self._watch
@@ -130,7 +160,8 @@ class Replica:
             failure = await watch.failure()
             async with self._lock:
                 if watch is self._watch and failure is not None:
-                    await self._recover(failure)
+                    with self._pool.forming():
+                        await self._recover(failure)
 
     async def _relink(self, mesh: FormedMesh | None) -> None:
         await asyncio.sleep(_RELINK_S)
@@ -152,9 +183,9 @@ class Replica:
         self.mesh = self._watch = None
         await self._keep_only(failure.survivors)
         if await self._form_until_it_runs(failure.reason):
-            recovery_s = time.monotonic() - began_s
-            _log.warning("replica %d runs again after %.2f s", self.replica_id, recovery_s)
-            self._events(ReplicaRecovered(self.replica_id, recovery_s))
+            times = self._times(failure.noticed_s, began_s)
+            _log.warning("replica %d runs again after %.2f s (%s)", self.replica_id, times.recovery_s, times)
+            self._events(ReplicaRecovered(self.replica_id, times))
 
     async def _form_until_it_runs(self, last_error: str) -> bool:
         """Form the mesh, as often as it takes; False if that was given up. Waiting for room does not count."""
@@ -171,12 +202,14 @@ class Replica:
                 last_error = str(error)
                 self._num_failures += 1
                 _log.error("replica %d could not be formed again: %s", self.replica_id, last_error)
-        reason = f"given up after {self._num_failures} failures in a row, the last one: {last_error}"
-        _log.critical("replica %d: %s", self.replica_id, reason)
         await self._keep_only(())
+        self._give_up(f"given up after {self._num_failures} failures in a row, the last one: {last_error}")
+        return False
+
+    def _give_up(self, reason: str) -> None:
+        _log.critical("replica %d: %s", self.replica_id, reason)
         self.gave_up.set_result(reason)
         self._events(ReplicaGaveUp(self.replica_id, reason))
-        return False
 
     async def _form_what_fits(self) -> None:
         """Form the configured shape, or the best smaller one that there is room for if the fleet may degrade."""
@@ -215,21 +248,19 @@ class Replica:
                 return
 
     async def _reshape_beside(self, recipe: MeshRecipe, hosts: list[RemoteHost]) -> None:
-        old_mesh, old_watch, old_hosts = self.mesh, self._watch, self.hosts
+        before = self.recipe, self.hosts, self.mesh, self._watch
         try:
             mesh = await self._form(hosts, recipe)
-        except ClusterError:
-            await self._pool.discard(hosts)
-            raise
-        self.hosts, self.recipe = hosts, recipe
-        try:
+            self.recipe, self.hosts = recipe, hosts
             await self._go(mesh)
-        except ConnectionError as error:
+        except (ClusterError, ConnectionError) as error:
+            await self._pool.discard(hosts)
+            self.recipe, self.hosts, self.mesh, self._watch = before  # not touched yet: requests still go there
             raise FormError(str(error)) from error
-        finally:
-            if old_mesh is not None and old_watch is not None:
-                await old_watch.stop(_STOP_TIMEOUT_S)
-            await self._pool.discard(old_hosts)
+        _, old_hosts, _, old_watch = before
+        if old_watch is not None:
+            await old_watch.stop(_STOP_TIMEOUT_S)
+        await self._pool.discard(old_hosts)
 
     async def _reshape_in_place(self, recipe: MeshRecipe) -> None:
         self._outlet.down(self.replica_id, "its shape is being changed")
@@ -251,6 +282,7 @@ class Replica:
         self._pool.give_back(self.hosts[recipe.size :])
         self.hosts = self.hosts[: recipe.size]
         self.hosts = await self._pool.take(recipe.size, self._on_wait, timeout_s, self.hosts)
+        self._gathered_s = time.monotonic()
 
     async def _form(self, hosts: Sequence[RemoteHost], recipe: MeshRecipe) -> FormedMesh:
         """Raises FormError; ``self.hosts`` then has those that can be used again."""
@@ -281,6 +313,19 @@ class Replica:
             return
         await watch.stop(timeout_s)
         await self._keep_only(await dissolve(mesh.hosts))
+
+    def _times(self, noticed_s: float, fenced_s: float) -> RecoveryTimes:
+        """Of the recovery that has just ended; both on the monotonic clock."""
+        assert self.mesh is not None
+        now = time.monotonic()
+        return RecoveryTimes(
+            noticed_s=time.time() - (now - noticed_s),
+            fence_s=fenced_s - noticed_s,
+            hosts_s=self._gathered_s - fenced_s,
+            form_s=self._formed_s - self._gathered_s - self.mesh.load_s,
+            load_s=self.mesh.load_s,
+            attach_s=now - self._formed_s,
+        )
 
     async def _keep_only(self, hosts: Sequence[RemoteHost]) -> None:
         gone = [host for host in self.hosts if host not in hosts]

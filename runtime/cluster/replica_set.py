@@ -63,6 +63,8 @@ class ReplicaSet:
         kind = HostKind(
             need=need,
             num_threads=config.engine.threads_per_host or 1,
+            model_dir=str(model_dir),
+            dtype=config.model.dtype,
             start_timeout_s=config.ray.form_timeout_s,
             can_grow=not session.is_local,
             namespace=config.ray.namespace,

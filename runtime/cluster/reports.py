@@ -67,6 +67,7 @@ class FormReport(msgspec.Struct, frozen=True, kw_only=True):
 
     shard: ShardInfo | None = None
     port: int | None = None  # of the leader's server; None on other ranks
+    load_s: float = 0.0  # of the form, after the groups were open
     failure: RankFailure | None = None
 
 

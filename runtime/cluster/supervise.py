@@ -31,6 +31,7 @@ class MeshFailure:
     reason: str  # one line about the cause
     failures: tuple[RankFailure, ...]  # the cause first
     survivors: tuple[RemoteHost, ...]  # unassigned again; all other hosts of the mesh are killed
+    noticed_s: float  # when its first sign was seen, on the monotonic clock
 
 
 class MeshWatch:
@@ -53,6 +54,7 @@ class MeshWatch:
         await asyncio.wait([*self._runs, *self._pulses], return_when=asyncio.FIRST_COMPLETED)
         if self._stopping:
             return None
+        noticed_s = time.monotonic()
         await self._settle()
         reported = self._ended()
         await self._tell_to_leave()
@@ -61,7 +63,7 @@ class MeshWatch:
         failures = self._order({**reported, **died}, hung)
         survivors = await self._dissolve({*hung, *died})
         self._cancel()
-        return MeshFailure("; ".join(_causes(failures)), tuple(failures), tuple(survivors))
+        return MeshFailure("; ".join(_causes(failures)), tuple(failures), tuple(survivors), noticed_s)
 
     async def stop(self, timeout_s: float) -> None:
         """End the mesh cleanly: its leader stops between two steps. Hosts that do not follow are left to the caller."""

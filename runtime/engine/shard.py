@@ -5,6 +5,7 @@ The same call starts a fleet, replaces a lost host and changes the shard counts:
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -33,10 +34,11 @@ from shardray.runtime.model.load import ParameterLoader
 from shardray.runtime.model.parameters import model_sizes
 from shardray.runtime.model.spec import DecoderSpec, ModelConfigError
 
-__all__ = ["Rendezvous", "Shard", "ShardAssignment", "ShardInfo", "form_shard", "open_rendezvous"]
+__all__ = ["Rendezvous", "Shard", "ShardAssignment", "ShardInfo", "form_shard", "open_rendezvous", "warm_up"]
 
 Progress = Callable[[str, float], None]
 
+_log = logging.getLogger(__name__)
 _LOAD_TIMEOUT_S = 3600.0
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,6 +46,18 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def open_rendezvous(bind_host: str) -> Rendezvous:
     """Where the ranks of a mesh meet; kept by the leader's process for as long as the mesh lives."""
     return Rendezvous(bind_host)
+
+
+def warm_up(model_dir: str, dtype: str, device: str, num_threads: int) -> None:
+    """Do what forming needs for any place in a mesh of this model: the device's context, the kernels' machine code.
+
+    What is wrong with the model is for ``form_shard`` to tell.
+    """
+    torch.zeros(1, device=device)
+    try:
+        choose_ops(torch.device(device), _dtype(dtype, Path(model_dir)), num_threads)
+    except (ModelConfigError, OSError) as error:
+        _log.info("nothing to warm up for in %s: %s", model_dir, error)
 
 
 @dataclass

@@ -94,7 +94,7 @@ async def _narrowed(rng: Random, client: AsyncClient, number: int) -> Case:
 
 async def _with_logprobs(rng: Random, client: AsyncClient, number: int) -> Case:
     temperature = rng.choice([0.0, 0.7])
-    options = _options(rng, temperature=temperature, seed=rng.getrandbits(64), logprobs=rng.randrange(5))
+    options = _options(rng, temperature=temperature, seed=rng.getrandbits(64), logprobs=5)
     return Case(f"{number}-logprobs", await _token_ids(rng, client), options)
 
 
@@ -109,6 +109,8 @@ async def _text(rng: Random, client: AsyncClient, number: int) -> Case:
 
 def _options(rng: Random, **options: object) -> SamplingOptions:
     common: SamplingOptions = {"max_tokens": rng.randint(_MIN_TOKENS, _MAX_TOKENS), "ignore_eos": rng.random() < 0.8}
+    if rng.random() < 0.5:
+        common["logprobs"] = rng.randrange(5)
     return {**common, **options}  # type: ignore[typeddict-item]
 
 

@@ -23,6 +23,7 @@ class Answer:
     finish_reason: FinishReason | None = None
     error: str | None = None
     was_left: bool = False  # by its client, before the end
+    pauses: list[tuple[int, float]] = field(default_factory=list)  # long ones: before which token, how many seconds
 
     def add(self, delta: Delta) -> None:
         self.token_ids += delta.token_ids
@@ -39,7 +40,8 @@ class Verdict(enum.StrEnum):
 
 def judge(answer: Answer, expected: Answer) -> tuple[Verdict, str]:
     """The verdict, and what is wrong in one line. A stream that its client left is judged as far as it came."""
-    num_same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(answer.token_ids, expected.token_ids)))
+    pairs = zip(answer.token_ids, expected.token_ids, strict=False)
+    num_same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     num_tokens, num_expected = len(answer.token_ids), len(expected.token_ids)
     if num_same < num_tokens:
         wrong, right = answer.token_ids[num_same : num_same + 3], expected.token_ids[num_same : num_same + 3]

@@ -102,7 +102,7 @@ class Faults:
         if not chosen:
             return
         for pid in chosen:
-            self._view.note_fault(pid)
+            self._view.note_fault(pid, hangs=number is signal.SIGSTOP)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
         self._report.fault(kind, "; ".join(self._view.describe(pid) for pid in chosen))

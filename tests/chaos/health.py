@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass, field
 
 from shardray.runtime.client import AsyncClient, ServerError
 from shardray.v1 import control_pb2
@@ -21,7 +22,7 @@ class FleetView:
         self._client = client
         self._report = report
         self._fleet = control_pb2.Fleet()
-        self._hit_at_s: dict[int, tuple[float, set[int]]] = {}  # by replica id: when, and which processes
+        self._hits: dict[int, _Hit] = {}  # by replica id
         self._watching = asyncio.create_task(self._watch())
 
     async def close(self) -> None:
@@ -42,12 +43,13 @@ class FleetView:
         states = ", ".join(_state(replica) for replica in self._fleet.replicas)
         return f"pid {pid} (in no mesh; replicas {states})"
 
-    def note_fault(self, pid: int) -> None:
+    def note_fault(self, pid: int, hangs: bool) -> None:
         """A process is being hit; if it serves, its replica's recovery begins."""
         for replica, shard in self._shards():
             if shard.pid == pid and replica.state == control_pb2.FLEET_STATE_READY:
-                began_s, pids = self._hit_at_s.setdefault(replica.replica_id, (time.monotonic(), set()))
-                pids.add(pid)
+                cause = "a hang" if hangs else "a kill"
+                hit = self._hits.setdefault(replica.replica_id, _Hit(cause, self._report.faults.total()))
+                hit.pids.add(pid)
 
     async def settle(self) -> None:
         """Until the fleet is whole and holds nothing of any request. What is missing in the end is a problem."""
@@ -68,18 +70,30 @@ class FleetView:
                 await asyncio.sleep(_POLL_S)
 
     def _time_recoveries(self) -> None:
-        for replica_id, (began_s, hit) in list(self._hit_at_s.items()):
+        for replica_id, hit in list(self._hits.items()):
             replica = next((one for one in self._fleet.replicas if one.replica_id == replica_id), None)
             if replica is None:  # removed meanwhile
-                del self._hit_at_s[replica_id]
-            elif replica.state == control_pb2.FLEET_STATE_READY and not hit & {shard.pid for shard in replica.shards}:
-                del self._hit_at_s[replica_id]
-                took_s = time.monotonic() - began_s
-                self._report.recoveries_s.append(took_s)
-                self._report.say(f"replica {replica_id} is ready again after {took_s:.2f} s")
+                del self._hits[replica_id]
+            elif replica.state == control_pb2.FLEET_STATE_READY and not hit.pids & {
+                shard.pid for shard in replica.shards
+            }:
+                del self._hits[replica_id]
+                was_alone = self._report.faults.total() == hit.num_faults_before + 1
+                took_s = time.monotonic() - hit.time_s
+                self._report.recovery(replica_id, hit.cause if was_alone else "several faults", took_s)
 
     def _shards(self) -> list[tuple[control_pb2.Replica, control_pb2.Shard]]:
         return [(replica, shard) for replica in self._fleet.replicas for shard in replica.shards]
+
+
+@dataclass
+class _Hit:
+    """A replica that was hit while it served."""
+
+    cause: str
+    num_faults_before: int
+    pids: set[int] = field(default_factory=set)
+    time_s: float = field(default_factory=time.monotonic)
 
 
 def _missing(fleet: control_pb2.Fleet) -> list[str]:
@@ -91,7 +105,8 @@ def _missing(fleet: control_pb2.Fleet) -> list[str]:
         if replica.state != control_pb2.FLEET_STATE_READY:
             found.append(f"replica {replica.replica_id} is {_state(replica)}: {replica.reason}")
         elif any(held):
-            found.append("replica %d: %d running, %d waiting, %d pages, %d live" % (replica.replica_id, *held))
+            words = zip(held, ("running", "waiting", "pages", "live"), strict=True)
+            found.append(f"replica {replica.replica_id}: {', '.join(f'{count} {word}' for count, word in words)}")
     if fleet.num_queued_requests or fleet.num_live_requests:
         found.append(f"{fleet.num_queued_requests} requests queued, {fleet.num_live_requests} live")
     if fleet.num_ready_spares != fleet.num_wanted_spares:

@@ -9,23 +9,28 @@ from random import Random
 
 from shardray.runtime.client import AsyncClient, ServerError
 from tests.chaos.cases import Case
-from tests.chaos.compare import Answer, judge
+from tests.chaos.compare import Answer, Verdict, judge
 from tests.chaos.report import Report
 
 _LEAVING_SHARE = 0.15
 _LONGEST_VISIT_S = 2.0  # of a client that leaves
 _LONGEST_PAUSE_S = 0.3  # of a client between two requests
 _STREAM_TIMEOUT_S = 240.0
+_LONG_PAUSE_S = 0.25  # a recovery, most likely
 
 
 async def ask(client: AsyncClient, case: Case, leave_after_s: float | None = None) -> tuple[Answer, float]:
     """The answer, and the longest time in which nothing came. ``leave_after_s``: when the client goes, if it has to."""
     answer, pause_s, last_s = Answer(), 0.0, time.monotonic()
-    deltas = client.stream(case.prompt, timeout_s=_STREAM_TIMEOUT_S, **case.options)
+    # Not resumable: a stream that the server breaks must show.
+    deltas = client.stream(case.prompt, timeout_s=_STREAM_TIMEOUT_S, resumable_s=0.0, **case.options)
     try:
         async with asyncio.timeout(leave_after_s):
             async for delta in deltas:
-                pause_s, last_s = max(pause_s, time.monotonic() - last_s), time.monotonic()
+                waited_s, last_s = time.monotonic() - last_s, time.monotonic()
+                if waited_s > _LONG_PAUSE_S:
+                    answer.pauses.append((len(answer.token_ids), round(waited_s, 2)))
+                pause_s = max(pause_s, waited_s)
                 answer.add(delta)
     except TimeoutError:
         answer.was_left = True
@@ -84,4 +89,8 @@ class Load:
                 verdict, detail = judge(answer, self._expected[case])
                 who = f"{case.name} of {name}"
                 self._report.stream(who, verdict, detail, len(answer.token_ids), pause_s, answer.was_left)
+                if verdict is not Verdict.SAME:
+                    self._report.say(f"  prompt {case.prompt}, {case.options}, pauses before {answer.pauses}")
+                    self._report.say(f"  got {answer.token_ids}, expected {self._expected[case].token_ids}")
+                    self._report.say(f"  logprobs {answer.logprobs}, expected {self._expected[case].logprobs}")
                 await asyncio.sleep(rng.uniform(0, _LONGEST_PAUSE_S))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from tests.chaos.compare import Verdict
@@ -23,7 +23,7 @@ class Figures:
     num_tokens: int
     num_lost: int
     num_changed: int
-    recoveries_s: list[float]  # from a fault that hit a replica until that was ready again
+    recoveries_s: dict[str, list[float]]  # by cause: from the fault until the replica that it hit was ready again
     longest_pauses_s: list[float]  # of each stream
     problems: list[str]
 
@@ -33,7 +33,7 @@ class Figures:
             f"seed {self.seed}, {self.duration_s:.0f} s: {sum(self.faults.values())} faults ({faults})",
             f"{self.num_streams} streams ({self.num_left} left by their clients), {self.num_tokens} tokens: "
             f"{self.num_lost} lost, {self.num_changed} changed",
-            f"{len(self.recoveries_s)} recoveries: {_spread(self.recoveries_s)}",
+            *(f"recovery from {cause}: {_spread(times_s)}" for cause, times_s in sorted(self.recoveries_s.items())),
             f"longest pause of a stream: {_spread(self.longest_pauses_s)}",
             *(f"PROBLEM: {problem}" for problem in self.problems),
         ]
@@ -41,10 +41,7 @@ class Figures:
     def as_json(self) -> dict[str, object]:
         figures = dataclasses.asdict(self)
         del figures["longest_pauses_s"]
-        for name in ("recoveries_s", "longest_pauses_s"):
-            values = getattr(self, name)
-            figures[f"median_{name}"] = statistics.median(values) if values else None
-            figures[f"worst_{name}"] = max(values, default=None)
+        figures["worst_pause_s"] = max(self.longest_pauses_s, default=0.0)
         return figures
 
 
@@ -57,7 +54,7 @@ class Report:
     verdicts: Counter[Verdict] = field(default_factory=Counter)
     num_left: int = 0
     num_tokens: int = 0
-    recoveries_s: list[float] = field(default_factory=list)
+    recoveries_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     longest_pauses_s: list[float] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     began_s: float = field(default_factory=time.monotonic)
@@ -69,6 +66,10 @@ class Report:
     def fault(self, kind: str, detail: str) -> None:
         self.faults[kind] += 1
         self.say(f"{kind}: {detail}")
+
+    def recovery(self, replica_id: int, cause: str, took_s: float) -> None:
+        self.recoveries_s[cause].append(took_s)
+        self.say(f"replica {replica_id} is ready again, {took_s:.2f} s after {cause}")
 
     def problem(self, what: str) -> None:
         self.problems.append(what)
@@ -92,11 +93,13 @@ class Report:
             num_tokens=self.num_tokens,
             num_lost=self.verdicts[Verdict.LOST],
             num_changed=self.verdicts[Verdict.CHANGED],
-            recoveries_s=self.recoveries_s,
+            recoveries_s=dict(self.recoveries_s),
             longest_pauses_s=self.longest_pauses_s,
             problems=self.problems,
         )
 
 
 def _spread(values_s: list[float]) -> str:
-    return f"median {statistics.median(values_s):.2f} s, worst {max(values_s):.2f} s" if values_s else "none"
+    if not values_s:
+        return "none"
+    return f"median {statistics.median(values_s):.2f} s, worst {max(values_s):.2f} s of {len(values_s)}"

@@ -90,9 +90,12 @@ class RecordingOutlet:
     def __init__(self) -> None:
         self.meshes: dict[int, FormedMesh] = {}
         self.losses: list[str] = []
+        self.refuses = False  # to go over to another mesh
         self._changed = asyncio.Condition()
 
     async def up(self, replica_id: int, mesh: FormedMesh) -> None:
+        if self.refuses:
+            raise ConnectionError("refused")
         async with self._changed:
             self.meshes[replica_id] = mesh
             self._changed.notify_all()

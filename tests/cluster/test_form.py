@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ import pytest
 from shardray.runtime.cluster.errors import FormError
 from shardray.runtime.cluster.form import dissolve
 from shardray.runtime.cluster.ray_session import RaySession
+from shardray.runtime.cluster.remote_host import RemoteHost
 from shardray.runtime.cluster.supervise import MeshWatch
+from shardray.runtime.config import Config
 from tests.cluster.fleets import fleet_config, form_from, generate, hosts_of, reference_ids, until_gone
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio]
@@ -66,8 +69,29 @@ async def test_a_host_that_dies_while_forming_is_named(local_ray: RaySession, ti
 async def test_a_host_that_stands_still_is_named_at_the_deadline(local_ray: RaySession, tiny_llama: Path) -> None:
     config = fleet_config(tiny_llama, tp_size=2, form_timeout_s=2.5)
     async with hosts_of(config) as hosts:
+        await form_then_dissolve(hosts, fleet_config(tiny_llama, tp_size=2))  # the runtime is imported then
         victim = hosts[1].info
         os.kill(victim.pid, signal.SIGSTOP)
         with pytest.raises(FormError, match=rf"pid {victim.pid}.*within 2.5 s"):
             await form_from(hosts, config)
         assert await until_gone([victim.pid]) == [], "a host that does not answer is ended"
+
+
+async def test_a_host_that_stops_answering_is_named_long_before_the_deadline(
+    local_ray: RaySession, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shardray.runtime.cluster.form._SHORTEST_SILENCE_S", 1.0)
+    config = fleet_config(tiny_llama, tp_size=2, form_timeout_s=300, step_timeout_s=1.0)
+    async with hosts_of(config) as hosts:
+        await form_then_dissolve(hosts, config)
+        victim = hosts[1].info
+        os.kill(victim.pid, signal.SIGSTOP)
+        with pytest.raises(FormError, match=rf"pid {victim.pid} did not answer progress within 1 s") as failure:
+            await asyncio.wait_for(form_from(hosts, config), timeout=30)
+        assert failure.value.survivors == (hosts[0],)
+        assert await until_gone([victim.pid]) == []
+
+
+async def form_then_dissolve(hosts: Sequence[RemoteHost], config: Config) -> None:
+    await form_from(hosts, config)
+    assert await dissolve(hosts) == list(hosts)

@@ -161,6 +161,56 @@ async def test_a_shape_that_fails_to_form_leaves_the_old_mesh_running(local_ray:
     assert await _all_cpus_are_free()
 
 
+async def test_a_shape_whose_leader_cannot_be_reached_leaves_the_old_mesh_running_and_kept(
+    local_ray: RaySession, tiny_llama: Path
+) -> None:
+    async with running(fleet_config(tiny_llama)) as (fleet, outlet):
+        before = outlet.meshes[0]
+        outlet.refuses = True
+        with pytest.raises(FormError, match="refused"):
+            await fleet.replicas[0].reshape(_shape(fleet, 2, 1))
+        outlet.refuses = False
+        assert outlet.meshes[0] is before
+        assert await generate(before) == reference_ids(tiny_llama)
+        os.kill(before.hosts[0].info.pid, signal.SIGKILL)
+        assert len((await outlet.next_mesh(0, before)).hosts) == 1
+    assert await _all_cpus_are_free()
+
+
+async def test_a_replica_that_was_given_up_is_kept_again_in_the_next_shape(
+    local_ray: RaySession, tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    async with running(fleet_config(folder, max_failed_forms=2)) as (fleet, outlet):
+        (folder / "model.safetensors").rename(tmp_path / "weights")
+        os.kill(outlet.meshes[0].hosts[0].info.pid, signal.SIGKILL)
+        await asyncio.wait_for(asyncio.shield(fleet.replicas[0].gave_up), timeout=60)
+        (tmp_path / "weights").rename(folder / "model.safetensors")
+        await fleet.replicas[0].reshape(_shape(fleet, 2, 1))
+        mesh = outlet.meshes[0]
+        os.kill(mesh.hosts[1].info.pid, signal.SIGKILL)
+        assert await generate(await outlet.next_mesh(0, mesh)) == reference_ids(tiny_llama)
+    assert await _all_cpus_are_free()
+
+
+async def test_a_shape_is_gone_back_to_even_if_that_takes_several_forms(
+    local_ray: RaySession, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(fleet_config(tiny_llama, tp_size=2)) as (fleet, outlet):
+        replica, before = fleet.replicas[0], outlet.meshes[0]
+
+        async def fails(recipe: MeshRecipe) -> None:
+            raise FormError("a host died")
+
+        monkeypatch.setattr(replica, "reshape", fails)
+        await replica.reshape_at_last(_shape(fleet, 1, 2))
+        assert outlet.meshes[0] is not before
+        assert [(shard.stage, shard.tp_rank) for shard in outlet.meshes[0].shards] == [(0, 0), (1, 0)]
+        assert await generate(outlet.meshes[0]) == reference_ids(tiny_llama)
+    assert await _all_cpus_are_free()
+
+
 def _shape(fleet: ReplicaSet, tp_size: int, pp_size: int) -> MeshRecipe:
     config = fleet.recipe.config
     parallel = dataclasses.replace(

@@ -101,10 +101,12 @@ def shape(address: str) -> list[tuple[int, int]]:
 @pytest.mark.parametrize(
     ("options", "shapes"),
     [
-        (("-tp", "2"), [(1, 2)]),
-        (("-pp", "2", "--replicas", "2"), [(2, 1), (2, 1)]),
+        pytest.param(("-tp", "2"), [(1, 2)], id="tensor"),
+        pytest.param(("--replicas", "2"), [(1, 1), (1, 1)], id="replicas"),
+        pytest.param(
+            ("-pp", "2", "--replicas", "2"), [(2, 1), (2, 1)], id="stages and replicas", marks=pytest.mark.slow
+        ),
     ],
-    ids=["tensor", "pipeline and replicas"],
 )
 def test_streams_go_on_through_a_scale_there_and_back(
     address: str, expected: list[int], options: tuple[str, ...], shapes: list[tuple[int, int]]
