@@ -78,7 +78,7 @@ def offset(builder: Any, address: Any, index: Any, num_bytes: int) -> Any:
 @contextmanager
 def loop(builder: Any, count: Any) -> Iterator[Any]:
     """Emits what follows once for each index below ``count``."""
-    with cgutils.for_range(builder, count) as places:  # type: ignore[no-untyped-call]
+    with cgutils.for_range(builder, count) as places:
         yield places.index
 
 

@@ -25,6 +25,7 @@ _POLL_S = 0.25
 _GRACE_S = 2.0  # for the other ranks' reports after the first failure
 _RELEASE_TIMEOUT_S = 5.0
 _SHORTEST_SILENCE_S = 10.0
+_IMPORT_SILENCE_S = 30.0  # on a busy machine an import holds the interpreter's lock for long
 _T = TypeVar("_T")
 
 
@@ -112,9 +113,12 @@ async def _assign(
 ) -> list[ShardAssignment]:
     """Every rank's assignment, after the leader-to-be opened the rendezvous."""
     config, timeout_s, silence_s = recipe.config, recipe.config.ray.form_timeout_s, _silence_s(recipe)
+    import_silence_s = max(silence_s, min(_IMPORT_SILENCE_S, timeout_s))
     model = recipe.model_dir, config.model.dtype
     preparing = (host.prepare(share.num_threads, *model, timeout_s) for host, share in zip(hosts, shares, strict=True))
-    await asyncio.gather(*(_while_it_answers(h, call, silence_s) for h, call in zip(hosts, preparing, strict=True)))
+    await asyncio.gather(
+        *(_while_it_answers(host, call, import_silence_s) for host, call in zip(hosts, preparing, strict=True))
+    )
     opening = hosts[0].open_rendezvous(bind_hosts[0], timeout_s)
     store_host, store_port = await _while_it_answers(hosts[0], opening, silence_s)
     epoch, secret = secrets.token_hex(8), secrets.token_hex(32)
@@ -151,7 +155,7 @@ async def _assign(
 
 
 def _silence_s(recipe: MeshRecipe) -> float:
-    """How long a host that forms may be silent: what it does may keep even a thread that only answers from running."""
+    """How long a host that forms may be silent: what it does can keep even a thread that only answers from running."""
     config = recipe.config
     return min(max(_SHORTEST_SILENCE_S, config.engine.step_timeout_s), config.ray.form_timeout_s)
 

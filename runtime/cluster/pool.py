@@ -94,7 +94,9 @@ class HostPool:
         hosts = list(held)
         self._num_takers += 1
         try:
-            if not fresh:
+            if fresh:
+                await self.free_surplus()
+            else:
                 await self._take_started(hosts, num_hosts, on_wait, timeout_s)
             if len(hosts) < num_hosts:
                 hosts += await self._start_group(num_hosts - len(hosts), on_wait, timeout_s)
@@ -121,10 +123,11 @@ class HostPool:
         await asyncio.gather(*(host.kill() for host in hosts))
         self._changed.set()
 
-    async def give_back_empty_groups(self) -> None:
-        """Free the room of groups without hosts, for others and for groups of another size."""
-        if self._num_takers == 0:  # else a seat that looks empty may be about to be used
-            await self._give_back_groups_but({seat.group_name for seat in self._seats if not seat.is_vacant})
+    async def free_surplus(self) -> None:
+        """End idle hosts that are no spares, and give back groups without hosts: room for groups of another size."""
+        surplus = max(0, len(self._idle) - self.num_spares)
+        await self.discard(self._most_crowded(self._idle)[:surplus])
+        await self._give_back_groups_but({seat.group_name for seat in self._seats if not seat.is_vacant})
 
     async def adopt(self, hosts: Sequence[RemoteHost]) -> None:
         """Know the seats of hosts that another driver started; groups of this fleet without any are given back."""
@@ -203,6 +206,8 @@ class HostPool:
 
     async def _start_all(self, seats: Sequence[_Seat]) -> list[RemoteHost]:
         """A host on every seat; when one cannot be started, the others become idle and its error is raised."""
+        for seat in seats:
+            seat.starting = True  # at once: a group whose seats are all vacant is given back
         results = await asyncio.gather(*(self._start(seat) for seat in seats), return_exceptions=True)
         errors = [result for result in results if isinstance(result, BaseException)]
         hosts = [result for result in results if not isinstance(result, BaseException)]
@@ -259,12 +264,9 @@ class HostPool:
         """As many idle hosts as there are to be spares, no empty group."""
         silent = await _silent(self.idle)
         await self.discard([host for host in silent if host in self._idle])  # one may have been taken meanwhile
-        surplus = len(self._idle) - self.num_spares
-        if surplus > 0:
-            await self.discard(self._most_crowded(self._idle)[:surplus])
-        elif surplus < 0:
+        if len(self._idle) < self.num_spares:
             await self._start_spare()
-        await self.give_back_empty_groups()
+        await self.free_surplus()
 
     def _most_crowded(self, hosts: Sequence[RemoteHost]) -> list[RemoteHost]:
         """Hosts of the largest groups first: ending those empties groups, which is what frees their room."""

@@ -269,7 +269,7 @@ class Replica:
         try:
             if recipe.size <= len(self.hosts):  # a group cannot shrink: give it back, and take another
                 await self._keep_only(())
-                await self._pool.give_back_empty_groups()
+                await self._pool.free_surplus()
             await self._gather(recipe, self._timeout_s)
             await self._go(await self._form(self.hosts, recipe))
         except (ClusterError, ConnectionError) as error:

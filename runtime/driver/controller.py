@@ -8,6 +8,8 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from shardray.runtime.cluster.errors import ClusterError
 from shardray.runtime.cluster.events import (
     ClusterEvent,
@@ -242,8 +244,8 @@ def _changed(recipe: MeshRecipe, change: ShapeChange) -> MeshRecipe:
             tensor_split=change.tensor_split or (parallel.tensor_split if same_tp else None),
             stage_layers=change.stage_layers or (parallel.stage_layers if same_pp else None),
         )
-    except ValueError as error:
-        raise OperationRefusedError(" ".join(str(error).split())) from error
+    except ValidationError as error:
+        raise OperationRefusedError("; ".join(problem["msg"] for problem in error.errors())) from error
     return MeshRecipe(dataclasses.replace(recipe.config, parallel=shape), recipe.model_dir)
 
 
@@ -254,7 +256,7 @@ def _shape(recipe: MeshRecipe) -> ParallelSettings:
 
 def _failure_status(failure: RankFailure) -> FailureStatus:
     return FailureStatus(
-        cause=str(failure),
+        cause=failure.cause,
         stage=failure.stage,
         tp_rank=failure.tp_rank,
         host=failure.host,

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 
 from shardray.parallel.checkpoint import Checkpoint
+from shardray.parallel.exchange import choose_exchange
+from shardray.parallel.layers import Linear
 from shardray.parallel.mesh import Mesh, MeshSpec, Rendezvous, open_mesh
 from shardray.parallel.plan import ShardPlan, make_plan
 from shardray.runtime.engine.assignment import ShardAssignment, ShardInfo
@@ -53,11 +55,15 @@ def warm_up(model_dir: str, dtype: str, device: str, num_threads: int) -> None:
 
     What is wrong with the model is for ``form_shard`` to tell.
     """
-    torch.zeros(1, device=device)
     try:
-        choose_ops(torch.device(device), _dtype(dtype, Path(model_dir)), num_threads)
+        kind = _dtype(dtype, Path(model_dir))
     except (ModelConfigError, OSError) as error:
         _log.info("nothing to warm up for in %s: %s", model_dir, error)
+        return
+    choose_ops(torch.device(device), kind, num_threads)
+    Linear(torch.zeros(1, 2, dtype=kind, device=device))(torch.zeros(1, 2, dtype=kind, device=device))
+    if device == "cpu":
+        choose_exchange()
 
 
 @dataclass

@@ -101,8 +101,9 @@ class Faults:
         chosen = self._rng.sample(pids, min(count, len(pids)))
         if not chosen:
             return
+        one = "a hang" if number is signal.SIGSTOP else "a kill"
         for pid in chosen:
-            self._view.note_fault(pid, hangs=number is signal.SIGSTOP)
+            self._view.note_fault(pid, one if len(chosen) == 1 else "several at once")
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
         self._report.fault(kind, "; ".join(self._view.describe(pid) for pid in chosen))

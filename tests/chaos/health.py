@@ -43,11 +43,10 @@ class FleetView:
         states = ", ".join(_state(replica) for replica in self._fleet.replicas)
         return f"pid {pid} (in no mesh; replicas {states})"
 
-    def note_fault(self, pid: int, hangs: bool) -> None:
+    def note_fault(self, pid: int, cause: str) -> None:
         """A process is being hit; if it serves, its replica's recovery begins."""
         for replica, shard in self._shards():
             if shard.pid == pid and replica.state == control_pb2.FLEET_STATE_READY:
-                cause = "a hang" if hangs else "a kill"
                 hit = self._hits.setdefault(replica.replica_id, _Hit(cause, self._report.faults.total()))
                 hit.pids.add(pid)
 
@@ -80,7 +79,7 @@ class FleetView:
                 del self._hits[replica_id]
                 was_alone = self._report.faults.total() == hit.num_faults_before + 1
                 took_s = time.monotonic() - hit.time_s
-                self._report.recovery(replica_id, hit.cause if was_alone else "several faults", took_s)
+                self._report.recovery(replica_id, hit.cause if was_alone else "faults one after the other", took_s)
 
     def _shards(self) -> list[tuple[control_pb2.Replica, control_pb2.Shard]]:
         return [(replica, shard) for replica in self._fleet.replicas for shard in replica.shards]

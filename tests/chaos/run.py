@@ -46,7 +46,7 @@ class Options:
             "engine.max_num_seqs=4",  # fewer than clients: some requests wait
             "engine.max_num_batched_tokens=128",  # long prompts take several steps
             "engine.step_timeout_s=3",
-            "ray.form_timeout_s=30",
+            "ray.form_timeout_s=60",
             "grpc.listen=127.0.0.1:0",
             f"cluster.spares={self.spares}",
             "cluster.max_failed_forms=1000",  # no crash loop: every failure here has its own cause

@@ -80,10 +80,11 @@ async def test_a_host_that_stands_still_is_named_at_the_deadline(local_ray: RayS
 async def test_a_host_that_stops_answering_is_named_long_before_the_deadline(
     local_ray: RaySession, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shardray.runtime.cluster.form._SHORTEST_SILENCE_S", 1.0)
     config = fleet_config(tiny_llama, tp_size=2, form_timeout_s=300, step_timeout_s=1.0)
     async with hosts_of(config) as hosts:
-        await form_then_dissolve(hosts, config)
+        await form_then_dissolve(hosts, config)  # the runtime is imported then
+        for name in ("_SHORTEST_SILENCE_S", "_IMPORT_SILENCE_S"):
+            monkeypatch.setattr(f"shardray.runtime.cluster.form.{name}", 1.0)
         victim = hosts[1].info
         os.kill(victim.pid, signal.SIGSTOP)
         with pytest.raises(FormError, match=rf"pid {victim.pid} did not answer progress within 1 s") as failure:

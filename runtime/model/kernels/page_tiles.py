@@ -1,4 +1,4 @@
-"""The inner loops of decode attention over one page, in LLVM: each key and value is loaded once for several query heads.
+"""The inner loops of decode attention over one page, in LLVM: a key or value is loaded once for several query heads.
 
     queries (heads, d)    keys   (d, b)    scores (heads, row)    a vector runs over 16 tokens
     weights (heads, row)  values (b, d)    sums   (heads, d)      a vector runs over 16 elements of a head
