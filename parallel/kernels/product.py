@@ -25,7 +25,7 @@ from shardray.parallel.kernels.vector import VECTOR_BYTES, WIDTH
 
 _PASS = 1024  # pairs of K
 _SPAN_BYTES = 256 << 10  # of x
-_TASKS_A_THREAD = 8  # a slower core takes fewer
+_TASKS_A_THREAD = 8
 
 
 class Variant(NamedTuple):
@@ -49,10 +49,17 @@ def make_variant(name: str) -> Variant:
 
 
 @numba.njit(inline="always")
-def _span(num_tokens, num_pairs, max_rows):
-    """How many tokens a task takes: about the same number each, in whole tiles."""
+def _tasks(num_tokens, num_pairs, num_blocks, num_threads, max_rows):
+    """(tokens of a span, spans, blocks of a task, tasks of a span)
+
+    Spans are of about the same size, in whole tiles. A thread alone takes all blocks at once; several get tasks enough
+    that a slower core takes fewer.
+    """
     num_spans = (num_tokens - 1) // max(_SPAN_BYTES // (4 * min(num_pairs, _PASS)), max_rows) + 1
-    return min(((num_tokens - 1) // num_spans // max_rows + 1) * max_rows, num_tokens)
+    span = min(((num_tokens - 1) // num_spans // max_rows + 1) * max_rows, num_tokens)
+    num_spans = (num_tokens - 1) // span + 1
+    blocks_a_task = max(num_blocks * num_spans // (_TASKS_A_THREAD * num_threads), 1) if num_threads > 1 else num_blocks
+    return span, num_spans, blocks_a_task, (num_blocks - 1) // blocks_a_task + 1
 
 
 @numba.njit(inline="always")
@@ -62,20 +69,19 @@ def _first_vector(block, num_whole, block_vectors):
 
 
 @numba.njit(inline="always")
-def _start_sums(sums, bias, num_rows, width):
-    for i in range(num_rows):
-        for j in range(width):
-            sums[i * width + j] = bias[j]
-
-
-@numba.njit(inline="always")
-def _write(words, width, num_rows, num_columns, out, as_float32, first, stride):
-    """The first columns of ``words`` (num_rows, width), as float32 or rounded to bfloat16, into ``out``."""
-    for i in range(num_rows):
+def _write(words, num_columns, out, place, as_float32):
+    """The first columns of one row of sums, as float32 or rounded to bfloat16, into ``out`` from ``place`` on."""
+    source, whole = vector.address_of(words), num_columns // WIDTH
+    if as_float32:
+        vector.copy(source, whole, out + place * 4)
+    else:
+        vector.narrow(source, whole, out + place * 2)
+    done = whole * WIDTH
+    if done < num_columns:
         if as_float32:
-            jit.copy_out(words[i * width :], num_columns, jit.pointer_u32(out), first + i * stride)
+            jit.copy_out(words[done:], num_columns - done, jit.pointer_u32(out), place + done)
         else:
-            jit.narrow(words[i * width :], num_columns, jit.pointer_u16(out), first + i * stride)
+            jit.narrow(words[done:], num_columns - done, jit.pointer_u16(out), place + done)
 
 
 def product(args):
@@ -89,13 +95,9 @@ def product(args):
     num_vectors = (num_outputs - 1) // WIDTH + 1
     num_whole = num_vectors // block_vectors
     num_blocks = num_whole + num_vectors % block_vectors
-    span = _span(num_tokens, num_pairs, max_rows)
-    num_spans = (num_tokens - 1) // span + 1
-    blocks_a_task = max(num_blocks * num_spans // (_TASKS_A_THREAD * num_threads), 1) if num_threads > 1 else num_blocks
-    tasks_a_span = (num_blocks - 1) // blocks_a_task + 1
-    words = np.empty(span * block_vectors * WIDTH, np.uint32)
-    sums = words.view(np.float32)
-    sums_at = vector.address_of(sums)
+    span, num_spans, blocks_a_task, tasks_a_span = _tasks(num_tokens, num_pairs, num_blocks, num_threads, max_rows)
+    words = np.empty(span * block_vectors * WIDTH, np.uint32)  # float32 sums of the tokens and one block
+    sums_at = vector.address_of(words)
     while True:
         task = jit.take_task(args)
         if task >= num_spans * tasks_a_span:
@@ -106,14 +108,13 @@ def product(args):
         for block in range(first_block, last_block):
             # Next comes the next block; at the end of a task, as long as threads keep pace, that of so many tasks on
             following = block + 1 if block + 1 < last_block else (task + num_threads) % tasks_a_span * blocks_a_task
-            start, then = (
-                _first_vector(block, num_whole, block_vectors),
-                _first_vector(following, num_whole, block_vectors),
-            )
+            start = _first_vector(block, num_whole, block_vectors)
+            then = _first_vector(following, num_whole, block_vectors)
             vectors = block_vectors if block < num_whole else 1
             width = vectors * WIDTH
             lines = min((vectors - 1) // num_tiles + 1, 2) if num_tiles > 1 else 0  # prefetched for each pair
-            _start_sums(sums, jit.pointer_f32(bias + start * VECTOR_BYTES), num_rows, width)
+            for i in range(num_rows):
+                vector.copy(bias + start * VECTOR_BYTES, vectors, sums_at + i * width * 4)
             for first_pair in range(0, num_pairs, _PASS):
                 count = min(_PASS, num_pairs - first_pair)
                 here = weights + (start * num_pairs + vectors * first_pair) * VECTOR_BYTES
@@ -126,13 +127,6 @@ def product(args):
                         there + min(tile * lines, vectors - lines) * count * VECTOR_BYTES, lines * VECTOR_BYTES,
                     )  # fmt: skip
             num_columns = min(width, num_outputs - start * WIDTH)
-            _write(
-                words,
-                width,
-                num_rows,
-                num_columns,
-                out,
-                a[9] != 0,
-                first_token * num_outputs + start * WIDTH,
-                num_outputs,
-            )
+            for i in range(num_rows):
+                place = (first_token + i) * num_outputs + start * WIDTH
+                _write(words[i * width : (i + 1) * width], num_columns, out, place, a[9] != 0)

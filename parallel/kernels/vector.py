@@ -33,7 +33,7 @@ def load(builder: Any, address: Any, kind: Any) -> Any:
 
 
 def store(builder: Any, value: Any, address: Any) -> None:
-    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=4)
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=2)
 
 
 def load_bfloat16(builder: Any, address: Any) -> Any:
@@ -95,6 +95,37 @@ def choose(builder: Any, key: Any, keys: Iterable[int], emit: Callable[[int], No
     builder.position_at_end(other)
     builder.unreachable()
     builder.position_at_end(done)
+
+
+@intrinsic
+def copy(typing_context: Any, source: Any, num_vectors: Any, target: Any) -> Any:
+    """Vectors of float32, from one address to another"""
+
+    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
+        source, num_vectors, target = operands
+        with loop(builder, num_vectors) as i:
+            value = load_float32(builder, offset(builder, source, i, VECTOR_BYTES))
+            store(builder, value, offset(builder, target, i, VECTOR_BYTES))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), generate
+
+
+@intrinsic
+def narrow(typing_context: Any, source: Any, num_vectors: Any, target: Any) -> Any:
+    """Vectors of float32 to bfloat16, rounded to nearest, ties to even"""
+
+    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
+        source, num_vectors, target = operands
+        upper, one, below_half = (ir.Constant(WORDS, [value] * WIDTH) for value in (16, 1, 0x7FFF))
+        with loop(builder, num_vectors) as i:
+            bits = load(builder, offset(builder, source, i, VECTOR_BYTES), WORDS)
+            odd = builder.and_(builder.lshr(bits, upper), one)
+            rounded = builder.lshr(builder.add(builder.add(bits, below_half), odd), upper)
+            store(builder, builder.trunc(rounded, HALVES), offset(builder, target, i, VECTOR_BYTES // 2))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), generate
 
 
 @intrinsic
