@@ -55,4 +55,5 @@ def _poison(runner_class: Any) -> None:
     runner_class.run = run_unless_poisoned
 
 
-sys.meta_path.insert(0, _Poisoner)
+if __name__ == "sitecustomize":  # not where the test itself imports the tokens from here
+    sys.meta_path.insert(0, _Poisoner)
