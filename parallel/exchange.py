@@ -7,47 +7,72 @@ counter. A counter of k also says that the rank has finished reading operation k
 counter has reached k - 1: then nobody reads operation k - 2 any more, whose buffer it overwrites. It follows that no
 rank is ever more than one operation ahead of another, whatever the mix of operations.
 
-An exchange is this rank's part of one operation. It never waits for long: it returns how far it came, and is called
-again with that once there is hope that it comes further. ``kernels/collective.py`` holds the compiled one, which polls
-for a while without the interpreter lock, and sums; what is here does neither, and runs where numba is not installed.
+An exchange is this rank's part of one operation, described by a block of numbers (see ``block``). When the others are
+not there yet, it waits in a function that it is given, which looks after aborts and deadlines. The compiled exchange in
+``kernels/collective.py`` polls for a while before that, without the interpreter lock, and sums. What is here does
+neither, and runs where numba is not installed.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
+from array import array
 from collections.abc import Callable
 
 BEGUN, ARRIVED, DONE = 0, 1, 2  # how far an exchange came: nowhere; its bytes are there for the others; to its end
 NO_SUM, SUM_FLOAT32, SUM_BFLOAT16 = 0, 1, 2
 LINE_BYTES = 64  # between counters, so that they share no cache line
 
-Exchange = Callable[..., int]  # see exchange
+Wait = Callable[[int], None]  # (how far it came): returns once there is hope that it comes further
+Exchange = Callable[["array[int]", Wait], None]  # (block, wait): carries it out
 
 
-def exchange(
-    progress: int,
-    step: int,  # number of the operation
+def block(
+    finished: int,  # address of the number of operations that this rank has finished
     counters: int,  # address
     rank: int,
     size: int,  # number of ranks
     first: int,  # the slots first .. end - 1 are awaited
     end: int,
-    num_spins: int,  # polls of each wait that keep the core, and after them
-    num_yields: int,  # polls that give it up
-    slots: int,  # address of the operation's buffer
+    num_spins: int,  # polls of each wait that keep the core
+    num_cycles: int,  # of the processor's clock, in which polls that give it up follow
+    buffers: int,  # address of both
     capacity: int,  # bytes of a slot
     source: int,  # address of what this rank brings
     num_bytes: int,
     sum_kind: int,  # whether ``source`` becomes the sum over the slots, and of what dtype
-) -> int:
-    """Go on from ``progress`` with operation ``step``; returns how far it came. Relies on x86-64's store order."""
+) -> array[int]:
+    """The numbers of an exchange; the first of them says how far it came."""
+    return array(
+        "q",
+        (BEGUN, finished, counters, rank, size, first, end, num_spins, num_cycles, buffers, capacity, source, num_bytes,
+         sum_kind),
+    )  # fmt: skip
+
+
+def exchange(block: array[int], wait: Wait) -> None:
+    """Without numba. Relies on x86-64's store order."""
+    while (progress := _go_on(*block)) != DONE:
+        block[0] = progress
+        wait(progress)
+
+
+def _go_on(
+    progress: int, finished: int, counters: int, rank: int, size: int, first: int, end: int, num_spins: int,
+    num_cycles: int, buffers: int, capacity: int, source: int, num_bytes: int, sum_kind: int,
+) -> int:  # fmt: skip
+    count = ctypes.c_int64.from_address(finished)
+    step = count.value + 1
     if progress == BEGUN:
         if not _reached(counters, step - 1, 0, size):
             return BEGUN
-        ctypes.memmove(slots + rank * capacity, source, num_bytes)
+        ctypes.memmove(buffers + ((step & 1) * size + rank) * capacity, source, num_bytes)
         _counter(counters, rank).value = step
-    return DONE if _reached(counters, step, first, end) else ARRIVED
+    if not _reached(counters, step, first, end):
+        return ARRIVED
+    count.value = step
+    return DONE
 
 
 def choose_exchange() -> tuple[Exchange, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import platform
 from collections.abc import Sequence
@@ -10,12 +11,20 @@ import torch
 from torch import Tensor
 
 from shardray.parallel.comm import sum_in_rank_order
-from shardray.parallel.exchange import BEGUN, DONE, LINE_BYTES, NO_SUM, SUM_BFLOAT16, SUM_FLOAT32, choose_exchange
+from shardray.parallel.exchange import (
+    BEGUN,
+    LINE_BYTES,
+    NO_SUM,
+    SUM_BFLOAT16,
+    SUM_FLOAT32,
+    block,
+    choose_exchange,
+)
 from shardray.parallel.waiting import Waiter
 
 _COMPILED_SUMS = {torch.float32: SUM_FLOAT32, torch.bfloat16: SUM_BFLOAT16}
-# Polls of one compiled wait: microseconds that keep the core, then a millisecond that offers it to others before each.
-_NUM_SPINS, _NUM_YIELDS = 100, 2000
+# A compiled wait: microseconds of polls that keep the core, then about a millisecond of polls that offer it to others.
+_NUM_SPINS, _NUM_CYCLES = 100, 3_000_000
 
 
 def usable() -> bool:
@@ -32,13 +41,12 @@ class ShmComm:
         self._waiter = waiter
         self._segment = torch.frombuffer(memory, dtype=torch.uint8)
         self._slots = self._segment[size * LINE_BYTES :].view(2, size, capacity_bytes)
-        self._buffers = tuple(buffer.data_ptr() for buffer in self._slots)
         self._counters = memoryview(memory)[: size * LINE_BYTES].cast("q")[:: LINE_BYTES // 8]
         self._capacity = capacity_bytes
         self._exchange, compiled = choose_exchange()
         self._sums = _COMPILED_SUMS if compiled else {}
         self._wait = waiter.wait_long if compiled else waiter.wait
-        self._step = 0
+        self._finished = ctypes.c_int64(0)  # operations
 
     @staticmethod
     def num_bytes(size: int, capacity_bytes: int) -> int:
@@ -105,21 +113,19 @@ class ShmComm:
     def _run(self, operation: str, own: Tensor | None, awaited: range, sum_kind: int = NO_SUM) -> Tensor:
         """This rank's part of the next operation: brings ``own``, contiguous. Returns all slots, (size, capacity) of
         bytes, of which those ``awaited`` are filled; they hold until the next operation."""
-        self._step += 1
-        step, slots, progress = self._step, self._slots, BEGUN  # ``slots`` keeps the memory, whoever closes this
+        slots = self._slots  # keeps the memory, whoever closes this
         address, num_bytes = (0, 0) if own is None else (own.data_ptr(), own.nbytes)
-        while True:
-            progress = self._exchange(
-                progress, step, self._segment.data_ptr(), self.rank, self.size, awaited.start, awaited.stop,
-                _NUM_SPINS, _NUM_YIELDS, self._buffers[step & 1], self._capacity, address, num_bytes, sum_kind,
-            )  # fmt: skip
-            if progress == DONE:
-                return slots[step & 1]
-            missing = (step - 1, range(self.size)) if progress == BEGUN else (step, awaited)
-            self._wait_for(operation, *missing)
+        numbers = block(
+            ctypes.addressof(self._finished), self._segment.data_ptr(), self.rank, self.size, awaited.start,
+            awaited.stop, _NUM_SPINS, _NUM_CYCLES, slots.data_ptr(), self._capacity, address, num_bytes, sum_kind,
+        )  # fmt: skip
+        self._exchange(numbers, lambda progress: self._wait_for(operation, progress, awaited))
+        return slots[self._finished.value & 1]
 
-    def _wait_for(self, operation: str, step: int, ranks: range) -> None:
-        counters = self._counters
+    def _wait_for(self, operation: str, progress: int, awaited: range) -> None:
+        counters, step, ranks = self._counters, self._finished.value + 1, awaited
+        if progress == BEGUN:
+            step, ranks = step - 1, range(self.size)
 
         def missing() -> tuple[int, ...]:
             return tuple(rank for rank in ranks if counters[rank] < step)

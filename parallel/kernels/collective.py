@@ -1,6 +1,6 @@
 """An exchange through shared memory, compiled: it waits and sums without holding the interpreter lock.
 
-Its rules and arguments are those of ``exchange`` in parallel/exchange.py. Each wait polls a bounded number of times.
+Its rules and arguments are those of parallel/exchange.py. Each wait polls a bounded number of times.
 """
 
 # mypy: ignore-errors
@@ -8,7 +8,6 @@ Its rules and arguments are those of ``exchange`` in parallel/exchange.py. Each 
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import platform
 
@@ -86,19 +85,33 @@ def _give_up_core(typing_context):
     return types.void(), generate
 
 
+@intrinsic
+def _cycles(typing_context):
+    """The processor's clock, which runs at about the same rate whatever the processor does."""
+
+    def generate(context, builder, signature, operands):
+        kind = ir.FunctionType(_COUNTER, [])
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.readcyclecounter"), [])
+
+    return types.int64(), generate
+
+
 @numba.njit(inline="always", error_model="numpy")
-def _reached(counters, step, first, end, num_spins, num_yields):
-    """Whether the counters of the ranks first .. end - 1 reach ``step`` within so many polls."""
-    polls = 0
+def _reached(counters, step, first, end, num_spins, num_cycles):
+    """Whether the counters of the ranks first .. end - 1 reach ``step`` soon enough."""
+    polls, began = 0, np.int64(0)
     for rank in range(first, end):
         while _load_acquire(counters + rank * LINE_BYTES) < step:
             if polls < num_spins:
+                polls += 1
                 _pause()
-            elif polls < num_spins + num_yields:
-                _give_up_core()
-            else:
+                continue
+            now = _cycles()
+            if began == 0:
+                began = now
+            elif now - began > num_cycles:
                 return False
-            polls += 1
+            _give_up_core()
     return True
 
 
@@ -125,30 +138,38 @@ def _sum(slots, capacity, size, out, num_bytes, sum_kind):
             jit.narrow(words, count, jit.pointer_u16(out), start)
 
 
-def _exchange(
-    progress, step, counters, rank, size, first, end, num_spins, num_yields, slots, capacity, source, num_bytes,
-    sum_kind,
-):  # fmt: skip
-    if progress == BEGUN:
-        if not _reached(counters, step - 1, 0, size, num_spins, num_yields):
-            return BEGUN
+def _exchange(args):
+    """args: see ``block`` in parallel/exchange.py"""
+    a = numba.carray(args, (14,))
+    finished, counters, rank, size, buffers, capacity = jit.pointer_i64(a[1]), a[2], a[3], a[4], a[9], a[10]
+    num_spins, num_cycles, source, num_bytes, sum_kind = a[7], a[8], a[11], a[12], a[13]
+    step = finished[0] + 1
+    slots = buffers + (step & 1) * size * capacity
+    if a[0] == BEGUN:
+        if not _reached(counters, step - 1, 0, size, num_spins, num_cycles):
+            return
         _copy(slots + rank * capacity, source, num_bytes)
         _store_release(counters + rank * LINE_BYTES, step)
-    if not _reached(counters, step, first, end, num_spins, num_yields):
-        return ARRIVED
+        a[0] = ARRIVED
+    if not _reached(counters, step, a[5], a[6], num_spins, num_cycles):
+        return
     if sum_kind != NO_SUM:
         _sum(slots, capacity, size, source, num_bytes, sum_kind)
-    return DONE
-
-
-_NUM_ARGS = _exchange.__code__.co_argcount
+    finished[0] = step
+    a[0] = DONE
 
 
 @functools.cache
 def compile_exchange() -> Exchange:
     """``_exchange`` as a Python callable that gives up the interpreter lock; compiled once, then cached on disk."""
-    signature = types.int64(*[types.int64] * _NUM_ARGS)
-    compiled = numba.cfunc(signature, cache=True, error_model="numpy")(_exchange)
-    call = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * _NUM_ARGS)(compiled.address)
-    call.compiled = compiled  # owns the machine code
-    return call
+    function = jit.compile_function(_exchange)
+
+    def exchange(block, wait):
+        address, _ = block.buffer_info()
+        function.call(address)
+        while block[0] != DONE:
+            wait(block[0])
+            function.call(address)
+        jit.record(jit.Launch(function, block.tobytes(), wait=wait))
+
+    return exchange

@@ -11,7 +11,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -70,6 +72,48 @@ pointer_i32 = _pointer_intrinsic(types.int32)
 pointer_i64 = _pointer_intrinsic(types.int64)
 
 
+class Function:
+    """Machine code of ``void function(int64 *args)``, and what owns it."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.address: int = compiled.address
+        self.call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)
+        self._compiled = compiled
+
+
+class Launch(NamedTuple):
+    """One run of a function, as it is recorded. ``wait`` is of those that may return before they are done."""
+
+    function: Function
+    block: bytes  # its arguments
+    num_threads: int = 1
+    wait: Callable[[int], None] | None = None
+
+
+_recording = threading.local()
+
+
+@contextmanager
+def recorded(launches: list[Launch]) -> Iterator[None]:
+    """Note what the calling thread launches meanwhile."""
+    _recording.launches = launches
+    try:
+        yield
+    finally:
+        del _recording.launches
+
+
+def record(launch: Launch) -> None:
+    """Note a launch if somebody records."""
+    if (launches := getattr(_recording, "launches", None)) is not None:
+        launches.append(launch)
+
+
+def compile_function(function: Callable[..., None]) -> Function:
+    """``function`` over the address of its arguments; its machine code is cached on disk."""
+    return Function(numba.cfunc(_SIGNATURE, cache=True, fastmath=MATH, error_model="numpy")(function))
+
+
 def compile_kernel(function: Callable[..., None], variant: Element | Any) -> Kernel:
     """A Python callable that runs ``function`` over (num_threads, *args).
 
@@ -81,19 +125,17 @@ def compile_kernel(function: Callable[..., None], variant: Element | Any) -> Ker
     own = FunctionType(function.__code__, names, f"{function.__name__}_{variant.name}")
     own.__qualname__ = own.__name__
     own.__module__ = function.__module__
-    compiled = numba.cfunc(_SIGNATURE, cache=True, fastmath=MATH, error_model="numpy")(own)
-    address: int = compiled.address  # type: ignore[assignment]  # an address, once it is compiled
-    direct = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
-    team = _openmp()
+    compiled = compile_function(own)
+    team = openmp_team()
 
     def run(num_threads: int, *args: int) -> None:
         block = _format(len(args))(0, *args)  # of this call alone, so the counter in it can be counted up in place
+        record(Launch(compiled, block, num_threads))
         if num_threads > 1 and team is not None:
-            team(address, block, num_threads, 0)
+            team(compiled.address, block, num_threads, 0)
         else:
-            direct(block)
+            compiled.call(block)
 
-    run.compiled = compiled  # type: ignore[attr-defined]  # owns the machine code
     return run
 
 
@@ -104,7 +146,7 @@ def _format(num_args: int) -> Callable[..., bytes]:
 
 
 @functools.cache
-def _openmp() -> Any:
+def openmp_team() -> Any:
     """``GOMP_parallel`` of the OpenMP library that torch computes with: the same threads, so no two pools compete."""
     paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/lib" in line}
     for path in sorted(paths, key=lambda path: "torch" not in path):
@@ -117,6 +159,11 @@ def _openmp() -> Any:
             team.restype = None
             return team
     return None
+
+
+def openmp_address() -> int:
+    """Where ``GOMP_parallel`` is; 0 if there is none."""
+    return ctypes.cast(openmp_team(), ctypes.c_void_p).value or 0
 
 
 @numba.njit(inline="always", fastmath=MATH)

@@ -31,7 +31,7 @@ from shardray.runtime.model.attention import KVPages
 from shardray.runtime.model.decoder import ShardedDecoder
 from shardray.runtime.model.families import read_model_config
 from shardray.runtime.model.folder import read_eos_token_ids, read_json
-from shardray.runtime.model.kernels import choose_ops
+from shardray.runtime.model.kernels import choose_ops, choose_recorder
 from shardray.runtime.model.load import ParameterLoader
 from shardray.runtime.model.parameters import model_sizes
 from shardray.runtime.model.spec import DecoderSpec, ModelConfigError
@@ -61,6 +61,7 @@ def warm_up(model_dir: str, dtype: str, device: str, num_threads: int) -> None:
         _log.info("nothing to warm up for in %s: %s", model_dir, error)
         return
     choose_ops(torch.device(device), kind, num_threads)
+    choose_recorder(torch.device(device))
     Linear(torch.zeros(1, 2, dtype=kind, device=device))(torch.zeros(1, 2, dtype=kind, device=device))
     if device == "cpu":
         choose_exchange()

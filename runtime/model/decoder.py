@@ -16,6 +16,7 @@ from shardray.runtime.model.kernels.ops import Ops
 from shardray.runtime.model.load import ParameterLoader
 from shardray.runtime.model.rotary import rotary_table
 from shardray.runtime.model.spec import DecoderSpec, Learned, Rotary
+from shardray.runtime.model.stack import LayerStack
 
 Progress = Callable[[float], None]
 
@@ -30,14 +31,14 @@ class ShardedDecoder:
         layers = plan.stages[stage]
         kv_of_head = plan.kv_of_heads(tp_rank)
         self.embedding = _Embedding(spec, plan, tp_rank, comm, _to(device, loader.embedding())) if stage == 0 else None
-        self.layers: list[DecoderLayer] = []
+        blocks: list[DecoderLayer] = []
         for index in layers:
-            self.layers.append(DecoderLayer(spec, kv_of_head, _to(device, loader.layer(index)), comm, ops))
+            blocks.append(DecoderLayer(spec, kv_of_head, _to(device, loader.layer(index)), comm, ops))
             progress((index - layers.start + 1) / len(layers))
+        self.layers = LayerStack(blocks, _rotary(spec, max_positions, device), max_positions, device)
         last = stage == plan.pp_size - 1
         self.head = _Head(spec, plan, comm, ops, _to(device, loader.head())) if last else None
-        self._angles = _rotary(spec, max_positions, device)
-        parts = [self.embedding, *self.layers, self.head]
+        parts = [self.embedding, *blocks, self.head]
         self.num_bytes = sum(part.num_bytes for part in parts if part is not None)
 
     def __call__(self, x: Tensor | None, pages: KVPages, view: StepView) -> Tensor | None:
@@ -46,13 +47,7 @@ class ShardedDecoder:
         if self.embedding is not None:
             x = self.embedding(view)
         assert x is not None
-        angles, delta = None, None
-        if self._angles is not None:
-            cos, sin = self._angles
-            angles = cos[view.positions], sin[view.positions]
-        for layer, block in enumerate(self.layers):
-            x, delta = block(x, delta, layer, pages, view, angles)
-        assert delta is not None
+        x, delta = self.layers(x, pages, view)
         return x + delta if self.head is None else self.head(x, delta, view)
 
 

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 
 from shardray.runtime.model.kernels.ops import Ops
+
+if TYPE_CHECKING:
+    from shardray.parallel.kernels.program import Recorder
 
 _log = logging.getLogger(__name__)
 
@@ -25,3 +29,12 @@ def choose_ops(device: torch.device, dtype: torch.dtype, num_threads: int) -> Op
     from shardray.runtime.model.kernels import cpu_ops
 
     return cpu_ops.CpuOps(dtype, num_threads) if cpu_ops.supports(dtype) else Ops()
+
+
+def choose_recorder(device: torch.device) -> Recorder | None:
+    """What records decode steps on a device, if anything does."""
+    if device.type != "cpu" or importlib.util.find_spec("numba") is None:
+        return None
+    from shardray.parallel.kernels.program import Recorder
+
+    return Recorder()

@@ -1,0 +1,129 @@
+"""Kernel launches recorded once and run again without the interpreter between them, as a CUDA graph does on a GPU.
+
+What is recorded are machine code and addresses. So whoever runs a program again puts its inputs where those of the
+recorded run lay, finds the outputs where they lay, and keeps what the addresses point to alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shardray.parallel.exchange import BEGUN
+from shardray.parallel.kernels import jit
+from shardray.parallel.kernels.chain import compile_chain
+from shardray.parallel.kernels.jit import Launch
+
+Result = TypeVar("Result")
+
+_EMPTY = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.new_empty.default,
+}
+
+
+class _Workspace:
+    """Memory of what is computed and used up within a program, the same for one program after the other.
+
+    Tensors are handed out in turns; those of the turn before last are overwritten.
+    """
+
+    def __init__(self) -> None:
+        self._turns: list[list[Tensor]] = [[], []]
+        self._turn = self._next = 0
+
+    def new_turn(self) -> None:
+        self._turn, self._next = 1 - self._turn, 0
+
+    def empty(self, like: Tensor) -> Tensor:
+        """Contiguous, of the shape and dtype of ``like``"""
+        buffers, index = self._turns[self._turn], self._next
+        self._next += 1
+        if index == len(buffers):
+            buffers.append(torch.empty(0, dtype=torch.uint8))
+        if buffers[index].numel() < like.nbytes:  # programs that use the old one keep it
+            buffers[index] = torch.empty(1 << (like.nbytes - 1).bit_length(), dtype=torch.uint8)
+        return buffers[index][: like.nbytes].view(like.dtype).view(like.shape)
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Takes new tensors from a workspace, and sees whether torch computes anything itself."""
+
+    def __init__(self, workspace: _Workspace) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kept: list[Tensor] = []
+        self.computed = False
+        self._workspace = workspace
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler with the first call, which takes seconds
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _EMPTY:
+            result = self._workspace.empty(result)
+            self.kept.append(result)
+        elif not func.is_view:
+            self.computed = True
+        return result
+
+
+class Program:
+    """A list of launches. ``kept`` is what else has to live as long."""
+
+    def __init__(self, launches: Sequence[Launch], kept: object) -> None:
+        blocks = [np.frombuffer(launch.block, np.int64) for launch in launches]
+        starts = np.cumsum([0, *(len(block) for block in blocks)])[:-1]
+        self._blocks = np.concatenate(blocks)
+        self._blocks[starts] = BEGUN  # or a task counter of 0
+        self._starts = starts
+        self._steps = np.array(
+            [
+                (launch.function.address, self._blocks[start:].ctypes.data, launch.num_threads, launch.wait is not None)
+                for launch, start in zip(launches, starts, strict=True)
+            ],
+            dtype=np.int64,
+        )
+        self._state = np.array([0, 0, len(launches), self._steps.ctypes.data, jit.openmp_address()], dtype=np.int64)
+        self._address = self._state.ctypes.data
+        self._waits = [launch.wait for launch in launches]
+        self._run = compile_chain().call
+        self._kept = [kept, launches]
+
+    def run(self) -> None:
+        """Launch everything once more. Raises what a wait raises; the program cannot be used after that."""
+        state, count = self._state, len(self._waits)
+        state[1] = 0
+        self._run(self._address)
+        while (at := int(state[1])) < count:
+            wait = self._waits[at]
+            assert wait is not None
+            wait(int(self._blocks[self._starts[at]]))
+            self._run(self._address)
+
+
+class Recorder:
+    """Records programs that run one after the other, never at once: they share the memory between."""
+
+    def __init__(self) -> None:
+        self._workspace = _Workspace()
+        compile_chain()
+
+    def record(self, run: Callable[[], Result]) -> tuple[Result, Program | None]:
+        """What ``run`` returns, and the program that does it again: None if torch computed something in it."""
+        launches: list[Launch] = []
+        watch = _Watch(self._workspace)
+        with jit.recorded(launches), watch:
+            result = run()
+        return result, None if watch.computed or not launches else Program(launches, watch.kept)
+
+    def new_turn(self) -> None:
+        """Tensors made in the turn before the last are used up. Called within ``run``, now and then."""
+        self._workspace.new_turn()
