@@ -15,6 +15,7 @@ import time
 
 from shardray.parallel.errors import CollectiveTimeout, MeshAborted, PeerLost
 from shardray.parallel.place import Member
+from shardray.parallel.tls_socket import TlsSocket
 
 LENGTH = struct.Struct("!I")
 _MAX_FRAME_BYTES = 1 << 28
@@ -31,7 +32,7 @@ _log = logging.getLogger(__name__)
 class Link:
     """One end of one connection. ``timeout_s`` bounds each ``send``; one thread sends and one receives."""
 
-    def __init__(self, sock: socket.socket, peer: Member, timeout_s: float) -> None:
+    def __init__(self, sock: socket.socket | TlsSocket, peer: Member, timeout_s: float) -> None:
         for option in _OPTIONS:
             sock.setsockopt(*option)
         self._socket = sock

@@ -16,9 +16,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
 from shardray.parallel.comm import Comm, NcclComm, SoloComm, open_nccl_comm
 from shardray.parallel.errors import MeshAborted
+from shardray.parallel.exchange import choose_exchange
 from shardray.parallel.gloo import GlooComm, open_gloo_comm
 from shardray.parallel.greeting import LinkListener, connect
 from shardray.parallel.link import Link
@@ -26,6 +28,7 @@ from shardray.parallel.pipeline import MessagePipe, ShmPipe, StagePipe
 from shardray.parallel.place import Member, MeshSpec
 from shardray.parallel.rendezvous import Meeting, Rendezvous
 from shardray.parallel.shm import ShmComm, usable
+from shardray.parallel.store import join_torch_store, open_torch_store
 from shardray.parallel.waiting import Waiter, share_memory
 
 __all__ = ["Mesh", "MeshSpec", "Rendezvous", "open_mesh"]
@@ -118,11 +121,9 @@ class _Opener:
         if spec.rank != 0:
             host, port = self._meeting.ask("control", [0])[0].rsplit(":", 1)
             address = host, int(port)
-            leader = connect(
-                address, spec.epoch, spec.secret, spec.rank, members[0], spec.form_timeout_s, spec.timeout_s
-            )
+            leader = connect(address, spec.credentials, spec.rank, members[0], spec.form_timeout_s, spec.timeout_s)
             return {0: leader}
-        listener = LinkListener(spec.bind_host, spec.epoch, spec.secret)
+        listener = LinkListener(spec.bind_host, spec.credentials)
         try:
             self._meeting.tell("control", f"{spec.bind_host}:{listener.port}")
             return listener.accept(members[1:], spec.form_timeout_s, spec.timeout_s)
@@ -138,6 +139,7 @@ class _Opener:
         if not self._shares_memory(ranks):
             return self._message_comm(ranks, key, name)
         size = ShmComm.num_bytes(spec.tp_size, _SHM_CAPACITY_BYTES)
+        choose_exchange()  # loaded before the ranks meet: from then on nobody has to wait for it
         memory = share_memory(self._meeting, key, spec.rank, ranks[0], ranks[1:], size)
         return ShmComm(memory, spec.tp_rank, spec.tp_size, _SHM_CAPACITY_BYTES, self._waiter(ranks), name)
 
@@ -155,12 +157,23 @@ class _Opener:
         return ShmPipe(memory, self._max_tokens, self._hidden_size, self._dtype, self._waiter(ranks), name)
 
     def _message_comm(self, ranks: Sequence[int], key: str, name: str) -> GlooComm | NcclComm:
-        spec, store, rank = self._spec, self._meeting.store(key), ranks.index(self._spec.rank)
+        spec, rank = self._spec, ranks.index(self._spec.rank)
         if spec.device.type == "cuda":
-            return open_nccl_comm(store, rank, len(ranks), spec.timeout_s, name)
+            return open_nccl_comm(self._torch_store(ranks, key), rank, len(ranks), spec.timeout_s, name)
         return open_gloo_comm(
-            store, rank, self._members(ranks), spec.bind_host, spec.timeout_s, spec.form_timeout_s, self.aborted, name
-        )
+            self._meeting.store(key), rank, self._members(ranks), spec.bind_host, spec.timeout_s, spec.form_timeout_s,
+            self.aborted, name,
+        )  # fmt: skip
+
+    def _torch_store(self, ranks: Sequence[int], key: str) -> dist.Store:
+        """A store of torch's own on the group's first rank: NCCL's threads use it for as long as the group lives."""
+        spec, key = self._spec, f"{key}/store"
+        if spec.rank == ranks[0]:
+            store, port = open_torch_store(spec.bind_host)
+            self._meeting.tell(key, f"{spec.bind_host}:{port}")
+            return store
+        host, port_text = self._meeting.ask(key, ranks[:1])[0].rsplit(":", 1)
+        return join_torch_store(host, int(port_text), spec.form_timeout_s)
 
     def _shares_memory(self, ranks: Sequence[int]) -> bool:
         nodes = {self._spec.nodes[rank] for rank in ranks}

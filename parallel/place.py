@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from shardray.parallel.credentials import Credentials
+from shardray.parallel.tls import TlsFiles
+
 
 @dataclass(frozen=True)
 class Member:
@@ -44,6 +47,11 @@ class MeshSpec:
     device: torch.device
     timeout_s: float  # of one collective or hand-off
     form_timeout_s: float = 120.0  # of each wait for the other ranks while the mesh forms
+    tls: TlsFiles | None = None
+
+    @property
+    def credentials(self) -> Credentials:
+        return Credentials(self.epoch, self.secret, self.tls)
 
     @property
     def stage(self) -> int:

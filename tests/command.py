@@ -31,6 +31,7 @@ class Command:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            errors="replace",  # gRPC logs what strangers sent as it came
         )
 
     def until_event(self, name: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from shardray.parallel.credentials import Credentials
 from shardray.runtime.engine.assignment import ShardAssignment, ShardInfo
 from shardray.runtime.engine.request import EngineRequest, EngineStats, TokenOutput
 
@@ -60,10 +61,11 @@ class RankPool:
     def mesh(self, folder: Path, tp_size: int, pp_size: int, **fields: Any) -> Iterator[FormedMesh]:
         """A formed mesh. ``fields`` override the assignment's; ``{rank}`` in ``device`` stands for the rank."""
         size = tp_size * pp_size
-        host, port = self.call(0, "open_rendezvous")
+        epoch, secret = secrets.token_hex(4), secrets.token_hex(8)
+        host, port = self.call(0, "open_rendezvous", (Credentials(epoch, secret, fields.get("tls")), size))
         shared = {
-            "epoch": secrets.token_hex(4),
-            "secret": secrets.token_hex(8),
+            "epoch": epoch,
+            "secret": secret,
             "tp_size": tp_size,
             "pp_size": pp_size,
             "nodes": ("here",) * size,
@@ -153,11 +155,12 @@ class _Rank:
 
         self._module = shard
         self._shard: shard.Shard | None = None
+        self._rendezvous: shard.Rendezvous | None = None
         self._serving: threading.Thread | None = None
         self._failure: str | None = None
 
-    def open_rendezvous(self, _: None) -> tuple[str, int]:
-        self._rendezvous = self._module.open_rendezvous(LOOPBACK)
+    def open_rendezvous(self, of: tuple[Credentials, int]) -> tuple[str, int]:
+        self._rendezvous = self._module.open_rendezvous(LOOPBACK, *of)
         return self._rendezvous.host, self._rendezvous.port
 
     def form(self, place: ShardAssignment) -> ShardInfo:
@@ -179,6 +182,8 @@ class _Rank:
             self._serving.join()
             self._shard.close()
         self._shard = None
+        if self._rendezvous is not None:
+            self._rendezvous.close()
         return self._failure
 
     def abort(self, _: None) -> None:

@@ -21,7 +21,7 @@ class RealReplica(ReplicaProcess):
 def main() -> None:
     place = ShardAssignment(
         epoch="e",
-        secret=SECRET,
+        secret=SECRET.secret,
         rank=0,
         tp_size=1,
         pp_size=1,

@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from shardray.parallel.credentials import Credentials
 from shardray.runtime.cluster.leader import LeaderServer
 from tests.stub_engine import StubEngine, StubModel
 
-SECRET = "a secret of the mesh"
+SECRET = Credentials("e", "a secret of the mesh")
 _ROOT = Path(__file__).resolve().parent.parent
 
 

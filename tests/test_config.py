@@ -139,6 +139,20 @@ def test_tls_and_auth_are_refused_with_the_way_round(key: str) -> None:
     assert "proxy" in problem
 
 
+def test_certificates_are_three_absolute_paths() -> None:
+    files = "{ca: /etc/shardray/ca.pem, cert: /etc/shardray/cert.pem, key: /etc/shardray/key.pem}"
+    tls = load_config(None, [MODEL, f"cluster.tls={files}"]).cluster.tls
+    assert tls is not None
+    assert (tls.ca, tls.cert, tls.key) == tuple(f"/etc/shardray/{name}.pem" for name in ("ca", "cert", "key"))
+    assert load_config(None, [MODEL]).cluster.tls is None
+    assert problems("cluster.tls={ca: /ca.pem, cert: /cert.pem, key: key.pem}") == (
+        'cluster.tls.key: "key.pem" is no absolute path, and hosts run in other folders',
+    )
+    assert problems("cluster.tls={ca: /ca.pem, cert: /cert.pem}") == (
+        "cluster.tls.key: missing; give a text that is not empty",
+    )
+
+
 def test_a_missing_source_is_named() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(None)

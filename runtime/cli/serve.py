@@ -50,6 +50,8 @@ def import_all() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     # Ray starts its processes by fork and exec, which needs no handlers of gRPC; they would complain on stderr.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    # Else its core logs a line, with bytes of the stranger's choice, for every connection that speaks no HTTP/2.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     # Read when ray is imported, and not for the hosts to inherit: SIGTERM is how this process is stopped, not a crash.
     os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] = "1"
     # Some libraries swallow a KeyboardInterrupt while they are imported; there is nothing to clean up yet.

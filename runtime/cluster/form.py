@@ -13,6 +13,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from shardray.parallel.credentials import Credentials
+from shardray.parallel.tls import TlsFiles
 from shardray.runtime.cluster.errors import ClusterError, FormError, HostDied, HostSilent
 from shardray.runtime.cluster.layout import CoreShare, rank_order
 from shardray.runtime.cluster.remote_host import RemoteHost
@@ -49,8 +51,7 @@ class MeshRecipe:
 class FormedMesh:
     """A mesh that is ready to run; ``hosts`` and ``shards`` are in rank order."""
 
-    epoch: str
-    secret: str
+    credentials: Credentials
     address: str  # host:port of the leader's gRPC server
     tp_size: int
     hosts: tuple[RemoteHost, ...]
@@ -82,8 +83,7 @@ async def form(
         raise FormError(f"forming the mesh failed: {error}", survivors) from error
     leader = assignments[0]
     return FormedMesh(
-        epoch=leader.epoch,
-        secret=leader.secret,
+        credentials=leader.credentials,
         address=join_port(leader.bind_host, reports[0].port),
         tp_size=recipe.tp_size,
         hosts=ranked,
@@ -114,19 +114,21 @@ async def _assign(
     """Every rank's assignment, after the leader-to-be opened the rendezvous."""
     config, timeout_s, silence_s = recipe.config, recipe.config.ray.form_timeout_s, _silence_s(recipe)
     import_silence_s = max(silence_s, min(_IMPORT_SILENCE_S, timeout_s))
-    model = recipe.model_dir, config.model.dtype
-    preparing = (host.prepare(share.num_threads, *model, timeout_s) for host, share in zip(hosts, shares, strict=True))
+    tls = tls_files(config)
+    what = recipe.model_dir, config.model.dtype, tls, timeout_s
+    preparing = (host.prepare(share.num_threads, *what) for host, share in zip(hosts, shares, strict=True))
     await asyncio.gather(
         *(_while_it_answers(host, call, import_silence_s) for host, call in zip(hosts, preparing, strict=True))
     )
-    opening = hosts[0].open_rendezvous(bind_hosts[0], timeout_s)
+    known = Credentials(epoch=secrets.token_hex(8), secret=secrets.token_hex(32), tls=tls)
+    opening = hosts[0].open_rendezvous(bind_hosts[0], known, len(hosts), timeout_s)
     store_host, store_port = await _while_it_answers(hosts[0], opening, silence_s)
-    epoch, secret = secrets.token_hex(8), secrets.token_hex(32)
     nodes = tuple(host.info.node_id for host in hosts)
     return [
         ShardAssignment(
-            epoch=epoch,
-            secret=secret,
+            epoch=known.epoch,
+            secret=known.secret,
+            tls=known.tls,
             rank=rank,
             tp_size=recipe.tp_size,
             pp_size=config.parallel.pipeline_parallel_size,
@@ -269,6 +271,12 @@ def _one_per_cause(failures: Sequence[RankFailure]) -> list[str]:
     for failure in failures:
         by_cause.setdefault(failure.cause, []).append(failure)
     return [f"{first}{f' (and on {len(others)} more)' if others else ''}" for first, *others in by_cause.values()]
+
+
+def tls_files(config: Config) -> TlsFiles | None:
+    """Where every process of the fleet finds its certificates."""
+    tls = config.cluster.tls
+    return None if tls is None else TlsFiles(tls.ca, tls.cert, tls.key)
 
 
 def join_port(host: str, port: int | None) -> str:

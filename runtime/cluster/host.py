@@ -22,6 +22,8 @@ import msgspec
 import psutil
 import ray
 
+from shardray.parallel.credentials import Credentials
+from shardray.parallel.tls import TlsFiles
 from shardray.runtime.cluster.lease import Lease
 from shardray.runtime.cluster.reports import FailureKind, FormReport, HostInfo, HostState, RankFailure, RunReport
 from shardray.runtime.engine.assignment import ShardAssignment
@@ -75,8 +77,13 @@ class Host:
         """What the host is doing, and how far it is (0 to 1). An answer also says that the host is not hung."""
         return self._progress
 
-    def prepare(self, num_threads: int, model_dir: str, dtype: str) -> None:
-        """Import the runtime and load its kernels: the slow part of a form that needs no place yet."""
+    def prepare(self, num_threads: int, model_dir: str, dtype: str, tls: bytes) -> None:
+        """Import the runtime and load its kernels: the slow part of a form that needs no place yet.
+
+        Raises TlsError if ``tls`` (TlsFiles or null) cannot be used on this node.
+        """
+        if (files := msgspec.msgpack.decode(tls, type=TlsFiles | None)) is not None:
+            files.check()
         os.environ["OMP_NUM_THREADS"] = str(num_threads)  # read once, when torch is imported
         self._note("importing the runtime", 0.0)
         importlib.import_module("shardray.runtime.cluster.leader")
@@ -85,11 +92,11 @@ class Host:
         warm_up(model_dir, dtype, _device(), num_threads)
         self._note("waiting for a place", 0.0)
 
-    def open_rendezvous(self, bind_host: str) -> tuple[str, int]:
-        """Open the store through which the ranks of the next mesh find each other. Called on the leader-to-be."""
+    def open_rendezvous(self, bind_host: str, credentials: bytes, size: int) -> tuple[str, int]:
+        """Open the table through which the ranks of the next mesh find each other. Called on the leader-to-be."""
         from shardray.runtime.engine.shard import open_rendezvous
 
-        self._rendezvous = open_rendezvous(bind_host)
+        self._rendezvous = open_rendezvous(bind_host, msgspec.msgpack.decode(credentials, type=Credentials), size)
         return self._rendezvous.host, self._rendezvous.port
 
     def form(self, assignment: bytes, source: str, revision: str | None) -> bytes:
@@ -156,6 +163,8 @@ class Host:
             self._runner.join()
         if self._shard is not None:
             self._shard.close()
+        if self._rendezvous is not None:
+            self._rendezvous.close()
         self._server = self._shard = self._rendezvous = self._assignment = self._port = self._runner = None
         self._leaving = False
         self._ended.clear()
@@ -186,7 +195,7 @@ class Host:
             from shardray.runtime.cluster.leader import LeaderServer
 
             self._server = LeaderServer()
-            self._port = self._server.start(place.bind_host, shard.engine, place.secret)
+            self._port = self._server.start(place.bind_host, shard.engine, place.credentials)
         self._note("formed", 1.0)
         return FormReport(shard=shard.info, port=self._port, load_s=time.monotonic() - self._joined_s)
 

@@ -17,8 +17,11 @@ from typing import Any, Protocol
 import grpc
 import grpc.aio
 
+from shardray.parallel.credentials import Credentials
+from shardray.parallel.tls import NAME, TlsFiles
 from shardray.runtime.cluster import messages
 from shardray.runtime.cluster.messages import SECRET_METADATA_KEY, Rejection, ServedModel
+from shardray.runtime.cluster.port_watch import PortWatch
 from shardray.runtime.engine.request import EngineRequest, EngineStats, FieldError, TokenOutput
 from shardray.v1 import replica_pb2, replica_pb2_grpc
 
@@ -26,6 +29,8 @@ STATS_INTERVAL_S = 0.5
 _STOP_TIMEOUT_S = 2.0
 _OPTIONS = [
     ("grpc.so_reuseport", 0),
+    ("grpc.server_handshake_timeout_ms", 5_000),  # of a connection that says nothing
+    ("grpc.max_connection_idle_ms", 10_000),  # of one that makes no call
     ("grpc.max_receive_message_length", -1),  # a long prompt is the driver's to bound
     ("grpc.max_send_message_length", -1),
     # A driver whose machine vanished says nothing; ping it, so that its requests are cancelled.
@@ -62,16 +67,20 @@ class LinkedEngine(Protocol):
 class LeaderServer:
     """Serves one engine to its driver. Between start and stop, its owner runs ``engine.run(server.publish)``."""
 
-    def start(self, bind_host: str, engine: LinkedEngine, secret: str) -> int:
-        """Listen on a free port of ``bind_host`` and return the port. Only calls that carry ``secret`` are served.
+    def start(self, bind_host: str, engine: LinkedEngine, credentials: Credentials) -> int:
+        """Listen on a free port of ``bind_host`` and return the port. Only calls that carry the secret are served,
+        and with ``credentials.tls`` only over connections with a certificate for the cluster's name.
 
-        Raises RuntimeError if nothing can listen on that host.
+        Raises RuntimeError if nothing can listen on that host, TlsError.
         """
-        if not secret:
+        if not credentials.secret:
             raise ValueError("secret is empty: anyone could send requests to the engine")
+        tls = None if credentials.tls is None else _server_credentials(credentials.tls)
         started: concurrent.futures.Future[int] = concurrent.futures.Future()
         self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._serve(bind_host, engine, secret, started)), name="leader-grpc", daemon=True
+            target=lambda: asyncio.run(self._serve(bind_host, engine, credentials.secret, tls, started)),
+            name="leader-grpc",
+            daemon=True,
         )
         self._thread.start()
         return started.result()
@@ -90,21 +99,30 @@ class LeaderServer:
             self._loop.call_soon_threadsafe(function, argument)
 
     async def _serve(
-        self, bind_host: str, engine: LinkedEngine, secret: str, started: concurrent.futures.Future[int]
+        self,
+        bind_host: str,
+        engine: LinkedEngine,
+        secret: str,
+        tls: grpc.ServerCredentials | None,
+        started: concurrent.futures.Future[int],
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._service = _ReplicaService(engine, secret)
         server = grpc.aio.server(options=_OPTIONS)
-        replica_pb2_grpc.add_ReplicaServiceServicer_to_server(self._service, server)
+        address = f"[{bind_host}]:0" if ":" in bind_host else f"{bind_host}:0"
         try:
-            port = server.add_insecure_port(f"[{bind_host}]:0" if ":" in bind_host else f"{bind_host}:0")
+            port = server.add_insecure_port(address) if tls is None else server.add_secure_port(address, tls)
+            watch = PortWatch(port)
+            self._service = _ReplicaService(engine, secret, watch, tls is not None)
+            replica_pb2_grpc.add_ReplicaServiceServicer_to_server(self._service, server)
             await server.start()
         except RuntimeError as error:
             started.set_exception(RuntimeError(f"the leader cannot listen on {bind_host}: {error}"))
             return
+        watching = asyncio.create_task(watch.run())
         started.set_result(port)
         await self._service.closed.wait()
         await server.stop(_STOP_TIMEOUT_S)
+        watching.cancel()
 
 
 class _Stream:
@@ -152,10 +170,12 @@ class _Stream:
 class _ReplicaService(replica_pb2_grpc.ReplicaServiceServicer):
     """All methods run in the leader's loop."""
 
-    def __init__(self, engine: LinkedEngine, secret: str) -> None:
+    def __init__(self, engine: LinkedEngine, secret: str, watch: PortWatch, has_tls: bool) -> None:
         self.closed = asyncio.Event()
         self._engine = engine
         self._secret = secret.encode()
+        self._watch = watch
+        self._has_tls = has_tls
         self._close_reason = ""
         self._streams: set[_Stream] = set()
         self._owners: dict[str, _Stream] = {}
@@ -166,8 +186,10 @@ class _ReplicaService(replica_pb2_grpc.ReplicaServiceServicer):
         request_iterator: AsyncIterator[replica_pb2.ReplicaCommand],
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[replica_pb2.ReplicaEvents]:
-        if not hmac.compare_digest(_secret_of(context), self._secret):
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, f"wrong {SECRET_METADATA_KEY}")
+        address = self._watch.know(context.peer())
+        if (why := self._objection(context)) is not None:
+            self._watch.strangers.refuse(address, why)
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, why)
         stream = _Stream()
         self._streams.add(stream)
         commands = asyncio.create_task(self._read(request_iterator, stream))
@@ -214,6 +236,12 @@ class _ReplicaService(replica_pb2_grpc.ReplicaServiceServicer):
         finally:
             stream.end()
 
+    def _objection(self, context: grpc.aio.ServicerContext[Any, Any]) -> str | None:
+        """Why this is not the mesh's driver."""
+        if self._has_tls and NAME.encode() not in context.auth_context().get("x509_subject_alternative_name", ()):
+            return f"its certificate is not valid for the name {NAME}"
+        return None if hmac.compare_digest(_secret_of(context), self._secret) else f"wrong {SECRET_METADATA_KEY}"
+
     def _submit(self, submit: replica_pb2.SubmitCommand, stream: _Stream) -> None:
         request_id = submit.request_id
         # Before the engine knows of it: its first token may be on its way before submit returns.
@@ -252,6 +280,11 @@ class _ReplicaService(replica_pb2_grpc.ReplicaServiceServicer):
             stream.set_stats(stats)
         if stats.num_running or stats.num_waiting:  # until the engine is seen idle; then no timer runs
             self._arm_stats_timer()
+
+
+def _server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
+    ca, cert, key = tls.read()
+    return grpc.ssl_server_credentials([(key, cert)], ca, require_client_auth=True)
 
 
 def _secret_of(context: grpc.aio.ServicerContext[Any, Any]) -> bytes:

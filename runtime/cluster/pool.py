@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import ray
 from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group_table, remove_placement_group
 
+from shardray.parallel.tls import TlsFiles
 from shardray.runtime.cluster.errors import ClusterError, PlacementError
 from shardray.runtime.cluster.lease import RENEWAL_S, give_back_groups, group_prefix
 from shardray.runtime.cluster.placement import HostsNeed, WaitSink, place, shortage_now
@@ -56,6 +57,7 @@ class HostKind:
     namespace: str  # of Ray
     owner: str  # the driver, in the hosts' leases
     lease_s: float
+    tls: TlsFiles | None = None
 
 
 @dataclass
@@ -285,7 +287,7 @@ class HostPool:
             return
         try:
             kind = self.kind
-            await spares[0].prepare(kind.num_threads, kind.model_dir, kind.dtype, kind.start_timeout_s)
+            await spares[0].prepare(kind.num_threads, kind.model_dir, kind.dtype, kind.tls, kind.start_timeout_s)
         except ClusterError:
             await self.discard(spares)
             raise

@@ -15,6 +15,8 @@ from ray.util import list_named_actors
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from shardray.parallel.credentials import Credentials
+from shardray.parallel.tls import TlsFiles
 from shardray.runtime.cluster.errors import ClusterError, HostDied, HostSilent
 from shardray.runtime.cluster.host import HostActor
 from shardray.runtime.cluster.placement import HostsNeed
@@ -38,11 +40,17 @@ class RemoteHost:
         doing, fraction = await self._ask("progress", self._actor.progress.remote(), timeout_s)
         return doing, fraction
 
-    async def prepare(self, num_threads: int, model_dir: str, dtype: str, timeout_s: float) -> None:
-        await self._ask("prepare", self._actor.prepare.remote(num_threads, model_dir, dtype), timeout_s)
+    async def prepare(
+        self, num_threads: int, model_dir: str, dtype: str, tls: TlsFiles | None, timeout_s: float
+    ) -> None:
+        call = self._actor.prepare.remote(num_threads, model_dir, dtype, msgspec.msgpack.encode(tls))
+        await self._ask("prepare", call, timeout_s)
 
-    async def open_rendezvous(self, bind_host: str, timeout_s: float) -> tuple[str, int]:
-        host, port = await self._ask("open_rendezvous", self._actor.open_rendezvous.remote(bind_host), timeout_s)
+    async def open_rendezvous(
+        self, bind_host: str, credentials: Credentials, size: int, timeout_s: float
+    ) -> tuple[str, int]:
+        call = self._actor.open_rendezvous.remote(bind_host, msgspec.msgpack.encode(credentials), size)
+        host, port = await self._ask("open_rendezvous", call, timeout_s)
         return host, port
 
     async def form(self, assignment: ShardAssignment, source: str, revision: str | None) -> FormReport:

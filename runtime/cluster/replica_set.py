@@ -14,7 +14,7 @@ import ray
 
 from shardray.runtime.cluster.errors import ClusterError
 from shardray.runtime.cluster.events import EventSink, ignore_events
-from shardray.runtime.cluster.form import MeshRecipe
+from shardray.runtime.cluster.form import MeshRecipe, tls_files
 from shardray.runtime.cluster.layout import CoreShare, core_shares
 from shardray.runtime.cluster.placement import HostsNeed, free_bundles
 from shardray.runtime.cluster.pool import HostKind, HostPool
@@ -50,8 +50,10 @@ class ReplicaSet:
     ) -> ReplicaSet:
         """Connect to Ray; take over what a driver that is gone left running, place and form what is missing.
 
-        Raises ClusterError or ConnectionError, with nothing left behind.
+        Raises TlsError, ClusterError or ConnectionError, with nothing left behind.
         """
+        if (tls := tls_files(config)) is not None:
+            tls.check()
         session = await _open_session(config)
         owner, recipe = uuid.uuid4().hex, MeshRecipe(config, str(model_dir))
         try:
@@ -70,6 +72,7 @@ class ReplicaSet:
             namespace=config.ray.namespace,
             owner=owner,
             lease_s=config.cluster.lease_s,
+            tls=tls,
         )
         pool = HostPool(kind, config.cluster.spares, on_spares)
         fleet = cls(session, pool, recipe, outlet, events)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardray.runtime.cluster.errors import ClusterError
-from shardray.runtime.cluster.form import FormedMesh, MeshRecipe, dissolve, join_port
+from shardray.runtime.cluster.form import FormedMesh, MeshRecipe, dissolve, join_port, tls_files
 from shardray.runtime.cluster.lease import RENEWAL_S, SILENCE_S
 from shardray.runtime.cluster.remote_host import RemoteHost, find_hosts
 from shardray.runtime.cluster.reports import HostState
@@ -67,8 +67,7 @@ def _mesh_of(ranks: list[_Rank], recipe: MeshRecipe) -> tuple[FormedMesh, MeshRe
     if not is_whole or not _serves(leader, recipe):
         return None
     mesh = FormedMesh(
-        epoch=leader.epoch,
-        secret=leader.secret,
+        credentials=leader.credentials,
         address=join_port(leader.bind_host, ranked[0][1].port),
         tp_size=leader.tp_size,
         hosts=tuple(host for host, _ in ranked),
@@ -101,5 +100,6 @@ def _serves(place: ShardAssignment, recipe: MeshRecipe) -> bool:
         (place.block_size, engine.block_size),
         (place.kv_memory_bytes, engine.kv_memory_bytes),
         (place.step_timeout_s, engine.step_timeout_s),
+        (place.tls, tls_files(recipe.config)),
     )
     return all(has == wants for has, wants in wanted)

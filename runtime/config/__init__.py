@@ -13,6 +13,7 @@ from shardray.runtime.config.settings import (
     ModelSettings,
     ParallelSettings,
     RaySettings,
+    TlsSettings,
 )
 from shardray.runtime.config.units import parse_bytes
 
@@ -28,6 +29,7 @@ __all__ = [
     "ModelSettings",
     "ParallelSettings",
     "RaySettings",
+    "TlsSettings",
     "config_schema",
     "load_config",
     "parse_bytes",

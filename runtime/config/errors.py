@@ -60,9 +60,10 @@ def known_keys(schema: Schema, prefix: str = "") -> Iterator[str]:
 
 
 def _walk(field: Schema, schema: Schema, prefix: str) -> Iterator[str]:
-    for name, child in _resolve(field, schema).get("properties", {}).items():
-        yield prefix + name
-        yield from _walk(child, schema, f"{prefix}{name}.")
+    for option in _options(field, schema):
+        for name, child in option.get("properties", {}).items():
+            yield prefix + name
+            yield from _walk(child, schema, f"{prefix}{name}.")
 
 
 def _nearest(location: Sequence[str | int], schema: Schema) -> str:
@@ -82,13 +83,18 @@ def _nearest(location: Sequence[str | int], schema: Schema) -> str:
 def _subschema(location: Sequence[str | int], schema: Schema) -> Schema:
     field = schema
     for part in location:
-        field = _resolve(field, schema)
+        options = _options(field, schema)
         if isinstance(part, int):
-            options = [field, *field.get("anyOf", ())]
             field = next((option["items"] for option in options if "items" in option), {})
         else:
-            field = field.get("properties", {}).get(part, {})
+            field = next((option["properties"][part] for option in options if part in option.get("properties", ())), {})
     return field
+
+
+def _options(field: Schema, schema: Schema) -> list[Schema]:
+    """The field itself, or what it may be one of."""
+    field = _resolve(field, schema)
+    return [field, *(_resolve(option, schema) for option in field.get("anyOf", ()))]
 
 
 def _resolve(field: Schema, schema: Schema) -> Schema:

@@ -6,6 +6,7 @@ The docstring below each field is the description that ``shardray schema`` hands
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any, Literal, NoReturn
 
 from pydantic import ConfigDict
@@ -155,6 +156,23 @@ class RaySettings:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class TlsSettings:
+    """PEM files for the connections inside the cluster, at the same paths on every node."""
+
+    ca: Text
+    """Certificate of the authority that signed the certificate of every node."""
+    cert: Text
+    """This node's certificate, for the DNS name shardray, as server and as client."""
+    key: Text
+    """Its private key, not encrypted; it is read where it lies and sent nowhere."""
+
+    def __post_init__(self) -> None:
+        for key in ("ca", "cert", "key"):
+            if not os.path.isabs(getattr(self, key)):
+                _refuse(key, getattr(self, key), "is no absolute path, and hosts run in other folders")
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class ClusterSettings:
     """How the fleet keeps itself alive."""
 
@@ -166,6 +184,8 @@ class ClusterSettings:
     """Forms in a row that may fail before a replica is given up, with the last error. Lack of room never counts."""
     lease_s: Positive = 60.0
     """Seconds that hosts outlive a driver that is silent; within them a restarted driver takes them over."""
+    tls: TlsSettings | None = None
+    """Certificates with which driver and hosts prove to each other who they are; null: they have secrets only."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)

@@ -68,7 +68,7 @@ class FleetController:
     # The outlet of the replicas.
 
     async def up(self, replica_id: int, mesh: FormedMesh) -> None:
-        await self._driver.attach(replica_id, mesh.address, mesh.secret, mesh.shards)
+        await self._driver.attach(replica_id, mesh.address, mesh.credentials, mesh.shards)
 
     def down(self, replica_id: int, reason: str) -> None:
         self._driver.suspend(replica_id, reason)

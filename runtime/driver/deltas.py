@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 from shardray.runtime.engine.request import FinishReason
+
+# With the most logprobs, a quarter of a megabyte: clients of gRPC refuse messages above 4 MiB.
+_MAX_PART_TOKENS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,3 +47,13 @@ class Delta:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     timing: Timing | None = None
+
+    def parts(self) -> Iterator[Delta]:
+        """The same in pieces that any client can take at once: what merged while one did not read may be megabytes.
+
+        Text may lag behind tokens, so all of it comes with the last piece, as does the end.
+        """
+        while len(self.token_ids) > _MAX_PART_TOKENS:
+            yield Delta(token_ids=self.token_ids[:_MAX_PART_TOKENS], logprobs=self.logprobs[:_MAX_PART_TOKENS])
+            del self.token_ids[:_MAX_PART_TOKENS], self.logprobs[:_MAX_PART_TOKENS]
+        yield self

@@ -15,6 +15,7 @@ import itertools
 import secrets
 from collections.abc import Callable, Sequence
 
+from shardray.parallel.credentials import Credentials
 from shardray.runtime.cluster.messages import Rejection, ServedModel
 from shardray.runtime.config import LimitsSettings
 from shardray.runtime.driver.errors import (
@@ -30,6 +31,7 @@ from shardray.runtime.driver.journal import Journal, MemoryJournal
 from shardray.runtime.driver.journal_entry import JournalEntry
 from shardray.runtime.driver.link import ReplicaLink
 from shardray.runtime.driver.live import LiveRequest
+from shardray.runtime.driver.pace import QueuePace
 from shardray.runtime.driver.queue import WaitingQueue
 from shardray.runtime.driver.register import Register
 from shardray.runtime.driver.router import pick_replica
@@ -39,7 +41,6 @@ from shardray.runtime.engine.assignment import ShardInfo
 from shardray.runtime.engine.request import EngineStats, FieldError, FinishReason, SamplingParams, TokenOutput
 from shardray.runtime.model.tokenizer import Tokenizer
 
-_RETRY_QUEUE_FULL_S = 1.0
 _RETRY_UNAVAILABLE_S = 2.0
 _SHUTDOWN = "the server is shutting down"
 
@@ -65,6 +66,7 @@ class Driver:
         self._links: dict[int, ReplicaLink] = {}
         self._models: dict[int, ServedModel] = {}  # by replica id
         self._waiting = WaitingQueue()
+        self._pace = QueuePace()
         self._trials = Trials()
         self._live = Register(self.journal, on_deadline=self._expire, on_given_up=self._abort)
         self._dispatched: dict[str, LiveRequest] = {}
@@ -110,7 +112,7 @@ class Driver:
             raise DuplicateRequestError(f"request_id {request_id!r} is in flight; choose another or leave it empty")
         if len(self._waiting) >= self.limits.max_queued_requests and not self._candidates():
             message = f"{len(self._waiting)} requests are waiting, the most that limits.max_queued_requests allows"
-            raise QueueFullError(message, _RETRY_QUEUE_FULL_S)
+            raise QueueFullError(message, self._pace.drain_s())
         timeout_s = min(self.limits.default_deadline_s if timeout_s is None else timeout_s, self.limits.max_deadline_s)
         resumable_s = min(resumable_s, self.journal.retain_s)
         entry = JournalEntry(request_id, prompt_ids, params, priority, timeout_s, resumable_s)
@@ -147,13 +149,13 @@ class Driver:
         self._abort(live)
         return True
 
-    async def attach(self, replica_id: int, address: str, secret: str, shards: Sequence[ShardInfo]) -> None:
+    async def attach(self, replica_id: int, address: str, known: Credentials, shards: Sequence[ShardInfo]) -> None:
         """Take a formed replica into service; one that it had under this id gives its requests up for it.
 
         Raises LinkError if it cannot be reached; nothing has changed then.
         """
         link = ReplicaLink(self._on_events, lambda stats: self._on_stats(replica_id, link, stats))
-        model = await link.connect(address, secret)
+        model = await link.connect(address, known)
         before = self._links.pop(replica_id, None)
         self._take_back(replica_id, before)
         self._links[replica_id] = link
@@ -242,6 +244,7 @@ class Driver:
         while self._waiting and (candidates := self._candidates()):
             live = self._live[self._waiting.pop()]
             self._send(live, pick_replica(live.entry, candidates).replica_id)
+        self._pace.observe(len(self._waiting))
         self.fleet.set_requests(len(self._waiting), len(self._live))
 
     def _try_suspect(self) -> None:

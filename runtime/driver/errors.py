@@ -27,6 +27,10 @@ class DeadlineExceededError(RequestError):
     """The request did not end in time."""
 
 
+class StalledError(RequestError):
+    """The client did not take what it was sent."""
+
+
 class RetryableError(RequestError):
     """The same request may succeed after ``retry_after_s`` seconds."""
 

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Callable
 import grpc
 import grpc.aio
 
+from shardray.parallel.credentials import Credentials
+from shardray.parallel.tls import NAME, TlsError, TlsFiles
 from shardray.runtime.cluster import messages
 from shardray.runtime.cluster.messages import SECRET_METADATA_KEY, Rejection, ServedModel
 from shardray.runtime.engine.request import EngineRequest, EngineStats, TokenOutput
@@ -47,11 +49,11 @@ class ReplicaLink:
         self._commands: asyncio.Queue[replica_pb2.ReplicaCommand | None] = asyncio.Queue()
         self._reader: asyncio.Task[None] | None = None
 
-    async def connect(self, address: str, secret: str, timeout_s: float = 10.0) -> ServedModel:
+    async def connect(self, address: str, credentials: Credentials, timeout_s: float = 10.0) -> ServedModel:
         """Open the stream; returns what the replica serves. Raises LinkError with the reason in one line."""
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._channel = _open_channel(address, credentials.tls)
         stub = replica_pb2_grpc.ReplicaServiceStub(self._channel)
-        call = stub.Run(self._outgoing(), metadata=((SECRET_METADATA_KEY, secret),))
+        call = stub.Run(self._outgoing(), metadata=((SECRET_METADATA_KEY, credentials.secret),))
         events = aiter(call)
         try:
             async with asyncio.timeout(timeout_s):
@@ -103,3 +105,14 @@ class ReplicaLink:
             self._commands.put_nowait(None)  # ends the outgoing side, which would be left waiting otherwise
             call.cancel()
             self.closed.set_result(reason)
+
+
+def _open_channel(address: str, tls: TlsFiles | None) -> grpc.aio.Channel:
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=_OPTIONS)
+    try:
+        ca, cert, key = tls.read()
+    except TlsError as error:
+        raise LinkError(str(error)) from error
+    credentials = grpc.ssl_channel_credentials(ca, key, cert)
+    return grpc.aio.secure_channel(address, credentials, [*_OPTIONS, ("grpc.ssl_target_name_override", NAME)])

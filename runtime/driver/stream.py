@@ -87,7 +87,8 @@ class RequestStream:
             self._news.clear()
             delta, self._pending = self._pending, Delta()
             if delta.token_ids or delta.text or delta.finish_reason is not None:
-                yield delta
+                for part in delta.parts():
+                    yield part
             elif self._error is not None:
                 raise self._error
             if delta.finish_reason is not None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import msgspec
 
+from shardray.parallel.credentials import Credentials
+from shardray.parallel.tls import TlsFiles
+
 
 class ShardAssignment(msgspec.Struct, frozen=True, kw_only=True):
     """A host's place in a mesh, as plain data."""
 
     epoch: str  # names the mesh; a frame of another epoch is dropped
     secret: str  # carried by every hello
+    tls: TlsFiles | None = None  # where the certificates for its connections lie
     rank: int  # stage * tp_size + tp_rank
     tp_size: int
     pp_size: int
@@ -32,6 +36,10 @@ class ShardAssignment(msgspec.Struct, frozen=True, kw_only=True):
     kv_memory_bytes: int | None = None  # of this rank
     tensor_split: tuple[float, ...] | None = None
     stage_layers: tuple[int, ...] | None = None
+
+    @property
+    def credentials(self) -> Credentials:
+        return Credentials(self.epoch, self.secret, self.tls)
 
 
 class ShardInfo(msgspec.Struct, frozen=True, kw_only=True):

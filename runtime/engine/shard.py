@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from shardray.parallel.checkpoint import Checkpoint
+from shardray.parallel.credentials import Credentials
 from shardray.parallel.exchange import choose_exchange
 from shardray.parallel.layers import Linear
 from shardray.parallel.mesh import Mesh, MeshSpec, Rendezvous, open_mesh
@@ -45,9 +46,9 @@ _LOAD_TIMEOUT_S = 3600.0
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def open_rendezvous(bind_host: str) -> Rendezvous:
-    """Where the ranks of a mesh meet; kept by the leader's process for as long as the mesh lives."""
-    return Rendezvous(bind_host)
+def open_rendezvous(bind_host: str, credentials: Credentials, size: int) -> Rendezvous:
+    """Where the ``size`` ranks of a mesh meet; kept by the leader's process for as long as the mesh lives."""
+    return Rendezvous(bind_host, credentials, size)
 
 
 def warm_up(model_dir: str, dtype: str, device: str, num_threads: int) -> None:
@@ -251,6 +252,7 @@ def _mesh_spec(assignment: ShardAssignment) -> MeshSpec:
         device=torch.device(assignment.device),
         timeout_s=assignment.step_timeout_s,
         form_timeout_s=assignment.form_timeout_s,
+        tls=assignment.tls,
     )
 
 

@@ -22,6 +22,7 @@ _MAX_STOPS = 16
 _MAX_STOP_LEN = 256
 _MAX_STOP_TOKEN_IDS = 128
 _MAX_LOGIT_BIASES = 1024
+_MAX_TOKEN_LEN = 256  # characters; longer than the tokens of any vocabulary in use, runs of blanks included
 _LONG_TEXT_LEN = 16_384  # characters; tokenizing more would hold up the other streams
 
 
@@ -105,6 +106,7 @@ async def _prompt_ids(
     request: inference_pb2.GenerateRequest, tokenizer: Tokenizer | None, model: ServedModel
 ) -> tuple[int, ...]:
     field = request.WhichOneof("prompt") or "prompt"
+    _check_prompt_size(request, model)
     if field == "token_ids":
         token_ids = tuple(request.token_ids.ids)
         check_token_ids("token_ids.ids", token_ids, model.vocab_size)
@@ -112,13 +114,29 @@ async def _prompt_ids(
         token_ids = tuple(await tokenize(request, tokenizer))
     if not token_ids:
         raise FieldError(field, "the prompt is empty; give at least one token")
-    if len(token_ids) >= model.max_request_len:
+    _check_prompt_len(field, len(token_ids), model)
+    return token_ids
+
+
+def _check_prompt_size(request: inference_pb2.GenerateRequest, model: ServedModel) -> None:
+    """Refuse what cannot fit before any work is done for it: a message may have millions of entries."""
+    _check_prompt_len("token_ids", len(request.token_ids.ids), model)
+    for field, count, most in (
+        ("text", len(request.text), _MAX_TOKEN_LEN * model.max_request_len),
+        ("chat.messages", len(request.chat.messages), model.max_request_len),
+    ):
+        if count > most:
+            things = "characters" if field == "text" else "messages"
+            raise FieldError(field, f"has {count} {things}, at most {most} can fit: {_limit(model)}")
+
+
+def _check_prompt_len(field: str, prompt_len: int, model: ServedModel) -> None:
+    if prompt_len >= model.max_request_len:
         raise FieldError(
             field,
-            f"the prompt has {len(token_ids)} tokens, but {_limit(model)}; "
-            f"shorten it by at least {len(token_ids) - model.max_request_len + 1}",
+            f"the prompt has {prompt_len} tokens, but {_limit(model)}; "
+            f"shorten it by at least {prompt_len - model.max_request_len + 1}",
         )
-    return token_ids
 
 
 async def _encode(tokenizer: Tokenizer, text: str) -> list[int]:

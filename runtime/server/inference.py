@@ -38,16 +38,17 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             stream = await driver.resume(*check_resume(request))
         else:
             stream = await self._submit(request, context.time_remaining())
-        # However the call ends, also in the middle of a write: cancel, deadline, lost connection, last token.
-        context.add_done_callback(lambda _: driver.release(stream))  # type: ignore[arg-type]
-        seed = stream.entry.params.seed
-        if stream.entry.resumable_s:
-            await driver.journal.sync()
-            yield _response(stream.request_id, Delta(), seed)
-            seed = None
-        async for delta in stream:
-            yield _response(stream.request_id, delta, seed)
-            seed = None
+        try:
+            seed = stream.entry.params.seed
+            if stream.entry.resumable_s:
+                await driver.journal.sync()
+                yield _response(stream.request_id, Delta(), seed)
+                seed = None
+            async for delta in stream:
+                yield _response(stream.request_id, delta, seed)
+                seed = None
+        finally:  # cancel, deadline, lost connection, a client that does not read, last token
+            driver.release(stream)
 
     async def _submit(self, request: inference_pb2.GenerateRequest, timeout_s: float | None) -> RequestStream:
         driver = self._driver

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
+from shardray.runtime.driver.errors import StalledError
+from shardray.runtime.engine.request import FieldError
 from shardray.runtime.server.status import to_status
 
 _OUR_SERVICES = "/shardray."
+_ABORT_S = 0.1
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):
-    """Ends a call whose handler raised with the status that ``to_status`` gives the error."""
+    """Ends a call whose handler raised with the status that ``to_status`` gives the error.
+
+    A client that keeps its connection but takes no message of a stream for ``stall_s`` seconds is given up.
+    """
+
+    def __init__(self, stall_s: float) -> None:
+        self._stall_s = stall_s
 
     async def intercept_service(
         self,
@@ -25,19 +37,19 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith(_OUR_SERVICES):
             return handler
+        parse = handler.request_deserializer
+        assert parse is not None  # the generated code has one for each method
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                _guard_stream(handler.unary_stream), handler.request_deserializer, handler.response_serializer
-            )
-        return grpc.unary_unary_rpc_method_handler(
-            _guard_unary(handler.unary_unary), handler.request_deserializer, handler.response_serializer
-        )
+            stream = _guard_stream(handler.unary_stream, parse, self._stall_s)
+            return grpc.unary_stream_rpc_method_handler(stream, None, handler.response_serializer)
+        unary = _guard_unary(handler.unary_unary, parse)
+        return grpc.unary_unary_rpc_method_handler(unary, None, handler.response_serializer)
 
 
-def _guard_unary(behavior: Any) -> Any:
-    async def guarded(request: Any, context: _Context) -> Any:
+def _guard_unary(behavior: Any, parse: Callable[[bytes], Any]) -> Any:
+    async def guarded(data: bytes, context: _Context) -> Any:
         try:
-            return await behavior(request, context)
+            return await behavior(_parsed(parse, data), context)
         except grpc.aio.AbortError:
             raise
         except Exception as error:
@@ -46,11 +58,13 @@ def _guard_unary(behavior: Any) -> Any:
     return guarded
 
 
-def _guard_stream(behavior: Any) -> Any:
-    async def guarded(request: Any, context: _Context) -> AsyncIterator[Any]:
+def _guard_stream(behavior: Any, parse: Callable[[bytes], Any], stall_s: float) -> Any:
+    async def guarded(data: bytes, context: _Context) -> None:
         try:
-            async for response in behavior(request, context):
-                yield response
+            async with contextlib.aclosing(behavior(_parsed(parse, data), context)) as responses:
+                async for response in responses:
+                    # Returns once the client has room for it. Not ``yield``: then gRPC would wait for ever.
+                    await _within(stall_s, context.write(response))
         except grpc.aio.AbortError:
             raise
         except Exception as error:
@@ -59,6 +73,36 @@ def _guard_stream(behavior: Any) -> Any:
     return guarded
 
 
+def _parsed(parse: Callable[[bytes], Any], data: bytes) -> Any:
+    """gRPC itself would log a traceback for every broken message, and call it UNKNOWN."""
+    try:
+        return parse(data)
+    except DecodeError:
+        raise FieldError("request", "its bytes are not a message of this method") from None
+
+
+async def _within(stall_s: float, write: Awaitable[None]) -> None:
+    try:
+        async with asyncio.timeout(stall_s):
+            with _client_may_be_gone():
+                await write
+    except TimeoutError:
+        raise StalledError(f"the client took no message for {stall_s:g} s") from None
+
+
 async def _abort(context: _Context, error: Exception) -> None:
     status = to_status(error)
-    await context.abort(status.code, status.details, status.trailing_metadata)
+    # The status of a stalled client stands behind the messages that it does not take; nobody waits for that.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_ABORT_S if isinstance(error, StalledError) else None):
+            with _client_may_be_gone():
+                await context.abort(status.code, status.details, status.trailing_metadata)
+
+
+@contextlib.contextmanager
+def _client_may_be_gone() -> Iterator[None]:
+    """What cannot be sent has lost its client; gRPC is about to cancel this call, and would log what else it raises."""
+    try:
+        yield
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError from None

@@ -1,8 +1,9 @@
-"""Whether an address can be listened on, found out before gRPC tries and logs lines of its own."""
+"""What listening needs: an address, tried before gRPC does and logs lines of its own, and files for connections."""
 
 from __future__ import annotations
 
 import errno
+import resource
 import socket
 
 from shardray.runtime.config.units import join_listen, parse_listen
@@ -34,3 +35,10 @@ def check_listen(listen: str) -> None:
             probe.listen(1)
     except OSError as error:
         raise ListenError(listen, _REASONS.get(error.errno or 0, f"{error.strerror}; choose another address")) from None
+
+
+def raise_file_limit() -> None:
+    """To the most that this process may have: a connection is an open file, and common soft limits are 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -16,7 +16,7 @@ from shardray.runtime.driver.operations import FleetOperator
 from shardray.runtime.server.control import ControlService
 from shardray.runtime.server.inference import InferenceService
 from shardray.runtime.server.interceptors import StatusInterceptor
-from shardray.runtime.server.listen import ListenError, check_listen
+from shardray.runtime.server.listen import ListenError, check_listen, raise_file_limit
 from shardray.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 _INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
@@ -44,7 +44,10 @@ class Server:
     async def start(self) -> int:
         """Listen and serve; returns the port. Raises ListenError."""
         check_listen(self._settings.listen)
-        self._server = grpc.aio.server(interceptors=[StatusInterceptor()], options=self._options())
+        raise_file_limit()
+        # A client that stalls may do so for as long as a request that does not.
+        status = StatusInterceptor(self._driver.limits.default_deadline_s)
+        self._server = grpc.aio.server(interceptors=[status], options=self._options())
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(self._driver), self._server)
         control = ControlService(self._driver.fleet, self._operator)
         control_pb2_grpc.add_ControlServiceServicer_to_server(control, self._server)
@@ -93,6 +96,10 @@ class Server:
         return [
             ("grpc.so_reuseport", 0),  # or two servers would share the port without a word
             ("grpc.max_receive_message_length", self._settings.max_message_bytes),
+            # A call that its client opens and does not read keeps what gRPC has buffered for it.
+            ("grpc.max_concurrent_streams", 1024),
+            # A connection that says nothing of HTTP/2.
+            ("grpc.server_handshake_timeout_ms", 20_000),
             # Clients that ping every 30 s are welcome, also between calls.
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),

@@ -14,6 +14,7 @@ from shardray.runtime.driver.errors import (
     DeadlineExceededError,
     DuplicateRequestError,
     QueueFullError,
+    StalledError,
     SuspendedError,
     TakenOverError,
     UnavailableError,
@@ -23,6 +24,8 @@ from shardray.runtime.driver.operations import OperationConflictError, Operation
 from shardray.runtime.engine.request import FieldError
 
 _log = logging.getLogger(__name__)
+# A status travels as a header, which both ends refuse beyond 8 KiB; each character may take twelve bytes there.
+_MAX_MESSAGE_LEN = 300
 
 
 def to_status(error: Exception) -> grpc.Status:
@@ -42,7 +45,7 @@ def to_status(error: Exception) -> grpc.Status:
             return _status(code_pb2.NOT_FOUND, str(error))
         case DuplicateRequestError():
             return _status(code_pb2.ALREADY_EXISTS, str(error))
-        case DeadlineExceededError():
+        case DeadlineExceededError() | StalledError():
             return _status(code_pb2.DEADLINE_EXCEEDED, str(error))
         case BrokenRequestError():
             return _status(code_pb2.INTERNAL, str(error))
@@ -63,7 +66,7 @@ def _retry_info(delay_s: float) -> error_details_pb2.RetryInfo:
 
 
 def _status(code: int, message: str, *details: Message) -> grpc.Status:
-    status = status_pb2.Status(code=code, message=message)
+    status = status_pb2.Status(code=code, message=message[:_MAX_MESSAGE_LEN])
     for detail in details:
         status.details.add().Pack(detail)
     result: grpc.Status = rpc_status.to_status(status)

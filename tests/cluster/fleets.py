@@ -72,9 +72,11 @@ def reference_ids(folder: Path, prompt_ids: Sequence[int] = PROMPT_IDS, num_toke
 def fleet_config(
     folder: Path, tp_size: int = 1, pp_size: int = 1, replicas: int = 1, address: str = "local", **settings: Any
 ) -> Config:
-    """``settings``: step_timeout_s, form_timeout_s, placement_strategy, spares, max_failed_forms, degrade."""
+    """``settings``: step_timeout_s, form_timeout_s, placement_strategy, spares, max_failed_forms, degrade, tls."""
     ray_settings = {key: settings.pop(key) for key in ("form_timeout_s", "placement_strategy") if key in settings}
-    cluster_settings = {key: settings.pop(key) for key in ("spares", "max_failed_forms", "degrade") if key in settings}
+    cluster_settings = {
+        key: settings.pop(key) for key in ("spares", "max_failed_forms", "degrade", "tls") if key in settings
+    }
     return Config(
         model=ModelSettings(source=str(folder), dtype="float32"),
         parallel=ParallelSettings(tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size, replicas=replicas),
@@ -151,7 +153,7 @@ async def generate(mesh: FormedMesh, num_tokens: int = NUM_TOKENS, timeout_s: fl
         arrived.put_nowait(outputs)
 
     link = ReplicaLink(on_events)
-    await link.connect(mesh.address, mesh.secret)
+    await link.connect(mesh.address, mesh.credentials)
     params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
     link.submit(EngineRequest(request_id="r", prompt_ids=PROMPT_IDS, params=params))
     token_ids: list[int] = []

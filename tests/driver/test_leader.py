@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from shardray.parallel.credentials import Credentials
 from shardray.runtime.cluster.leader import LeaderServer
 from shardray.runtime.engine.request import TokenOutput
 from tests.stub_engine import StubEngine
@@ -14,7 +15,7 @@ from tests.stub_replica import SECRET
 
 def test_a_leader_without_a_secret_does_not_start() -> None:
     with pytest.raises(ValueError, match="secret"):
-        LeaderServer().start("127.0.0.1", StubEngine(), "")
+        LeaderServer().start("127.0.0.1", StubEngine(), Credentials("e", ""))
 
 
 def test_a_leader_that_cannot_listen_says_where() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from shardray.parallel.credentials import Credentials
 from shardray.runtime.cluster.messages import Rejection
 from shardray.runtime.driver.link import LinkError, ReplicaLink
 from shardray.runtime.engine.request import EngineRequest, EngineStats, FinishReason, SamplingParams, TokenOutput
@@ -109,7 +110,7 @@ async def test_statistics_come_at_once_when_the_engine_falls_idle(slow_replica: 
 async def test_a_driver_with_the_wrong_secret_is_turned_away(slow_replica: StubReplica) -> None:
     for secret in ("", "wrong"):
         with pytest.raises(LinkError, match="wrong shardray-secret"):
-            await Recorder().link.connect(slow_replica.address, secret)
+            await Recorder().link.connect(slow_replica.address, Credentials("e", secret))
 
 
 async def test_a_leader_that_is_not_there_is_reported_in_one_line() -> None:

@@ -127,3 +127,15 @@ async def test_log_probabilities_are_cut_to_what_was_asked_for(tokenizer: Tokeni
     stream.push(TokenOutput("a", 5, -0.5, ((5, -0.5), (6, -1.5)), FinishReason.LENGTH))
     [delta] = await read_all(stream)
     assert [(entry.token_id, entry.logprob, entry.top) for entry in delta.logprobs] == [(5, -0.5, ((5, -0.5),))]
+
+
+async def test_what_merged_while_nobody_read_comes_in_pieces_that_fit_into_messages() -> None:
+    stream = make_stream(None, SamplingParams(logprobs=0, max_tokens=5000))
+    for number in range(3000):
+        stream.push(TokenOutput("a", number, -0.5))
+    stream.finish(FinishReason.LENGTH)
+    deltas = await read_all(stream)
+    assert [len(delta.token_ids) for delta in deltas] == [1024, 1024, 952]
+    assert [token_id for delta in deltas for token_id in delta.token_ids] == list(range(3000))
+    assert [entry.token_id for delta in deltas for entry in delta.logprobs] == list(range(3000))
+    assert [delta.finish_reason for delta in deltas] == [None, None, FinishReason.LENGTH]

@@ -7,7 +7,8 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -15,9 +16,12 @@ from typing import Any
 
 import torch
 
-from shardray.parallel.mesh import MeshSpec, Rendezvous, open_mesh
+from shardray.parallel.credentials import Credentials
+from shardray.parallel.mesh import Mesh, MeshSpec, Rendezvous, open_mesh
+from shardray.parallel.tls import TlsFiles
 
 LOOPBACK = "127.0.0.1"
+SECRET = "open sesame"
 ANSWER_TIMEOUT_S = 120.0
 HIDDEN_SIZE, MAX_TOKENS = 24, 32
 Work = Callable[..., Any]
@@ -40,7 +44,7 @@ class Gone:
 
 def own_place(rank: int, tp_size: int, pp_size: int, store_port: int, epoch: str, **fields: Any) -> MeshSpec:
     defaults = {
-        "secret": "open sesame",
+        "secret": SECRET,
         "nodes": ("here",) * (tp_size * pp_size),
         "store_host": LOOPBACK,
         "bind_host": LOOPBACK,
@@ -49,6 +53,10 @@ def own_place(rank: int, tp_size: int, pp_size: int, store_port: int, epoch: str
         "form_timeout_s": 20.0,
     }
     return MeshSpec(epoch, rank=rank, tp_size=tp_size, pp_size=pp_size, store_port=store_port, **(defaults | fields))
+
+
+def open_rendezvous(epoch: str, size: int, tls: TlsFiles | None = None) -> Rendezvous:
+    return Rendezvous(LOOPBACK, Credentials(epoch, SECRET, tls), size)
 
 
 class RankProcesses:
@@ -62,13 +70,14 @@ class RankProcesses:
         self, work: Work, *args: Any, tp_size: int, pp_size: int = 1, lost: Sequence[int] = (), **fields: Any
     ) -> list[Any]:
         """``work(mesh, *args)`` on every rank of a new mesh. The work itself kills or stops the ranks in ``lost``."""
-        rendezvous = Rendezvous(LOOPBACK)
         epoch = secrets.token_hex(4)
         size = tp_size * pp_size
+        rendezvous = open_rendezvous(epoch, size, fields.get("tls"))
         for rank in range(size):
             place = own_place(rank, tp_size, pp_size, rendezvous.port, epoch, **fields)
             self._places[rank][1].send((work, place, args))
         outcomes = [Gone() if rank in lost else self._answer(rank) for rank in range(size)]
+        rendezvous.close()
         for rank in lost:
             self._replace(rank)
         return outcomes
@@ -101,6 +110,29 @@ class RankProcesses:
         process.start()
         theirs.close()
         return process, ours
+
+
+@contextmanager
+def another_mesh(mesh: Mesh, epoch: str, **fields: Any) -> Iterator[Mesh]:
+    """A second mesh of the same ranks, in the same processes."""
+    spec, rendezvous = mesh.spec, None
+    if spec.rank == 0:
+        rendezvous = open_rendezvous(epoch, spec.size, spec.tls)
+        for link in mesh.links.values():
+            link.send(str(rendezvous.port).encode())
+    port = rendezvous.port if rendezvous is not None else int(mesh.links[0].recv(ANSWER_TIMEOUT_S))
+    place = own_place(spec.rank, spec.tp_size, spec.pp_size, port, epoch, **({"nodes": spec.nodes} | fields))
+    again = open_mesh(place, MAX_TOKENS, HIDDEN_SIZE, torch.float32)
+    try:
+        yield again
+    finally:
+        again.close()
+        if rendezvous is None:
+            mesh.links[0].send(b"")
+        else:
+            for link in mesh.links.values():
+                link.recv(ANSWER_TIMEOUT_S)
+            rendezvous.close()
 
 
 _clock = 0.0

@@ -7,7 +7,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import pytest
@@ -16,13 +16,11 @@ from torch import Tensor
 
 from shardray.parallel.comm import SoloComm
 from shardray.parallel.gloo import GlooComm
-from shardray.parallel.mesh import Mesh, open_mesh
+from shardray.parallel.mesh import Mesh
 from shardray.parallel.shm import ShmComm
 from tests.parallel.rank_processes import (
-    HIDDEN_SIZE,
-    MAX_TOKENS,
     RankProcesses,
-    own_place,
+    another_mesh,
 )
 
 SLOT_BYTES = 4 << 20
@@ -219,15 +217,11 @@ def test_a_sum_has_the_same_bits_on_every_rank_and_over_shared_memory_and_tcp(ra
 @contextmanager
 def mesh_without_numba(mesh: Mesh, ranks: list[int]) -> Iterator[Mesh]:
     """Another mesh of the same ranks, of which ``ranks`` find no numba."""
-    spec = mesh.spec
-    place = own_place(spec.rank, spec.tp_size, 1, spec.store_port, f"{spec.epoch}-mixed", nodes=spec.nodes)
-    hidden = {"numba": None} if spec.rank in ranks else {}
-    with mock.patch.dict(sys.modules, hidden):
-        mixed = open_mesh(place, MAX_TOKENS, HIDDEN_SIZE, torch.float32)
-    try:
+    hidden = {"numba": None} if mesh.spec.rank in ranks else {}
+    with ExitStack() as until_closed:
+        with mock.patch.dict(sys.modules, hidden):
+            mixed = until_closed.enter_context(another_mesh(mesh, f"{mesh.spec.epoch}-mixed"))
         yield mixed
-    finally:
-        mixed.close()
 
 
 def use_mesh_without_numba(mesh: Mesh, ranks: list[int]) -> int:

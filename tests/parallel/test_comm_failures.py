@@ -12,15 +12,13 @@ import pytest
 import torch
 
 from shardray.parallel.errors import MeshAborted
-from shardray.parallel.mesh import Mesh, open_mesh
+from shardray.parallel.mesh import Mesh
 from tests.parallel.rank_processes import (
-    HIDDEN_SIZE,
-    MAX_TOKENS,
     Failure,
     Gone,
     RankProcesses,
+    another_mesh,
     end_this_process,
-    own_place,
     start_clock,
 )
 from tests.parallel.test_comm import KINDS, nodes
@@ -119,16 +117,12 @@ def what_is_open() -> dict[str, int]:
 
 
 def open_again_and_again(mesh: Mesh, times: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Forms further meshes of the same shape through this one's rendezvous, under names of their own."""
-    spec, before = mesh.spec, {}
+    """Forms further meshes of the same shape, each with a rendezvous of its own."""
+    before: dict[str, int] = {}
     for turn in range(times):
-        place = own_place(
-            spec.rank, spec.tp_size, spec.pp_size, spec.store_port, f"{spec.epoch}-{turn}", nodes=spec.nodes
-        )
-        again = open_mesh(place, MAX_TOKENS, HIDDEN_SIZE, torch.float32)
-        again.tp.all_reduce(torch.ones(1000))
-        again.agree_on_minimum("closing", turn)
-        again.close()
+        with another_mesh(mesh, f"{mesh.spec.epoch}-{turn}") as again:
+            again.tp.all_reduce(torch.ones(1000))
+            again.agree_on_minimum("closing", turn)
         del again
         before = before or what_is_open()
     return before, what_is_open()

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
+from shardray.parallel.credentials import Credentials
 from shardray.parallel.errors import CollectiveTimeout, MeshAborted, PeerLost
 from shardray.parallel.greeting import LinkListener, connect
 from shardray.parallel.link import Link
@@ -20,6 +21,7 @@ from shardray.parallel.place import Member
 
 HOST = "127.0.0.1"
 EPOCH, SECRET = "e1", "open sesame"
+CREDENTIALS = Credentials(EPOCH, SECRET)
 MEMBERS = [Member(rank, 0, rank, pid=1000 + rank, host=HOST) for rank in range(4)]
 LEADER = MEMBERS[0]
 
@@ -38,7 +40,7 @@ def pair() -> Iterator[tuple[Link, Link]]:
 
 @pytest.fixture
 def listener() -> Iterator[LinkListener]:
-    listener = LinkListener(HOST, EPOCH, SECRET)
+    listener = LinkListener(HOST, CREDENTIALS)
     yield listener
     listener.close()
 
@@ -50,7 +52,7 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 
 def join(listener: LinkListener, rank: int, epoch: str = EPOCH, secret: str = SECRET) -> Link:
-    return connect((HOST, listener.port), epoch, secret, rank, LEADER, form_timeout_s=5.0, timeout_s=5.0)
+    return connect((HOST, listener.port), Credentials(epoch, secret), rank, LEADER, form_timeout_s=5.0, timeout_s=5.0)
 
 
 def stranger(listener: LinkListener, data: bytes = b"") -> socket.socket:
@@ -191,7 +193,7 @@ def test_wrong_hellos_are_refused_and_logged_while_the_right_ones_get_in(
     assert accepted.result().keys() == {1, 2}
     reasons = [record.getMessage().split(": ", 1)[1] for record in caplog.records]
     twice = "wrong epoch or secret"
-    assert reasons == [twice, twice, *(f"rank {rank} is not awaited" for rank in (7, 0, 1))]
+    assert reasons == [twice, *(f"rank {rank} is not awaited" for rank in (7, 0, 1)), twice]
     assert SECRET not in caplog.text
     close(first, second, *accepted.result().values())
 
@@ -218,7 +220,10 @@ def test_garbage_and_oversize_hellos_are_refused(
     strangers = [stranger(listener, data) for data in garbage]
     link = join(listener, 1)
     assert accepted.result().keys() == {1}
-    assert len(caplog.records) == len(garbage)
+    told = "".join(record.getMessage() for record in caplog.records)
+    assert "refused a control connection from 127.0.0.1:" in told
+    assert "no hello but a frame of 1195725856 bytes" in told  # GET
+    assert f"refused {len(garbage) - 1} more control connections from 127.0.0.1: no hello" in told
     for sock in strangers:
         sock.close()
     close(link, *accepted.result().values())
@@ -259,4 +264,4 @@ def test_a_leader_that_does_not_listen_is_named() -> None:
     with socket.create_server((HOST, 0)) as taken:
         port = taken.getsockname()[1]
     with pytest.raises(PeerLost, match=f"control link to 127.0.0.1:{port}: lost stage 0 tensor rank 0"):
-        connect((HOST, port), EPOCH, SECRET, 1, LEADER, 1.0, 1.0)
+        connect((HOST, port), CREDENTIALS, 1, LEADER, 1.0, 1.0)

@@ -9,15 +9,15 @@ import time
 import pytest
 import torch
 
-from shardray.parallel.errors import CollectiveTimeout, MeshAborted
-from shardray.parallel.mesh import Mesh, Rendezvous, open_mesh
+from shardray.parallel.errors import CollectiveTimeout, MeshAborted, PeerLost
+from shardray.parallel.mesh import Mesh, open_mesh
 from tests.parallel.rank_processes import (
     HIDDEN_SIZE,
-    LOOPBACK,
     MAX_TOKENS,
     Failure,
     RankProcesses,
     end_this_process,
+    open_rendezvous,
     own_place,
     start_clock,
 )
@@ -46,13 +46,14 @@ def test_a_mesh_of_one_needs_nobody() -> None:
 
 
 def test_an_aborted_rendezvous_frees_who_waits_there_for_a_rank_that_does_not_come() -> None:
-    rendezvous = Rendezvous(LOOPBACK)
+    rendezvous = open_rendezvous("aborted", size=2)
     place = own_place(0, 1, 2, rendezvous.port, "aborted")
     threading.Timer(0.3, rendezvous.abort).start()
     began = time.monotonic()
     with pytest.raises(MeshAborted, match="forming"):
         open_mesh(place, MAX_TOKENS, HIDDEN_SIZE, torch.float32)
     assert time.monotonic() - began < place.form_timeout_s / 2
+    rendezvous.close()
 
 
 def sums_over_mixed_nodes(mesh: Mesh) -> float:
@@ -71,19 +72,20 @@ def test_groups_within_and_across_machines_mix(ranks: RankProcesses, nodes: tupl
 
 
 def test_ranks_that_do_not_come_are_named_with_their_places() -> None:
-    rendezvous = Rendezvous(LOOPBACK)
+    rendezvous = open_rendezvous("lonely", size=4)
     place = own_place(0, 2, 2, rendezvous.port, "lonely", form_timeout_s=0.4)
     began = time.monotonic()
     with pytest.raises(CollectiveTimeout) as caught:
         open_mesh(place, MAX_TOKENS, HIDDEN_SIZE, torch.float32)
     assert time.monotonic() - began < 1.5
     assert caught.value.missing == (1, 2, 3)
+    rendezvous.close()
     assert str(caught.value).startswith("forming (member): stage 0 tensor rank 1 (rank 1) and stage 1 tensor rank 0")
 
 
 def test_a_rendezvous_that_is_not_there_is_named() -> None:
     place = own_place(1, 2, 1, 1, "nobody", form_timeout_s=0.5)
-    with pytest.raises(CollectiveTimeout, match=r"the leader's rendezvous at 127.0.0.1:1: stage 0 tensor rank 0"):
+    with pytest.raises(PeerLost, match=r"the leader's rendezvous to 127.0.0.1:1: lost stage 0 tensor rank 0"):
         open_mesh(place, MAX_TOKENS, HIDDEN_SIZE, torch.float32)
 
 

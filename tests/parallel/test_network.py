@@ -15,9 +15,10 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
+from shardray.parallel.credentials import Credentials
 from shardray.parallel.errors import MeshError
 from shardray.parallel.mesh import Mesh, Rendezvous, open_mesh
-from tests.parallel.rank_processes import HIDDEN_SIZE, MAX_TOKENS, own_place
+from tests.parallel.rank_processes import HIDDEN_SIZE, MAX_TOKENS, SECRET, own_place
 
 _ADDRESSES = ("10.231.7.1", "10.231.7.2")
 _STEP_TIMEOUT_S = 1.5
@@ -72,7 +73,7 @@ def _rank(pipe: Connection, namespace: str, rank: int, tp_size: int) -> None:
     torch.set_num_threads(1)
     _enter(namespace)
     if rank == 0:
-        rendezvous = Rendezvous(_ADDRESSES[0])
+        rendezvous = Rendezvous(_ADDRESSES[0], Credentials("apart", SECRET), 2)
         pipe.send(rendezvous.port)
     place = own_place(
         rank, tp_size, 2 // tp_size, pipe.recv(), "apart", nodes=("a", "b"), store_host=_ADDRESSES[0],

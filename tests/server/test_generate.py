@@ -156,7 +156,7 @@ async def test_a_full_queue_says_when_to_try_again(tokenizer: Tokenizer) -> None
         with pytest.raises(ServerError) as caught:
             await up.client.generate("abc")
         assert caught.value.code == "RESOURCE_EXHAUSTED"
-        assert caught.value.retry_after_s == 1.0
+        assert 0.25 <= (caught.value.retry_after_s or 0) <= 60.0  # from the pace of the queue
         for task in tasks:
             task.cancel()
         await nothing_runs(up)

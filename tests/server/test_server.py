@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from typing import Any
 
 import grpc
@@ -25,6 +26,20 @@ pytestmark = pytest.mark.asyncio
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 INFERENCE, CONTROL = "shardray.v1.InferenceService", "shardray.v1.ControlService"
+
+
+_RAISE = """
+import resource
+from shardray.runtime.server.listen import raise_file_limit
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+raise_file_limit()
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+"""
+
+
+async def test_connections_are_not_limited_by_the_soft_limit_of_open_files() -> None:
+    assert (await (await asyncio.create_subprocess_exec(sys.executable, "-c", _RAISE)).wait()) == 0
 
 
 async def health(up: Serving, service: str = "") -> int:
