@@ -166,8 +166,8 @@ class Door:
 
     def _turn_away(self, selector: selectors.BaseSelector, guest: _Guest, why: str, detail: str = "") -> None:
         selector.unregister(guest.sock)
-        guest.sock.close()
         self._strangers.refuse(guest.address, why, detail)
+        guest.sock.close()
 
 
 class LinkListener:

@@ -47,6 +47,7 @@ class TlsSocket:
                 self._tls.write(data)
                 records = self._outgoing.read()
             self._socket.sendall(records)
+        self._flush()
 
     def recv(self, num_bytes: int, flags: int = 0) -> bytes:
         """With MSG_PEEK: whether the TCP connection has ended (empty), nothing about its contents."""
@@ -88,12 +89,15 @@ class TlsSocket:
             self._flush()
 
     def _flush(self) -> None:
-        """Send what TLS itself has to say: handshake, alerts."""
-        with self._sending:
-            with self._lock:
-                records = self._outgoing.read()
-            if records:
+        """Send what TLS itself has to say: handshake, alerts. Whoever is sending just now does it afterwards: to wait
+        for that while receiving would stop both ends, each waiting for the other to take what it sends."""
+        while self._outgoing.pending and self._sending.acquire(blocking=False):
+            try:
+                with self._lock:
+                    records = self._outgoing.read()
                 self._socket.sendall(records)
+            finally:
+                self._sending.release()
 
     def _fill(self) -> None:
         data = self._socket.recv(_CHUNK_BYTES)

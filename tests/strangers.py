@@ -70,7 +70,7 @@ def besieged(doors: Callable[[], set[Address]], num_silent: int = 200) -> Iterat
     def run() -> None:
         kinds = itertools.cycle(GREETINGS.values())
         sources = itertools.cycle(_OWN_SOURCES)
-        while not stop.wait(0.1):
+        while not stop.wait(0.02):
             for door in doors():
                 num_calls = num_silent if door not in calls else 4
                 for number in range(num_calls):
