@@ -108,8 +108,8 @@ class VocabParallelEmbedding:
 class VocabParallelHead:
     """Each rank makes the logits of its vocabulary rows; rank 0 gathers them."""
 
-    def __init__(self, weight: Tensor, widths: Sequence[int], comm: Comm) -> None:
-        self._linear = Linear(weight)
+    def __init__(self, weight: Tensor, bias: Tensor | None, widths: Sequence[int], comm: Comm) -> None:
+        self._linear = Linear(weight, bias)
         self._widths = list(widths)
         self._comm = comm
         self.num_bytes = self._linear.num_bytes

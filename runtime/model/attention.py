@@ -13,12 +13,14 @@ runtime/model/kernels holds kernels that read the pages in place.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shardray.parallel.plan import ShardPlan
 from shardray.runtime.model.spec import Attention
 
 
@@ -84,12 +86,35 @@ class KVPages:
         return keys[:, :context_len], values[:, :context_len]
 
 
-class PagedAttention:
-    """Causal attention of one rank's heads; ``kv_of_head`` maps its query heads to its KV heads, evenly or not."""
+@dataclass(frozen=True)
+class OwnHeads:
+    """The heads of one rank: for each query head the index of its KV head here; where they stand in the whole model."""
 
-    def __init__(self, attention: Attention, kv_of_head: tuple[int, ...], device: torch.device) -> None:
+    kv_of_head: tuple[int, ...]
+    first_head: int
+    num_heads_in_all: int
+    first_new_kv_head: int = 0  # here; those before it are also held by the rank before
+
+    @classmethod
+    def of(cls, plan: ShardPlan, tp_rank: int) -> OwnHeads:
+        before = plan.kv_heads[tp_rank - 1] if tp_rank > 0 else range(0)
+        shared = max(0, before.stop - plan.kv_heads[tp_rank].start) if before else 0
+        return cls(plan.kv_of_heads(tp_rank), plan.heads[tp_rank].start, plan.sizes.num_heads, shared)
+
+
+class PagedAttention:
+    """Causal attention of one rank's heads over their pages."""
+
+    def __init__(self, attention: Attention, heads: OwnHeads, device: torch.device) -> None:
+        kv_of_head = heads.kv_of_head
         self.num_heads = len(kv_of_head)
         self.scale = attention.scale
+        self.is_plain = attention.alibi is None and attention.window is None and attention.softcap is None
+        self._window, self._softcap = attention.window, attention.softcap
+        self._slopes: Tensor | None = None
+        if attention.alibi is not None:
+            slopes = alibi_slopes(heads.num_heads_in_all)[heads.first_head : heads.first_head + self.num_heads]
+            self._slopes = attention.alibi * slopes.to(device)[:, None, None]
         self._one_to_one = kv_of_head == tuple(range(self.num_heads))
         self._kv_of_head = torch.tensor(kv_of_head, dtype=torch.int64, device=device)
         num_kv_heads = kv_of_head[-1] + 1 if kv_of_head else 0
@@ -117,17 +142,43 @@ class PagedAttention:
         keys, values = pages.gather(layer, block_table, context_len)
         if not self._one_to_one:
             keys, values = keys.index_select(0, self._kv_of_head), values.index_select(0, self._kv_of_head)
-        num_tokens = queries.shape[0]
-        mask = None
-        if 1 < num_tokens < context_len:
-            mask = torch.ones(num_tokens, context_len, dtype=torch.bool, device=queries.device)
-            mask = mask.tril(diagonal=context_len - num_tokens)
+        queries = queries.transpose(0, 1)
+        if self._softcap is not None:
+            return self._attend_capped(queries, keys, values).transpose(0, 1)
+        num_tokens = queries.shape[1]
+        causal = self.is_plain and num_tokens == context_len
+        mask = None if causal or (self.is_plain and num_tokens == 1) else self._mask(num_tokens, context_len, queries)
         out = F.scaled_dot_product_attention(
-            queries.transpose(0, 1)[None],
-            keys[None],
-            values[None],
-            attn_mask=mask,
-            is_causal=mask is None and num_tokens > 1,
+            queries[None], keys[None], values[None], attn_mask=mask, is_causal=causal and num_tokens > 1,
             scale=self.scale,
-        )
+        )  # fmt: skip
         return out[0].transpose(0, 1)
+
+    def _attend_capped(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """(n, T, d) queries against (n, context, d): what SDPA does, with the scores capped."""
+        assert self._softcap is not None
+        scores = queries.float() @ keys.float().transpose(1, 2) * self.scale
+        scores = self._softcap * torch.tanh(scores / self._softcap)
+        mask = self._mask(queries.shape[1], keys.shape[1], scores)
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(scores).masked_fill(~mask, -torch.inf)
+        return (torch.softmax(scores + mask, dim=-1) @ values.float()).to(queries.dtype)
+
+    def _mask(self, num_tokens: int, context_len: int, like: Tensor) -> Tensor:
+        """What the last ``num_tokens`` tokens of a context see: (num_tokens, context_len) bool, or (n, ...) to add."""
+        ends = torch.arange(context_len - num_tokens, context_len, device=like.device)[:, None]
+        distance = ends - torch.arange(context_len, device=like.device)
+        seen = distance >= 0
+        if self._window is not None:
+            seen &= distance < self._window
+        if self._slopes is None:
+            return seen
+        return (-self._slopes * distance).masked_fill(~seen, -torch.inf).to(like.dtype)
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """(num_heads,) float32: a geometric sequence, filled up from that of twice as many heads (arXiv 2108.12409)."""
+    whole = 2 ** int(math.log2(num_heads))
+    slopes = [2.0 ** (-8.0 * (i + 1) / whole) for i in range(whole)]
+    between = [2.0 ** (-4.0 * (2 * i + 1) / whole) for i in range(num_heads - whole)]
+    return torch.tensor(slopes + between)

@@ -13,41 +13,41 @@ from torch import Tensor
 
 from shardray.parallel.comm import Comm
 from shardray.parallel.layers import ColumnParallelLinear, RowParallelLinear
-from shardray.runtime.model.attention import KVPages, PagedAttention, StepView
+from shardray.runtime.model.attention import KVPages, OwnHeads, PagedAttention, StepView
 from shardray.runtime.model.kernels.ops import Angles, NormWeights, Ops
-from shardray.runtime.model.spec import DecoderSpec, Mlp, Norm
+from shardray.runtime.model.query_key_norm import QueryKeyNorm
+from shardray.runtime.model.spec import Attention, Layer, Mlp, Norm, Norms
 
 Parameters = Mapping[str, Tensor]
-
-
-def norm_weights(norm: Norm, name: str, parameters: Parameters) -> NormWeights:
-    bias = parameters[f"{name}.bias"].float() if norm.kind == "layer" else None
-    return NormWeights(norm, parameters[f"{name}.weight"].float(), bias)
+Pending = tuple[Tensor, Tensor | None]  # the residual (T, H), and what is to be added to it
 
 
 class AttentionBlock:
-    """q, k, v in one product; rotary; the pages; the output projection, summed over ranks."""
+    """q, k, v in one product; their norms; rotary; the pages; the output projection, summed over ranks."""
 
-    def __init__(
-        self, spec: DecoderSpec, kv_of_head: tuple[int, ...], parameters: Parameters, comm: Comm, ops: Ops
-    ) -> None:
+    def __init__(self, attention: Attention, heads: OwnHeads, parameters: Parameters, comm: Comm, ops: Ops) -> None:
         self._ops = ops
-        self._head_dim = spec.attention.head_dim
+        self._spec = attention
         names = ("q", "k", "v")
-        biases = [parameters[f"{name}.bias"] for name in names] if spec.attention.qkv_bias else None
+        biases = [parameters[f"{name}.bias"] for name in names] if attention.qkv_bias else None
         self._qkv = ColumnParallelLinear.merged([parameters[f"{name}.weight"] for name in names], biases)
+        self._norm = QueryKeyNorm.of(attention, heads, parameters, comm)
         self._out = RowParallelLinear(parameters["o.weight"], parameters.get("o.bias"), comm)
-        self._num_heads = len(kv_of_head)
-        self._total_heads = self._qkv.out_size // self._head_dim
-        self._attention = PagedAttention(spec.attention, kv_of_head, parameters["o.weight"].device)
+        self._num_heads = len(heads.kv_of_head)
+        self._total_heads = self._qkv.out_size // attention.head_dim
+        self._attention = PagedAttention(attention, heads, parameters["o.weight"].device)
         self.num_bytes = self._qkv.num_bytes + self._out.num_bytes
 
     def __call__(self, x: Tensor, layer: int, pages: KVPages, view: StepView, angles: Angles | None) -> Tensor:
         """(T, H) -> (T, H)"""
-        qkv = self._qkv(x).view(x.shape[0], self._total_heads, self._head_dim)  # (T, n + 2 g, d)
+        qkv = self._qkv(x).view(x.shape[0], self._total_heads, self._spec.head_dim)  # (T, n + 2 g, d)
+        if self._spec.clip is not None:
+            qkv = qkv.clamp_(-self._spec.clip, self._spec.clip)
+        if self._norm is not None:
+            qkv = self._norm(qkv)
         queries = self._ops.rotate_and_store(qkv, self._num_heads, angles, pages, layer, view)
         attended = self._ops.attend(self._attention, queries, pages, layer, view)
-        return self._out(attended.reshape(x.shape[0], self._num_heads * self._head_dim))
+        return self._out(attended.reshape(x.shape[0], self._num_heads * self._spec.head_dim))
 
 
 class MlpBlock:
@@ -67,24 +67,58 @@ class MlpBlock:
         return self._out(self._ops.activate(self._in(x), self._mlp.activation, self._mlp.gated))
 
 
-class DecoderLayer:
-    """Attention and MLP, each after a norm and added to the residual."""
+class _Around:
+    """What stands around a block: norms before it, on what it gives, and after the sum; the scale of what it gives."""
 
-    def __init__(
-        self, spec: DecoderSpec, kv_of_head: tuple[int, ...], parameters: Parameters, comm: Comm, ops: Ops
-    ) -> None:
+    def __init__(self, name: str, norms: Norms, scale: float, parameters: Parameters, ops: Ops) -> None:
+        def weights(place: str, norm: Norm | None) -> NormWeights | None:
+            return None if norm is None else NormWeights.of(norm, f"{name}_norm.{place}", parameters)
+
+        self._before = weights("before", norms.before)
+        self._inner = weights("inner", norms.inner)
+        self._after = weights("after", norms.after)
+        self._scale = scale
         self._ops = ops
-        self._attention_norm = norm_weights(spec.norm, "attention_norm", parameters)
-        self._attention = AttentionBlock(spec, kv_of_head, parameters, comm, ops)
-        self._mlp_norm = norm_weights(spec.norm, "mlp_norm", parameters)
-        self._mlp = MlpBlock(spec.mlp, parameters, comm, ops)
+
+    def enter(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The residual, and what the block reads"""
+        if self._before is not None:
+            return self._ops.add_norm(self._before, x, delta)
+        x = x if delta is None else x + delta
+        return x, x
+
+    def leave(self, x: Tensor, delta: Tensor) -> Pending:
+        """The residual, and what is to be added to it"""
+        if self._inner is not None:
+            delta = self._inner(delta)
+        if self._scale != 1.0:
+            delta = delta * self._scale
+        return (x, delta) if self._after is None else (self._ops.add_norm(self._after, x, delta)[1], None)
+
+
+class DecoderLayer:
+    """Attention and MLP, one after the other or side by side."""
+
+    def __init__(self, layer: Layer, heads: OwnHeads, parameters: Parameters, comm: Comm, ops: Ops) -> None:
+        scale = layer.residual_scale
+        self._around_attention = _Around("attention", layer.attention_norms, scale, parameters, ops)
+        self._attention = AttentionBlock(layer.attention, heads, parameters, comm, ops)
+        self._around_mlp = _Around("mlp", layer.mlp_norms, scale, parameters, ops)
+        self._mlp = MlpBlock(layer.mlp, parameters, comm, ops)
+        self._parallel = layer.parallel
+        self._shares_norm = layer.mlp_norms.before is None
+        self.rotary = layer.attention.rotary
         self.num_bytes = self._attention.num_bytes + self._mlp.num_bytes
 
     def __call__(
         self, x: Tensor, delta: Tensor | None, layer: int, pages: KVPages, view: StepView, angles: Angles | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Pending:
         """The residual (T, H) and what is to be added to it, in and out."""
-        x, normed = self._ops.add_norm(self._attention_norm, x, delta)
-        delta = self._attention(normed, layer, pages, view, angles)
-        x, normed = self._ops.add_norm(self._mlp_norm, x, delta)
-        return x, self._mlp(normed)
+        x, normed = self._around_attention.enter(x, delta)
+        attended = self._attention(normed, layer, pages, view, angles)
+        if self._parallel:
+            read = normed if self._shares_norm else self._around_mlp.enter(x, None)[1]
+            return self._around_attention.leave(x, attended + self._mlp(read))
+        x, delta = self._around_attention.leave(x, attended)
+        x, normed = self._around_mlp.enter(x, delta)
+        return self._around_mlp.leave(x, self._mlp(normed))

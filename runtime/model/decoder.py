@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shardray.parallel.comm import Comm
 from shardray.parallel.layers import VocabParallelEmbedding, VocabParallelHead
 from shardray.parallel.plan import ShardPlan
-from shardray.runtime.model.attention import KVPages, StepView
-from shardray.runtime.model.blocks import DecoderLayer, Parameters, norm_weights
-from shardray.runtime.model.kernels.ops import Ops
+from shardray.runtime.model.attention import KVPages, OwnHeads, StepView
+from shardray.runtime.model.blocks import DecoderLayer, Parameters
+from shardray.runtime.model.kernels.ops import NormWeights, Ops
 from shardray.runtime.model.load import ParameterLoader
-from shardray.runtime.model.rotary import rotary_table
-from shardray.runtime.model.spec import DecoderSpec, Learned, Rotary
+from shardray.runtime.model.spec import DecoderSpec
 from shardray.runtime.model.stack import LayerStack
 
 Progress = Callable[[float], None]
@@ -29,13 +29,14 @@ class ShardedDecoder:
         loader: ParameterLoader, device: torch.device, max_positions: int, progress: Progress = lambda fraction: None,
     ) -> None:  # fmt: skip
         layers = plan.stages[stage]
-        kv_of_head = plan.kv_of_heads(tp_rank)
+        heads = OwnHeads.of(plan, tp_rank)
         self.embedding = _Embedding(spec, plan, tp_rank, comm, _to(device, loader.embedding())) if stage == 0 else None
         blocks: list[DecoderLayer] = []
         for index in layers:
-            blocks.append(DecoderLayer(spec, kv_of_head, _to(device, loader.layer(index)), comm, ops))
+            parameters = _to(device, loader.layer(index))
+            blocks.append(DecoderLayer(spec.layers[index], heads, parameters, comm, ops))
             progress((index - layers.start + 1) / len(layers))
-        self.layers = LayerStack(blocks, _rotary(spec, max_positions, device), max_positions, device)
+        self.layers = LayerStack(blocks, max_positions, device)
         last = stage == plan.pp_size - 1
         self.head = _Head(spec, plan, comm, ops, _to(device, loader.head())) if last else None
         parts = [self.embedding, *blocks, self.head]
@@ -48,41 +49,59 @@ class ShardedDecoder:
             x = self.embedding(view)
         assert x is not None
         x, delta = self.layers(x, pages, view)
-        return x + delta if self.head is None else self.head(x, delta, view)
+        if self.head is not None:
+            return self.head(x, delta, view)
+        return x if delta is None else x + delta
 
 
 class _Embedding:
     def __init__(self, spec: DecoderSpec, plan: ShardPlan, tp_rank: int, comm: Comm, parameters: Parameters) -> None:
-        weight = parameters["embed.weight"]
+        weight, embedding = parameters["embed.weight"], spec.embedding
         self._tokens = VocabParallelEmbedding(weight, plan.vocab[tp_rank].start, comm)
+        self._projection = parameters.get("embed_projection.weight")
+        self._scale = torch.tensor(embedding.scale).to(weight.dtype).item()  # as rounded in the model's dtype
         self._positions = parameters.get("positions.weight")
-        self._offset = spec.positions.offset if isinstance(spec.positions, Learned) else 0
+        self._offset = embedding.positions.offset if embedding.positions is not None else 0
+        self._norm = None if embedding.norm is None else NormWeights.of(embedding.norm, "embed_norm", parameters)
         self.num_bytes = weight.numel() * weight.element_size()
 
     def __call__(self, view: StepView) -> Tensor:
         x = self._tokens(view.token_ids)
-        return x if self._positions is None else x + self._positions[view.positions + self._offset]
+        if self._projection is not None:
+            x = F.linear(x, self._projection)
+        if self._scale != 1.0:
+            x = x * self._scale
+        if self._positions is not None:
+            x = x + self._positions[view.positions + self._offset]
+        return x if self._norm is None else self._norm(x)
 
 
 class _Head:
     def __init__(self, spec: DecoderSpec, plan: ShardPlan, comm: Comm, ops: Ops, parameters: Parameters) -> None:
         self._ops = ops
-        self._norm = norm_weights(spec.norm, "final_norm", parameters)
-        self._logits = VocabParallelHead(parameters["head.weight"], [len(block) for block in plan.vocab], comm)
+        self._spec = spec.head
+        self._norm = None if spec.head.norm is None else NormWeights.of(spec.head.norm, "final_norm", parameters)
+        self._projection = parameters.get("head_projection.weight")
+        weight, bias = parameters["head.weight"], parameters.get("head.bias")
+        self._logits = VocabParallelHead(weight, bias, [len(block) for block in plan.vocab], comm)
         self.num_bytes = self._logits.num_bytes
 
-    def __call__(self, x: Tensor, delta: Tensor, view: StepView) -> Tensor | None:
+    def __call__(self, x: Tensor, delta: Tensor | None, view: StepView) -> Tensor | None:
         if view.sampled_tokens.numel() == 0:
             return None
-        _, normed = self._ops.add_norm(self._norm, x[view.sampled_tokens], delta[view.sampled_tokens])
-        return self._logits(normed)
-
-
-def _rotary(spec: DecoderSpec, max_positions: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
-    if not isinstance(spec.positions, Rotary):
-        return None
-    cos, sin = rotary_table(spec.positions, max_positions)
-    return cos.to(device), sin.to(device)
+        x = x[view.sampled_tokens]
+        delta = None if delta is None else delta[view.sampled_tokens]
+        if self._norm is not None:
+            x = self._ops.add_norm(self._norm, x, delta)[1]
+        elif delta is not None:
+            x = x + delta
+        if self._projection is not None:
+            x = F.linear(x, self._projection)
+        logits = self._logits(x)
+        if logits is None or (self._spec.scale == 1.0 and self._spec.softcap is None):
+            return logits
+        logits = logits * self._spec.scale
+        return logits if self._spec.softcap is None else self._spec.softcap * torch.tanh(logits / self._spec.softcap)
 
 
 def _to(device: torch.device, parameters: Parameters) -> Parameters:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shardray.parallel.checkpoint import Checkpoint, CheckpointError
 from shardray.parallel.plan import ShardPlan
-from shardray.runtime.model.families.family import Family, Source
+from shardray.runtime.model.families.family import Family
 from shardray.runtime.model.parameters import (
     Parameter,
     embedding_parameters,
@@ -57,28 +57,35 @@ class ParameterLoader:
     def head(self) -> Parameters:
         """A head tied to an embedding that this loader has read is that same tensor."""
         parameters = head_parameters(self._spec)
-        if not self._spec.tied_embeddings or self._embedding is None:
+        if not self._spec.head.tied or self._embedding is None:
             return self._load(parameters, None)
         del parameters["head.weight"]
         return self._load(parameters, None) | {"head.weight": self._embedding}
 
     def layer(self, index: int) -> Parameters:
-        return self._load(layer_parameters(self._spec), index)
+        return self._load(layer_parameters(self._spec, self._spec.layers[index]), index)
 
     def _load(self, parameters: dict[str, Parameter], layer: int | None) -> Parameters:
         return {name: self._read(name, parameter, layer) for name, parameter in parameters.items()}
 
     def _read(self, name: str, parameter: Parameter, layer: int | None) -> Tensor:
         source = self._sources[name]
-        index = _shift(parameter.owned(self._plan, self._tp_rank), source.start)
-        if source.transposed:
-            index = index[::-1]
-        tensor = self._checkpoint.read(self._stored_name(source, layer), index).to(self._dtype)
-        return tensor.t().contiguous() if source.transposed else tensor
+        rows, *rest = parameter.owned(self._plan, self._tp_rank)
+        if source.has_row_tensors:
+            names = [source.name.format(layer=layer, row=row) for row in range(rows.start, rows.stop)]
+            pieces = [self._read_piece(stored, tuple(rest), False)[None] for stored in names]
+            return torch.cat(pieces) if pieces else torch.empty(0, *parameter.shape[1:], dtype=self._dtype)
+        stored = source.name.format(layer=layer)
+        pieces = [self._read_piece(stored, (piece, *rest), source.transposed) for piece in source.rows(rows)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _stored_name(self, source: Source, layer: int | None) -> str:
+    def _read_piece(self, name: str, index: tuple[slice, ...], transposed: bool) -> Tensor:
+        stored = self._stored_name(name)
+        tensor = self._checkpoint.read(stored, index[::-1] if transposed else index).to(self._dtype)
+        return tensor.t().contiguous() if transposed else tensor
+
+    def _stored_name(self, name: str) -> str:
         """With the checkpoint's prefix, except for what such checkpoints keep outside of it."""
-        name = source.name.format(layer=layer)
         tensors = self._checkpoint.tensors
         return name if name in tensors and self._prefix + name not in tensors else self._prefix + name
 
@@ -104,11 +111,9 @@ class ParameterLoader:
         needed: dict[str, tuple[int, ...]] = {}
         for layer, parameters in _all_parameters(self._spec):
             for name, parameter in parameters.items():
-                source = self._sources[name]
-                shape = (parameter.shape[0] + source.start, *parameter.shape[1:])
-                shape = shape[::-1] if source.transposed else shape
-                stored = self._stored_name(source, layer)
-                needed[stored] = max(needed.get(stored, shape), shape)
+                for stored, shape in self._sources[name].stored_shapes(parameter.shape, layer).items():
+                    full_name = self._stored_name(stored)
+                    needed[full_name] = max(needed.get(full_name, shape), shape)
         return needed
 
 
@@ -117,14 +122,9 @@ def _stored_prefix(checkpoint: Checkpoint, family: Family) -> str:
     return next(prefix for prefix in family.prefixes if any(name.startswith(prefix) for name in checkpoint.tensors))
 
 
-def _shift(index: tuple[slice, ...], start: int) -> tuple[slice, ...]:
-    return (slice(index[0].start + start, index[0].stop + start), *index[1:])
-
-
 def _all_parameters(spec: DecoderSpec) -> Iterable[tuple[int | None, dict[str, Parameter]]]:
     yield None, embedding_parameters(spec) | head_parameters(spec)
-    layer = layer_parameters(spec)
-    yield from ((index, layer) for index in range(spec.num_layers))
+    yield from ((index, layer_parameters(spec, layer)) for index, layer in enumerate(spec.layers))
 
 
 def _is_ignored(name: str, family: Family) -> bool:

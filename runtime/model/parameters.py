@@ -14,10 +14,11 @@ Sharding is derived here once, for all families. Names are the runtime's own; a 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardray.parallel.plan import Axis, ModelSizes, ShardPlan
-from shardray.runtime.model.spec import DecoderSpec, Learned
+from shardray.runtime.model.spec import Attention, DecoderSpec, Layer, Mlp, Norm
 
 
 @dataclass(frozen=True)
@@ -47,48 +48,65 @@ class Parameter:
 
 def embedding_parameters(spec: DecoderSpec) -> dict[str, Parameter]:
     """What the first stage holds besides its layers."""
-    found = {"embed.weight": Parameter((spec.vocab_size, spec.hidden_size), Split(0, Axis.VOCAB))}
-    if isinstance(spec.positions, Learned):
-        rows = spec.positions.num_positions + spec.positions.offset
-        found["positions.weight"] = Parameter((rows, spec.hidden_size))
-    return found
+    embedding, hidden = spec.embedding, spec.hidden_size
+    found = {"embed.weight": Parameter((spec.vocab_size, embedding.size or hidden), Split(0, Axis.VOCAB))}
+    if embedding.size is not None:
+        found["embed_projection.weight"] = Parameter((hidden, embedding.size))
+    if embedding.positions is not None:
+        rows = embedding.positions.num_positions + embedding.positions.offset
+        found["positions.weight"] = Parameter((rows, hidden))
+    return found | _norm("embed_norm", embedding.norm, (hidden,))
 
 
 def head_parameters(spec: DecoderSpec) -> dict[str, Parameter]:
     """What the last stage holds besides its layers. A tied head is read from the embedding's rows."""
-    head = Parameter((spec.vocab_size, spec.hidden_size), Split(0, Axis.VOCAB))
-    return {**_norm("final_norm", spec), "head.weight": head}
+    size = spec.embedding.size or spec.hidden_size
+    found = _norm("final_norm", spec.head.norm, (spec.hidden_size,))
+    if spec.embedding.size is not None:
+        found["head_projection.weight"] = Parameter((size, spec.hidden_size))
+    return found | _linear("head", (spec.vocab_size, size), Split(0, Axis.VOCAB), spec.head.bias)
 
 
-def layer_parameters(spec: DecoderSpec) -> dict[str, Parameter]:
+def layer_parameters(spec: DecoderSpec, layer: Layer) -> dict[str, Parameter]:
     """One layer's parameters."""
-    attention, mlp, hidden = spec.attention, spec.mlp, spec.hidden_size
-    dim = attention.head_dim
-    heads, kv_heads = Split(0, Axis.HEADS, dim), Split(0, Axis.KV_HEADS, dim)
-    found = {
-        **_norm("attention_norm", spec),
-        **_linear("q", (attention.num_heads * dim, hidden), heads, attention.qkv_bias),
-        **_linear("k", (attention.num_kv_heads * dim, hidden), kv_heads, attention.qkv_bias),
-        **_linear("v", (attention.num_kv_heads * dim, hidden), kv_heads, attention.qkv_bias),
-        **_linear("o", (hidden, attention.num_heads * dim), Split(1, Axis.HEADS, dim), attention.out_bias),
-        **_norm("mlp_norm", spec),
-        **_linear("up", (mlp.size, hidden), Split(0, Axis.FFN), mlp.up_bias),
-        **_linear("down", (hidden, mlp.size), Split(1, Axis.FFN), mlp.down_bias),
-    }
+    hidden = spec.hidden_size
+    found: dict[str, Parameter] = {}
+    for block, norms in (("attention", layer.attention_norms), ("mlp", layer.mlp_norms)):
+        for place in ("before", "inner", "after"):
+            found |= _norm(f"{block}_norm.{place}", getattr(norms, place), (hidden,))
+    return found | _attention_parameters(layer.attention, hidden) | _mlp_parameters(layer.mlp, hidden)
+
+
+def _attention_parameters(attention: Attention, hidden: int) -> dict[str, Parameter]:
+    dim, bias = attention.head_dim, attention.qkv_bias
+    widths = {"q": attention.num_heads * dim, "k": attention.num_kv_heads * dim, "v": attention.num_kv_heads * dim}
+    splits = {name: Split(0, Axis.HEADS if name == "q" else Axis.KV_HEADS, dim) for name in widths}
+    found = _linear("o", (hidden, widths["q"]), Split(1, Axis.HEADS, dim), attention.out_bias)
+    for name, width in widths.items():
+        found |= _linear(name, (width, hidden), splits[name], bias)
+    for name, norm in (("q", attention.q_norm), ("k", attention.k_norm)):
+        split, num_heads = splits[name], widths[name] // dim
+        shapes = {"head": (dim,), "each": (num_heads, dim), "all": (num_heads * dim,)}
+        cuts = {"head": None, "each": Split(0, split.axis), "all": split}
+        found |= _norm(f"{name}_norm", norm, shapes[attention.norm_over], cuts[attention.norm_over])
+    return found
+
+
+def _mlp_parameters(mlp: Mlp, hidden: int) -> dict[str, Parameter]:
+    found = _linear("up", (mlp.size, hidden), Split(0, Axis.FFN), mlp.up_bias)
     if mlp.gated:
         found |= _linear("gate", (mlp.size, hidden), Split(0, Axis.FFN), mlp.up_bias)
-    return found
+    return found | _linear("down", (hidden, mlp.size), Split(1, Axis.FFN), mlp.down_bias)
 
 
 def model_sizes(spec: DecoderSpec) -> ModelSizes:
     """The sizes that the shard plan splits; costs are parameters read per token."""
-    layer_cost = float(sum(_num_elements(parameter) for parameter in layer_parameters(spec).values()))
     return ModelSizes(
         num_heads=spec.attention.num_heads,
         num_kv_heads=spec.attention.num_kv_heads,
         ffn_size=spec.mlp.size,
         vocab_size=spec.vocab_size,
-        layer_costs=(layer_cost,) * spec.num_layers,
+        layer_costs=tuple(float(_num_elements(layer_parameters(spec, layer))) for layer in spec.layers),
         embed_cost=float(spec.hidden_size),
         head_cost=float(spec.vocab_size * spec.hidden_size),
     )
@@ -96,13 +114,12 @@ def model_sizes(spec: DecoderSpec) -> ModelSizes:
 
 def num_owned_elements(spec: DecoderSpec, plan: ShardPlan, stage: int, tp_rank: int) -> int:
     """Parameters that one rank holds. A head tied to an embedding on the same rank is held once."""
-    layers = layer_parameters(spec)
-    parts = [layers] * len(plan.stages[stage])
+    parts = [layer_parameters(spec, spec.layers[index]) for index in plan.stages[stage]]
     if stage == 0:
         parts.append(embedding_parameters(spec))
     if stage == plan.pp_size - 1:
         head = head_parameters(spec)
-        if stage == 0 and spec.tied_embeddings:
+        if stage == 0 and spec.head.tied:
             del head["head.weight"]
         parts.append(head)
     return sum(_num_owned(parameter, plan, tp_rank) for part in parts for parameter in part.values())
@@ -115,16 +132,14 @@ def _linear(name: str, shape: tuple[int, int], split: Split, bias: bool) -> dict
     return found
 
 
-def _norm(name: str, spec: DecoderSpec) -> dict[str, Parameter]:
-    found = {f"{name}.weight": Parameter((spec.hidden_size,))}
-    if spec.norm.kind == "layer":
-        found[f"{name}.bias"] = Parameter((spec.hidden_size,))
-    return found
+def _norm(name: str, norm: Norm | None, shape: tuple[int, ...], split: Split | None = None) -> dict[str, Parameter]:
+    parts = {"weight": norm is not None and norm.has_weight, "bias": norm is not None and norm.has_bias}
+    return {f"{name}.{part}": Parameter(shape, split) for part, there in parts.items() if there}
 
 
 def _num_owned(parameter: Parameter, plan: ShardPlan, tp_rank: int) -> int:
     return math.prod(part.stop - part.start for part in parameter.owned(plan, tp_rank))
 
 
-def _num_elements(parameter: Parameter) -> int:
-    return math.prod(parameter.shape)
+def _num_elements(parameters: Mapping[str, Parameter]) -> int:
+    return sum(math.prod(parameter.shape) for parameter in parameters.values())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardray.runtime.model.kernels.ops import Angles
 from shardray.runtime.model.spec import (
     LinearScaling,
     Llama3Scaling,
@@ -99,11 +100,11 @@ def _number(fields: Mapping[str, Any], field: str, default: float | None = None)
     return value
 
 
-def rotary_table(rotary: Rotary, num_positions: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (num_positions, rotary.dim // 2), float32, with the scaling's factor multiplied in."""
+def rotary_angles(rotary: Rotary, num_positions: int) -> Angles:
+    """Those of all positions, with the scaling's factor multiplied in."""
     frequencies, factor = _inverse_frequencies(rotary)
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
-    return angles.cos() * factor, angles.sin() * factor
+    return Angles(angles.cos() * factor, angles.sin() * factor, rotary.interleaved)
 
 
 def _inverse_frequencies(rotary: Rotary) -> tuple[Tensor, float]:

@@ -8,15 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
 
 
 @dataclass(frozen=True)
 class Norm:
-    """``rms``: x / rms(x) * weight.  ``layer``: (x - mean) / std * weight + bias. Computed in float32."""
+    """``rms``: x / rms(x).  ``layer``: (x - mean) / std. Then ``* (offset + weight) + bias``; in float32."""
 
     kind: Literal["rms", "layer"]
     eps: float
+    has_weight: bool = True
+    has_bias: bool = False
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,15 @@ Scaling = LinearScaling | Llama3Scaling | YarnScaling
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary positions (arXiv 2104.09864): halves of the first ``dim`` elements of each head are rotated."""
+    """Rotary positions (arXiv 2104.09864): pairs of the first ``dim`` elements of each head are rotated.
+
+    A pair is element i and i + dim / 2 or, ``interleaved``, 2 i and 2 i + 1.
+    """
 
     theta: float
     dim: int
     scaling: Scaling | None = None
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,14 +79,29 @@ class Learned:
 
 @dataclass(frozen=True)
 class Attention:
-    """Causal self-attention; num_kv_heads < num_heads is grouped-query, 1 is multi-query."""
+    """Causal self-attention; num_kv_heads < num_heads is grouped-query, 1 is multi-query.
+
+    ``alibi``: scores fall with distance by a slope per head (arXiv 2108.12409) times this. ``window``: how many tokens
+    a token sees, itself included. ``softcap``: a score s becomes softcap * tanh(s / softcap).
+    ``clip``: bounds of q, k, v.
+    ``q_norm`` and ``k_norm`` come before the rotation: over a ``head`` with one weight for all heads, with one for
+    ``each``, or over ``all`` heads at once.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     scale: float
-    qkv_bias: bool
-    out_bias: bool
+    rotary: Rotary | None = None
+    alibi: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    clip: float | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    norm_over: Literal["head", "each", "all"] = "head"
+    qkv_bias: bool = False
+    out_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,23 +111,81 @@ class Mlp:
     size: int
     activation: Activation
     gated: bool
-    up_bias: bool
-    down_bias: bool
+    up_bias: bool = False
+    down_bias: bool = False
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Where one block of a layer is normalized; None is nowhere.
+
+    ``before``: what it reads. ``inner``: what it gives, before that is added to the residual. ``after``: the sum.
+    """
+
+    before: Norm | None = None
+    inner: Norm | None = None
+    after: Norm | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Attention, then MLP; or both from the same residual (``parallel``), where an MLP without a norm of its own reads
+    what attention reads. What each gives is multiplied by ``residual_scale`` before it is added.
+    """
+
+    attention: Attention
+    mlp: Mlp
+    attention_norms: Norms
+    mlp_norms: Norms
+    parallel: bool = False
+    residual_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Token embeddings, times ``scale``, through a projection if they are ``size`` wide, plus positions, normalized."""
+
+    scale: float = 1.0
+    size: int | None = None
+    positions: Learned | None = None
+    norm: Norm | None = None
+
+
+@dataclass(frozen=True)
+class Head:
+    """From hidden states to logits: ``softcap(scale * (weight @ norm(x) + bias))``; ``tied`` to the embedding."""
+
+    norm: Norm | None
+    tied: bool
+    bias: bool = False
+    scale: float = 1.0
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """Everything that distinguishes one decoder from another."""
+    """Everything that distinguishes one decoder from another. Layers may differ, but not in heads or sizes."""
 
     vocab_size: int
     hidden_size: int
-    num_layers: int
     max_positions: int
-    norm: Norm
-    positions: Rotary | Learned
-    attention: Attention
-    mlp: Mlp
-    tied_embeddings: bool
+    embedding: Embedding
+    layers: tuple[Layer, ...]
+    head: Head
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def attention(self) -> Attention:
+        """That of the first layer, for the sizes that all layers share."""
+        return self.layers[0].attention
+
+    @property
+    def mlp(self) -> Mlp:
+        """That of the first layer, likewise."""
+        return self.layers[0].mlp
 
 
 class ModelConfigError(ValueError):

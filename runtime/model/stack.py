@@ -17,32 +17,31 @@ import torch
 from torch import Tensor
 
 from shardray.runtime.model.attention import KVPages, StepView
-from shardray.runtime.model.blocks import DecoderLayer
+from shardray.runtime.model.blocks import DecoderLayer, Pending
 from shardray.runtime.model.kernels import choose_recorder
 from shardray.runtime.model.kernels.ops import Angles
+from shardray.runtime.model.rotary import rotary_angles
+from shardray.runtime.model.spec import Rotary
 
 if TYPE_CHECKING:
     from shardray.parallel.kernels.program import Program
-
-Output = tuple[Tensor, Tensor]  # the residual (T, H) and what is to be added to it
 
 
 class LayerStack:
     """The layers that one rank has a part of."""
 
-    def __init__(
-        self, layers: Sequence[DecoderLayer], angles: Angles | None, max_positions: int, device: torch.device
-    ) -> None:
-        """``angles`` are those of all positions."""
+    def __init__(self, layers: Sequence[DecoderLayer], max_positions: int, device: torch.device) -> None:
         self._layers = layers
-        self._angles = angles
+        kinds = dict.fromkeys(layer.rotary for layer in layers if layer.rotary is not None)
+        self._angles = {kind: rotary_angles(kind, max_positions).to(device) for kind in kinds}
         self._max_positions = max_positions
         self._recorder = choose_recorder(device)
         self._recordings: dict[int, _Recording | None] = {}  # by number of rows; None once such a step has run
 
-    def __call__(self, x: Tensor, pages: KVPages, view: StepView) -> Output:
+    def __call__(self, x: Tensor, pages: KVPages, view: StepView) -> Pending:
         """Hidden states (T, H) to the residual and what is to be added to it. May write into ``x``."""
-        inputs = _Inputs(x, self._select_angles(view.positions), view)
+        angles = {kind: table.at(view.positions) for kind, table in self._angles.items()}
+        inputs = _Inputs(x, angles, view)
         if self._recorder is None or view.prefills:
             return self._run(inputs, pages)
         recording = self._recordings.get(view.num_decodes)
@@ -53,16 +52,16 @@ class LayerStack:
         self._recordings[view.num_decodes] = None
         return self._run(inputs, pages)
 
-    def _run(self, inputs: _Inputs, pages: KVPages) -> Output:
+    def _run(self, inputs: _Inputs, pages: KVPages) -> Pending:
         x, delta = inputs.x, None
         for index, layer in enumerate(self._layers):
             if self._recorder is not None:
                 self._recorder.new_turn()
-            x, delta = layer(x, delta, index, pages, inputs.view, inputs.angles)
-        assert delta is not None
+            angles = None if layer.rotary is None else inputs.angles[layer.rotary]
+            x, delta = layer(x, delta, index, pages, inputs.view, angles)
         return x, delta
 
-    def _record(self, inputs: _Inputs, pages: KVPages) -> Output:
+    def _record(self, inputs: _Inputs, pages: KVPages) -> Pending:
         assert self._recorder is not None
         own = inputs.with_room_for(-(-self._max_positions // pages.block_size))
         output, program = self._recorder.record(lambda: self._run(own, pages))
@@ -72,19 +71,13 @@ class LayerStack:
             self._recordings[inputs.view.num_decodes] = _Recording(own, output, pages, program)
         return output
 
-    def _select_angles(self, positions: Tensor) -> Angles | None:
-        if self._angles is None:
-            return None
-        cos, sin = self._angles
-        return cos[positions], sin[positions]
-
 
 @dataclasses.dataclass(frozen=True)
 class _Inputs:
     """What changes from step to step."""
 
     x: Tensor
-    angles: Angles | None
+    angles: dict[Rotary, Angles]
     view: StepView
 
     def with_room_for(self, max_blocks: int) -> _Inputs:
@@ -92,7 +85,7 @@ class _Inputs:
         view = self.view
         tables = view.block_tables.new_zeros(view.num_decodes, max_blocks)
         tables[:, : view.block_tables.shape[1]] = view.block_tables
-        angles = None if self.angles is None else (self.angles[0].clone(), self.angles[1].clone())
+        angles = {kind: Angles(own.cos.clone(), own.sin.clone(), own.interleaved) for kind, own in self.angles.items()}
         own = dataclasses.replace(
             view, cache_index=view.cache_index.clone(), context_lens=view.context_lens.clone(), block_tables=tables
         )
@@ -103,8 +96,9 @@ class _Inputs:
         self.view.cache_index.copy_(other.view.cache_index)
         self.view.context_lens.copy_(other.view.context_lens)
         self.view.block_tables[:, : other.view.block_tables.shape[1]] = other.view.block_tables
-        for own, given in zip(self.angles or (), other.angles or (), strict=True):
-            own.copy_(given)
+        for kind, own in self.angles.items():
+            own.cos.copy_(other.angles[kind].cos)
+            own.sin.copy_(other.angles[kind].sin)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,11 +106,11 @@ class _Recording:
     """A program, where its inputs and outputs lie, and the pages that it reads and writes."""
 
     inputs: _Inputs
-    output: Output
+    output: Pending
     pages: KVPages
     program: Program
 
-    def replay(self, inputs: _Inputs) -> Output:
+    def replay(self, inputs: _Inputs) -> Pending:
         self.inputs.fill(inputs)
         self.program.run()
         return self.output

@@ -8,15 +8,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardray.runtime.model.attention import KVPages, PagedAttention, StepView
+from shardray.runtime.model.attention import KVPages, OwnHeads, PagedAttention, StepView
 from shardray.runtime.model.kernels.cpu_ops import CpuOps
-from shardray.runtime.model.kernels.ops import NormWeights, Ops
+from shardray.runtime.model.kernels.ops import Angles, NormWeights, Ops
 from shardray.runtime.model.spec import Attention, Norm
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 BLOCK_SIZE = 16
+
+
+def own_heads(kv_of_head: tuple[int, ...]) -> OwnHeads:
+    return OwnHeads(kv_of_head, 0, len(kv_of_head))
 
 
 def check_close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -65,7 +69,7 @@ def test_decode_attention_equals_the_reference(
     num_kv_heads = kv_of_head[-1] + 1
     pages = filled_pages(64, num_kv_heads, head_dim, dtype)
     spec = Attention(len(kv_of_head), num_kv_heads, head_dim, head_dim**-0.5, qkv_bias=False, out_bias=False)
-    attention = PagedAttention(spec, kv_of_head, CPU)
+    attention = PagedAttention(spec, own_heads(kv_of_head), CPU)
     view = make_view(context_lens, num_pages=64)
     fused = torch.randn(len(context_lens), len(kv_of_head) + 2, head_dim).to(dtype)  # rows with a stride of their own
     queries = fused[:, : len(kv_of_head)]
@@ -82,7 +86,7 @@ def as_float(pages: KVPages) -> KVPages:
 
 def test_a_row_of_attention_is_the_same_bits_in_any_batch() -> None:
     pages = filled_pages(64, 3, 64, torch.bfloat16)
-    attention = PagedAttention(Attention(9, 3, 64, 0.125, False, False), (0, 0, 0, 1, 1, 1, 2, 2, 2), CPU)
+    attention = PagedAttention(Attention(9, 3, 64, 0.125), own_heads((0, 0, 0, 1, 1, 1, 2, 2, 2)), CPU)
     view = make_view([33, 5, 64, 17], num_pages=64)
     queries = torch.randn(4, 9, 64).bfloat16()
     together = CpuOps(torch.bfloat16, 2).attend(attention, queries, pages, 0, view)
@@ -98,7 +102,7 @@ def test_a_row_of_attention_is_the_same_bits_in_any_batch() -> None:
 
 def test_what_a_page_holds_beyond_the_context_does_not_matter() -> None:
     pages = filled_pages(4, 1, 16, torch.float32)
-    attention = PagedAttention(Attention(1, 1, 16, 0.25, False, False), (0,), CPU)
+    attention = PagedAttention(Attention(1, 1, 16, 0.25), own_heads((0,)), CPU)
     view = make_view([3], num_pages=4)
     queries = torch.randn(1, 1, 16)
     before = CpuOps(torch.float32, 1).attend(attention, queries, pages, 0, view)
@@ -131,7 +135,7 @@ def test_rotate_and_store_equals_the_reference(dtype: torch.dtype, rotary_dim: i
     for one in pages:
         one.keys.zero_()
         one.values.zero_()
-    angles = (angle.cos(), angle.sin())
+    angles = Angles(angle.cos(), angle.sin())
     expected = Ops().rotate_and_store(qkv.clone(), num_heads, angles, pages[0], 0, view)
     found = CpuOps(dtype, 2).rotate_and_store(qkv.clone(), num_heads, angles, pages[1], 0, view)
     check_close(found, expected)

@@ -61,13 +61,13 @@ def owned_bytes(parameters: dict[str, Parameter], plan: ShardPlan, tp_rank: int)
 
 
 def expected_bytes(spec: DecoderSpec, plan: ShardPlan, stage: int, tp_rank: int) -> int:
-    total = len(plan.stages[stage]) * owned_bytes(layer_parameters(spec), plan, tp_rank)
+    total = len(plan.stages[stage]) * owned_bytes(layer_parameters(spec, spec.layers[0]), plan, tp_rank)
     first, last = stage == 0, stage == plan.pp_size - 1
     if first:
         total += owned_bytes(embedding_parameters(spec), plan, tp_rank)
     if last:
         head = head_parameters(spec)
-        if first and spec.tied_embeddings:
+        if first and spec.head.tied:
             del head["head.weight"]  # the embedding's rows, which this rank has
         total += owned_bytes(head, plan, tp_rank)
     return total
@@ -97,7 +97,7 @@ def test_the_ranks_parts_put_together_are_the_checkpoint(folders: dict[str, Path
     loaders = [open_loader(folders[name], plan, tp_rank) for tp_rank in range(3)]
     for read, parameters in (
         (ParameterLoader.embedding, embedding_parameters(spec)),
-        (lambda loader: loader.layer(1), layer_parameters(spec)),
+        (lambda loader: loader.layer(1), layer_parameters(spec, spec.layers[1])),
         (ParameterLoader.head, head_parameters(spec)),
     ):
         expected = read(whole)

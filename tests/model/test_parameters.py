@@ -14,13 +14,25 @@ from shardray.runtime.model.parameters import (
     layer_parameters,
     model_sizes,
 )
-from shardray.runtime.model.spec import Attention, DecoderSpec, Learned, Mlp, Norm, Rotary
+from shardray.runtime.model.spec import (
+    Attention,
+    DecoderSpec,
+    Embedding,
+    Head,
+    Layer,
+    Learned,
+    Mlp,
+    Norm,
+    Norms,
+)
 
 
 @st.composite
 def decoder_specs(draw: st.DrawFn) -> DecoderSpec:
     flag = st.booleans()
     num_kv_heads, head_dim = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    norm = draw(st.builds(Norm, st.sampled_from(["rms", "layer"]), st.just(1e-5), flag, flag))
+    norms = st.sampled_from([None, norm])
     attention = Attention(
         num_heads=num_kv_heads * draw(st.integers(1, 4)),
         num_kv_heads=num_kv_heads,
@@ -28,22 +40,27 @@ def decoder_specs(draw: st.DrawFn) -> DecoderSpec:
         scale=1.0,
         qkv_bias=draw(flag),
         out_bias=draw(flag),
+        q_norm=draw(norms),
+        k_norm=draw(norms),
+        norm_over=draw(st.sampled_from(["head", "each", "all"])),
     )
+    around = st.builds(Norms, norms, norms, norms)
+    mlp = Mlp(draw(st.integers(1, 70)), "silu", draw(flag), draw(flag), draw(flag))
+    layers = [Layer(attention, mlp, draw(around), draw(around)) for _ in range(draw(st.integers(1, 6)))]
+    size, positions = draw(st.none() | st.integers(1, 9)), draw(st.sampled_from([None, Learned(7), Learned(7, 2)]))
     return DecoderSpec(
         vocab_size=draw(st.integers(1, 80)),
         hidden_size=draw(st.integers(1, 9)),
-        num_layers=draw(st.integers(1, 6)),
         max_positions=64,
-        norm=Norm(draw(st.sampled_from(["rms", "layer"])), 1e-5),
-        positions=draw(st.sampled_from([Rotary(1e4, 2), Learned(7), Learned(7, offset=2)])),
-        attention=attention,
-        mlp=Mlp(draw(st.integers(1, 70)), "silu", draw(flag), draw(flag), draw(flag)),
-        tied_embeddings=draw(flag),
+        embedding=Embedding(size=size, positions=positions, norm=draw(norms)),
+        layers=tuple(layers),
+        head=Head(draw(norms), tied=draw(flag), bias=draw(flag)),
     )
 
 
 def all_parameters(spec: DecoderSpec) -> dict[str, Parameter]:
-    return embedding_parameters(spec) | head_parameters(spec) | layer_parameters(spec)
+    """Those of the last layer for all layers."""
+    return embedding_parameters(spec) | head_parameters(spec) | layer_parameters(spec, spec.layers[-1])
 
 
 @given(spec=decoder_specs(), tp_size=st.integers(1, 7), data=st.data())
@@ -73,7 +90,7 @@ def test_a_rank_s_slices_of_one_layer_fit_together(spec: DecoderSpec, tp_size: i
     for tp_rank in range(tp_size):
 
         def shape(name: str, tp_rank: int = tp_rank) -> tuple[int, ...]:
-            owned = layer_parameters(spec)[name].owned(plan, tp_rank)
+            owned = layer_parameters(spec, spec.layers[-1])[name].owned(plan, tp_rank)
             return tuple(part.stop - part.start for part in owned)
 
         assert shape("q.weight") == (len(plan.heads[tp_rank]) * dim, spec.hidden_size)
@@ -94,5 +111,18 @@ def test_biases_exist_where_the_spec_has_them(spec: DecoderSpec) -> None:
     assert ("up.bias" in names) == spec.mlp.up_bias
     assert ("gate.bias" in names) == (spec.mlp.up_bias and spec.mlp.gated)
     assert ("down.bias" in names) == spec.mlp.down_bias
-    assert ("final_norm.bias" in names) == (spec.norm.kind == "layer")
-    assert ("positions.weight" in names) == isinstance(spec.positions, Learned)
+    assert ("head.bias" in names) == spec.head.bias
+    assert ("positions.weight" in names) == (spec.embedding.positions is not None)
+
+
+@given(spec=decoder_specs())
+def test_norms_exist_where_the_spec_has_them(spec: DecoderSpec) -> None:
+    names, layer = all_parameters(spec).keys(), spec.layers[-1]
+    norms = {"final_norm": spec.head.norm, "embed_norm": spec.embedding.norm}
+    norms |= {"q_norm": layer.attention.q_norm, "k_norm": layer.attention.k_norm}
+    for place in ("before", "inner", "after"):
+        norms[f"attention_norm.{place}"] = getattr(layer.attention_norms, place)
+        norms[f"mlp_norm.{place}"] = getattr(layer.mlp_norms, place)
+    for name, norm in norms.items():
+        assert (f"{name}.weight" in names) == (norm is not None and norm.has_weight)
+        assert (f"{name}.bias" in names) == (norm is not None and norm.has_bias)

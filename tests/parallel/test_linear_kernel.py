@@ -111,7 +111,7 @@ def test_layers_round_once_and_logits_not_at_all() -> None:
     assert merged(x).dtype == torch.bfloat16
     check(merged(x), x, weight, bias)
     check(RowParallelLinear(weight, bias, SoloComm())(x), x, weight, bias)
-    logits = VocabParallelHead(weight, [48], SoloComm())(x)
+    logits = VocabParallelHead(weight, None, [48], SoloComm())(x)
     assert logits is not None
     assert logits.dtype == torch.float32
 

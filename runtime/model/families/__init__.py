@@ -7,12 +7,62 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from shardray.runtime.model.families.bloom import BLOOM
+from shardray.runtime.model.families.cohere import COHERE, COHERE2
+from shardray.runtime.model.families.exaone4 import EXAONE4
+from shardray.runtime.model.families.falcon import FALCON
 from shardray.runtime.model.families.family import Family, nearest_of
+from shardray.runtime.model.families.gemma import GEMMA, GEMMA2, GEMMA3
 from shardray.runtime.model.families.gpt2 import GPT2
+from shardray.runtime.model.families.gpt_neo import GPT_NEO
+from shardray.runtime.model.families.gpt_neox import GPT_NEOX
+from shardray.runtime.model.families.gptj import CODEGEN, GPTJ
+from shardray.runtime.model.families.granite import GRANITE
 from shardray.runtime.model.families.llama import LLAMA
+from shardray.runtime.model.families.mistral import MISTRAL
+from shardray.runtime.model.families.mpt import MPT
+from shardray.runtime.model.families.nemotron import NEMOTRON
+from shardray.runtime.model.families.olmo import OLMO, OLMO2
+from shardray.runtime.model.families.opt import OPT
+from shardray.runtime.model.families.phi import PHI
+from shardray.runtime.model.families.phi3 import PHI3
+from shardray.runtime.model.families.qwen import QWEN2, QWEN3
+from shardray.runtime.model.families.smollm3 import SMOLLM3
+from shardray.runtime.model.families.stablelm import STABLELM
+from shardray.runtime.model.families.starcoder import GPT_BIGCODE, STARCODER2
 from shardray.runtime.model.spec import DecoderSpec, ModelConfigError
 
-FAMILIES = (LLAMA, GPT2)
+FAMILIES = (
+    BLOOM,
+    CODEGEN,
+    COHERE,
+    COHERE2,
+    EXAONE4,
+    FALCON,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    GPT2,
+    GPTJ,
+    GPT_BIGCODE,
+    GPT_NEO,
+    GPT_NEOX,
+    GRANITE,
+    LLAMA,
+    MISTRAL,
+    MPT,
+    NEMOTRON,
+    OLMO,
+    OLMO2,
+    OPT,
+    PHI,
+    PHI3,
+    QWEN2,
+    QWEN3,
+    SMOLLM3,
+    STABLELM,
+    STARCODER2,
+)
 
 _BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
 

@@ -4,24 +4,73 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from shardray.runtime.model.spec import DecoderSpec, ModelConfigError
+from shardray.runtime.model.spec import Activation, DecoderSpec, Layer, ModelConfigError
 
 T = TypeVar("T")
+
+_SLIDING = "sliding_attention"
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How rows of one parameter lie between those of others in a fused tensor: ``size`` rows, every ``stride`` rows."""
+
+    size: int
+    stride: int
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a checkpoint keeps a parameter. ``{layer}`` in the name stands for the layer's index.
+    """Where a checkpoint keeps a parameter. ``{layer}`` in the name stands for the layer's index, ``{row}`` for that of
+    a row, if each is a tensor of its own.
 
-    ``transposed``: stored as (in, out). ``start``: the first row (of the untransposed matrix) inside a fused tensor.
+    ``transposed``: stored as (in, out). ``start``: the first row (of the untransposed matrix) inside a fused tensor;
+    ``groups``: how the rows go on from there, if not one after the other.
     """
 
     name: str
     transposed: bool = False
     start: int = 0
+    groups: Groups | None = None
+
+    def rows(self, owned: slice) -> list[slice]:
+        """Where rows ``owned`` of the parameter are, in as few pieces as they lie in."""
+        if self.groups is None or owned.start == owned.stop:
+            return [slice(owned.start + self.start, owned.stop + self.start)]
+        size, stride = self.groups.size, self.groups.stride
+        pieces, row = [], owned.start
+        while row < owned.stop:
+            group, first = divmod(row, size)
+            count = min(size - first, owned.stop - row)
+            at = self.start + group * stride + first
+            pieces.append(slice(at, at + count))
+            row += count
+        return pieces
+
+    def stored_shapes(self, shape: tuple[int, ...], layer: int | None) -> dict[str, tuple[int, ...]]:
+        """The names of what holds a parameter of that shape, and the shapes that they need for it."""
+        if self.has_row_tensors:
+            return {self.name.format(layer=layer, row=row): shape[1:] for row in range(shape[0])}
+        stored = (self.rows(slice(shape[0] - 1, shape[0]))[0].stop, *shape[1:])
+        return {self.name.format(layer=layer): stored[::-1] if self.transposed else stored}
+
+    @property
+    def has_row_tensors(self) -> bool:
+        return "{row}" in self.name
 
 
 @dataclass(frozen=True)
@@ -34,6 +83,62 @@ class Family:
     sources: Callable[[DecoderSpec], dict[str, Source]]
     ignored: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ("",)  # what checkpoints of this family put before every name
+
+
+def sources(modules: Mapping[str, str], parts: Iterable[str] = ("weight", "bias")) -> dict[str, Source]:
+    """Parameters under names of their own, untransposed. Parts that a model lacks do no harm."""
+    return {f"{module}.{part}": Source(f"{name}.{part}") for module, name in modules.items() for part in parts}
+
+
+def fused_by_head(spec: DecoderSpec, name: str) -> dict[str, Source]:
+    """Queries, keys and values in one tensor: q, k and v of the first head, then of the next one."""
+    dim = spec.attention.head_dim
+    return {
+        f"{module}.{part}": Source(f"{name}.{part}", start=place * dim, groups=Groups(dim, 3 * dim))
+        for place, module in enumerate("qkv")
+        for part in ("weight", "bias")
+    }
+
+
+def change_layers(spec: DecoderSpec, change: Callable[[int, Layer], Layer]) -> DecoderSpec:
+    """``spec`` with each layer, of an index, changed."""
+    return replace(spec, layers=tuple(change(index, layer) for index, layer in enumerate(spec.layers)))
+
+
+def change_attention(spec: DecoderSpec, **changes: Any) -> DecoderSpec:
+    """``spec`` with fields of every layer's attention changed."""
+    return change_layers(spec, lambda _, layer: replace(layer, attention=replace(layer.attention, **changes)))
+
+
+def change_mlp(spec: DecoderSpec, **changes: Any) -> DecoderSpec:
+    """``spec`` with fields of every layer's MLP changed."""
+    return change_layers(spec, lambda _, layer: replace(layer, mlp=replace(layer.mlp, **changes)))
+
+
+def windowed_layers(spec: DecoderSpec, config: Mapping[str, Any], is_windowed: Callable[[int], bool]) -> DecoderSpec:
+    """``spec`` with ``sliding_window`` on the layers that ``layer_types`` names, or else those that ``is_windowed``."""
+    window = required(config, "sliding_window", int)
+    kinds = config.get("layer_types") or [_SLIDING if is_windowed(index) else "" for index in range(spec.num_layers)]
+    return change_layers(
+        spec,
+        lambda index, layer: replace(
+            layer, attention=replace(layer.attention, window=window if kinds[index] == _SLIDING else None)
+        ),
+    )
+
+
+def without_positions(spec: DecoderSpec, of: Callable[[int, Layer], bool]) -> DecoderSpec:
+    """``spec`` without rotary positions in some layers."""
+
+    def change(index: int, layer: Layer) -> Layer:
+        return replace(layer, attention=replace(layer.attention, rotary=None)) if of(index, layer) else layer
+
+    return change_layers(spec, change)
+
+
+def read_activation(config: Mapping[str, Any], field: str, default: str) -> Activation:
+    """An activation by the name that ``transformers`` has for it."""
+    return choice(config, field, default, _ACTIVATIONS)
 
 
 def required(config: Mapping[str, Any], field: str, kind: type[T]) -> T:

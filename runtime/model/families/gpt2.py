@@ -5,75 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shardray.runtime.model.families.family import (
-    Family,
-    Source,
-    choice,
-    optional,
-    refuse_unless,
-    required,
-    whole_parts,
-)
-from shardray.runtime.model.spec import Activation, Attention, DecoderSpec, Learned, Mlp, Norm
-
-_ACTIVATIONS: dict[str, Activation] = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu": "gelu",
-    "relu": "relu",
-    "silu": "silu",
-}
+from shardray.runtime.model.families.family import Family, Source, change_attention, optional, refuse_unless, sources
+from shardray.runtime.model.families.gpt_like import OLD, read_gpt_like
+from shardray.runtime.model.spec import DecoderSpec
 
 
 def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
     refuse_unless(config, "scale_attn_by_inverse_layer_idx", False)
     refuse_unless(config, "add_cross_attention", False)
-    hidden_size = required(config, "n_embd", int)
-    num_heads = required(config, "n_head", int)
-    head_dim = whole_parts(config, "n_embd", "n_head")
-    num_positions = required(config, "n_positions", int)
-    return DecoderSpec(
-        vocab_size=required(config, "vocab_size", int),
-        hidden_size=hidden_size,
-        num_layers=required(config, "n_layer", int),
-        max_positions=num_positions,
-        norm=Norm("layer", eps=optional(config, "layer_norm_epsilon", 1e-5)),
-        positions=Learned(num_positions),
-        attention=Attention(
-            num_heads=num_heads,
-            num_kv_heads=num_heads,
-            head_dim=head_dim,
-            scale=head_dim**-0.5 if optional(config, "scale_attn_weights", True) else 1.0,
-            qkv_bias=True,
-            out_bias=True,
-        ),
-        mlp=Mlp(
-            size=optional(config, "n_inner", 4 * hidden_size),
-            activation=choice(config, "activation_function", "gelu_new", _ACTIVATIONS),
-            gated=False,
-            up_bias=True,
-            down_bias=True,
-        ),
-        tied_embeddings=optional(config, "tie_word_embeddings", True),
-    )
+    spec = read_gpt_like(config, OLD, positions=True)
+    return spec if optional(config, "scale_attn_weights", True) else change_attention(spec, scale=1.0)
 
 
 def _sources(spec: DecoderSpec) -> dict[str, Source]:
     layer, hidden = "h.{layer}.", spec.hidden_size
-    norms = {"attention_norm": layer + "ln_1", "mlp_norm": layer + "ln_2", "final_norm": "ln_f"}
-    linears = {"o": layer + "attn.c_proj", "up": layer + "mlp.c_fc", "down": layer + "mlp.c_proj"}
-    found = {
-        "embed.weight": Source("wte.weight"),
-        "positions.weight": Source("wpe.weight"),
-        "head.weight": Source("wte.weight" if spec.tied_embeddings else "lm_head.weight"),
-    }
-    for module, name in norms.items():
-        found |= {f"{module}.{part}": Source(f"{name}.{part}") for part in ("weight", "bias")}
-    for module, name in linears.items():
-        found |= {
-            f"{module}.weight": Source(f"{name}.weight", transposed=True),
-            f"{module}.bias": Source(f"{name}.bias"),
-        }
+    found = gpt_sources(spec)
+    for module, name in {"o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}.items():
+        found[f"{module}.weight"] = Source(f"{layer}{name}.weight", transposed=True)
     for index, module in enumerate("qkv"):
         start = index * hidden
         found[f"{module}.weight"] = Source(layer + "attn.c_attn.weight", transposed=True, start=start)
@@ -81,11 +29,38 @@ def _sources(spec: DecoderSpec) -> dict[str, Source]:
     return found
 
 
+def gpt_sources(spec: DecoderSpec) -> dict[str, Source]:
+    """The names that GPT-2 gave, but for queries, keys and values; nothing transposed."""
+    layer = "h.{layer}."
+    return sources(
+        {
+            "embed": "wte",
+            "positions": "wpe",
+            "attention_norm.before": layer + "ln_1",
+            "o": layer + "attn.c_proj",
+            "mlp_norm.before": layer + "ln_2",
+            "up": layer + "mlp.c_fc",
+            "down": layer + "mlp.c_proj",
+            "final_norm": "ln_f",
+            "head": "wte" if spec.head.tied else "lm_head",
+        }
+    )
+
+
+GPT_IGNORED = (
+    "*.attn.bias",
+    "*.attn.masked_bias",
+    "*.attn.causal_mask",
+    "*.attention.bias",
+    "*.attention.masked_bias",
+    "lm_head.weight",
+)
+
 GPT2 = Family(
     name="gpt2",
     model_types=("gpt2",),
     read_config=_read_config,
     sources=_sources,
-    ignored=("*.attn.bias", "*.attn.masked_bias", "lm_head.weight"),
+    ignored=GPT_IGNORED,
     prefixes=("transformer.", ""),
 )

@@ -34,7 +34,7 @@ class CpuOps(Ops):
         self._num_threads = num_threads
 
     def add_norm(self, norm: NormWeights, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-        if norm.norm.kind != "rms" or not x.is_contiguous():
+        if norm.norm.kind != "rms" or norm.weight is None or norm.bias is not None or not x.is_contiguous():
             return super().add_norm(norm, x, delta)
         num_tokens, size = x.shape
         out = torch.empty_like(x)
@@ -48,10 +48,10 @@ class CpuOps(Ops):
     def rotate_and_store(
         self, qkv: Tensor, num_heads: int, angles: Angles | None, pages: KVPages, layer: int, view: StepView
     ) -> Tensor:
-        if angles is None:
+        if angles is None or angles.interleaved:
             return super().rotate_and_store(qkv, num_heads, angles, pages, layer, view)
         num_tokens, total_heads, head_dim = qkv.shape
-        cos, sin = angles
+        cos, sin = angles.cos, angles.sin
         self._rotate_and_store(
             self._threads(num_tokens), num_tokens, num_heads, (total_heads - num_heads) // 2, head_dim, cos.shape[1],
             pages.block_size, qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), view.cache_index.data_ptr(),
@@ -62,7 +62,7 @@ class CpuOps(Ops):
     def attend(self, attention: PagedAttention, queries: Tensor, pages: KVPages, layer: int, view: StepView) -> Tensor:
         num_kv_heads, block_size, head_dim = pages.values.shape[2:]
         in_vectors = head_dim % vector.WIDTH == 0 and block_size % vector.WIDTH == 0
-        if view.num_decodes == 0 or attention.num_heads == 0 or not in_vectors:
+        if view.num_decodes == 0 or attention.num_heads == 0 or not (in_vectors and attention.is_plain):
             return super().attend(attention, queries, pages, layer, view)
         out = torch.empty(queries.shape, dtype=queries.dtype)
         self._decode(

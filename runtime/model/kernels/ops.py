@@ -6,8 +6,9 @@ subclasses this one, overrides what it does better, and must give the same resul
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +17,28 @@ from torch import Tensor
 from shardray.runtime.model.attention import KVPages, PagedAttention, StepView
 from shardray.runtime.model.spec import Activation, Norm
 
-Angles = tuple[Tensor, Tensor]  # cosines and sines, each (T, dim // 2) float32
+
+class Angles(NamedTuple):
+    """Of rotary positions, one row a token or position."""
+
+    cos: Tensor  # (T, dim // 2) float32
+    sin: Tensor
+    interleaved: bool = False  # which elements are a pair: see Rotary
+
+    def at(self, positions: Tensor) -> Angles:
+        return Angles(self.cos[positions], self.sin[positions], self.interleaved)
+
+    def to(self, device: torch.device) -> Angles:
+        return Angles(self.cos.to(device), self.sin.to(device), self.interleaved)
+
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
 }
 
 
@@ -31,8 +47,25 @@ class NormWeights:
     """A norm and its float32 weights."""
 
     norm: Norm
-    weight: Tensor  # (H,)
+    weight: Tensor | None  # (H,), the offset added
     bias: Tensor | None
+
+    @classmethod
+    def of(cls, norm: Norm, name: str, parameters: Mapping[str, Tensor]) -> NormWeights:
+        """Those of the norm of that name."""
+        weight = parameters[f"{name}.weight"].float() + norm.offset if norm.has_weight else None
+        return cls(norm, weight, parameters[f"{name}.bias"].float() if norm.has_bias else None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., H) -> (..., H), computed in float32"""
+        shape, eps = (x.shape[-1],), self.norm.eps
+        if self.norm.kind == "rms":
+            normed = F.rms_norm(x.float(), shape, None, eps)
+        else:
+            normed = F.layer_norm(x.float(), shape, None, None, eps)
+        if self.weight is not None:
+            normed = normed * self.weight  # which may be one per head: wider than what is normalized
+        return (normed if self.bias is None else normed + self.bias).to(x.dtype)
 
 
 class Ops:
@@ -42,10 +75,7 @@ class Ops:
         """(x + delta, norm(x + delta)), each (T, H); the norm is computed in float32. May write into ``x``."""
         if delta is not None:
             x = x + delta
-        shape, eps = tuple(norm.weight.shape), norm.norm.eps
-        if norm.norm.kind == "rms":
-            return x, F.rms_norm(x.float(), shape, norm.weight, eps).to(x.dtype)
-        return x, F.layer_norm(x.float(), shape, norm.weight, norm.bias, eps).to(x.dtype)
+        return x, norm(x)
 
     def rotate_and_store(
         self, qkv: Tensor, num_heads: int, angles: Angles | None, pages: KVPages, layer: int, view: StepView
@@ -74,9 +104,13 @@ class Ops:
 
 def apply_rotary(x: Tensor, angles: Angles) -> Tensor:
     """Rotate the first 2 * (dim // 2) elements of each head of (T, heads, d), in float32."""
-    cos, sin = angles[0][:, None], angles[1][:, None]
-    half = cos.shape[-1]
-    first, second, rest = torch.split(x, [half, half, x.shape[-1] - 2 * half], dim=-1)
-    first, second = first.float(), second.float()
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
+    cos, sin = angles.cos[:, None], angles.sin[:, None]
+    dim = 2 * cos.shape[-1]
+    turned, rest = x[..., :dim].float(), x[..., dim:]
+    if angles.interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    else:
+        first, second = turned.chunk(2, dim=-1)
+    parts = first * cos - second * sin, second * cos + first * sin
+    rotated = torch.stack(parts, dim=-1).flatten(-2) if angles.interleaved else torch.cat(parts, dim=-1)
+    return torch.cat((rotated.to(x.dtype), rest), dim=-1) if rest.shape[-1] else rotated.to(x.dtype)

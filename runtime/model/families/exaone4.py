@@ -1,0 +1,44 @@
+"""EXAONE 4: norms on what blocks give and on queries and keys; layers that see everything know no positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from shardray.runtime.model.families.family import (
+    Family,
+    Source,
+    change_attention,
+    change_layers,
+    optional,
+    windowed_layers,
+    without_positions,
+)
+from shardray.runtime.model.families.llama import LLAMA_IGNORED, llama_like_sources, read_llama_like
+from shardray.runtime.model.spec import DecoderSpec, Norms
+
+
+def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
+    spec = read_llama_like({"rms_norm_eps": 1e-5, **config})
+    norms = Norms(inner=spec.head.norm)
+    spec = change_layers(spec, lambda _, layer: replace(layer, attention_norms=norms, mlp_norms=norms))
+    spec = change_attention(spec, q_norm=spec.head.norm, k_norm=spec.head.norm)
+    if not config.get("sliding_window"):
+        return spec
+    pattern = optional(config, "sliding_window_pattern", 4)
+    spec = windowed_layers(spec, config, lambda index: (index + 1) % pattern != 0)
+    return without_positions(spec, lambda _, layer: layer.attention.window is None)
+
+
+def _sources(spec: DecoderSpec) -> dict[str, Source]:
+    return llama_like_sources(
+        spec,
+        q_norm="self_attn.q_norm",
+        k_norm="self_attn.k_norm",
+        attention_norm__inner="post_attention_layernorm",
+        mlp_norm__inner="post_feedforward_layernorm",
+    )
+
+
+EXAONE4 = Family("exaone4", ("exaone4",), _read_config, _sources, LLAMA_IGNORED)

@@ -1,0 +1,45 @@
+"""GPT-Neo: GPT-2 with unscaled scores and, in every other layer, a window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from shardray.runtime.model.families.family import Family, Source, change_attention, change_layers, required, sources
+from shardray.runtime.model.families.gpt2 import GPT_IGNORED, gpt_sources
+from shardray.runtime.model.families.gpt_like import Fields, read_gpt_like
+from shardray.runtime.model.spec import DecoderSpec
+
+_FIELDS = Fields(
+    num_layers="num_layers", num_heads="num_heads", activation="activation_function", eps="layer_norm_epsilon"
+)
+
+
+def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
+    spec = change_attention(read_gpt_like(config, _FIELDS, positions=True), scale=1.0, qkv_bias=False)
+    kinds = config.get("attention_layers")
+    if kinds is None:  # [[kinds that take turns, how often], ...]
+        kinds = [kind for turns, count in config.get("attention_types") or [] for kind in turns * count]
+    window = required(config, "window_size", int)
+    return change_layers(
+        spec,
+        lambda index, layer: replace(
+            layer, attention=replace(layer.attention, window=window if kinds[index] == "local" else None)
+        ),
+    )
+
+
+def _sources(spec: DecoderSpec) -> dict[str, Source]:
+    modules = {module: f"h.{{layer}}.attn.attention.{module}_proj" for module in "qkv"}
+    return gpt_sources(spec) | sources(modules | {"o": "h.{layer}.attn.attention.out_proj"})
+
+
+GPT_NEO = Family(
+    name="gpt-neo",
+    model_types=("gpt_neo",),
+    read_config=_read_config,
+    sources=_sources,
+    ignored=GPT_IGNORED,
+    prefixes=("transformer.", ""),
+)

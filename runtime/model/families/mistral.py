@@ -1,0 +1,23 @@
+"""Mistral: a Llama whose tokens may see a window only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from shardray.runtime.model.families.family import Family, change_attention, optional
+from shardray.runtime.model.families.llama import LLAMA_IGNORED, llama_like_sources, read_llama_like
+from shardray.runtime.model.spec import DecoderSpec
+
+
+def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
+    return change_attention(read_llama_like(config), window=optional(config, "sliding_window", 0) or None)
+
+
+MISTRAL = Family(
+    name="mistral",
+    model_types=("mistral",),
+    read_config=_read_config,
+    sources=llama_like_sources,
+    ignored=LLAMA_IGNORED,
+)

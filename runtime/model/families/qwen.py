@@ -1,0 +1,46 @@
+"""Qwen2 (biases on queries, keys and values) and Qwen3 (norms on queries and keys instead)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from shardray.runtime.model.families.family import Family, Source, change_attention, optional, windowed_layers
+from shardray.runtime.model.families.llama import LLAMA_IGNORED, llama_like_sources, read_llama_like
+from shardray.runtime.model.spec import DecoderSpec
+
+
+def _with_windows(spec: DecoderSpec, config: Mapping[str, Any]) -> DecoderSpec:
+    if not optional(config, "use_sliding_window", False):
+        return spec
+    first = optional(config, "max_window_layers", spec.num_layers)
+    return windowed_layers(spec, config, lambda index: index >= first)
+
+
+def _read_qwen2(config: Mapping[str, Any]) -> DecoderSpec:
+    return _with_windows(change_attention(read_llama_like(config), qkv_bias=True), config)
+
+
+def _read_qwen3(config: Mapping[str, Any]) -> DecoderSpec:
+    spec = read_llama_like(config)
+    return _with_windows(change_attention(spec, q_norm=spec.head.norm, k_norm=spec.head.norm), config)
+
+
+def _qwen3_sources(spec: DecoderSpec) -> dict[str, Source]:
+    return llama_like_sources(spec, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
+
+
+QWEN2 = Family(
+    name="qwen2",
+    model_types=("qwen2",),
+    read_config=_read_qwen2,
+    sources=llama_like_sources,
+    ignored=LLAMA_IGNORED,
+)
+QWEN3 = Family(
+    name="qwen3",
+    model_types=("qwen3",),
+    read_config=_read_qwen3,
+    sources=_qwen3_sources,
+    ignored=LLAMA_IGNORED,
+)

@@ -1,0 +1,22 @@
+"""SmolLM3: a Llama in which every fourth layer knows no positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from shardray.runtime.model.families.family import Family, optional, windowed_layers, without_positions
+from shardray.runtime.model.families.llama import LLAMA_IGNORED, llama_like_sources, read_llama_like
+from shardray.runtime.model.spec import DecoderSpec
+
+
+def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
+    spec = read_llama_like(config, tied=True)
+    interval = optional(config, "no_rope_layer_interval", 4)
+    rotated = config.get("no_rope_layers") or [(index + 1) % interval != 0 for index in range(spec.num_layers)]
+    if optional(config, "use_sliding_window", False):
+        spec = windowed_layers(spec, config, lambda index: not rotated[index])
+    return without_positions(spec, lambda index, _: not rotated[index])
+
+
+SMOLLM3 = Family("smollm3", ("smollm3",), _read_config, llama_like_sources, LLAMA_IGNORED)

@@ -1,0 +1,54 @@
+"""Every family on every small shape: the float32 greedy tokens of transformers, requests of unlike lengths together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.engine.test_same_tokens import make_arrivals
+from tests.model.zoo import ZOO, save
+from tests.ranks import Arrival, RankPool
+from tests.tiny_models import Reference
+
+SHAPES = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2)]
+MAX_TOKENS = 24
+PROMPT_LENS = [1, 30, 9, 17, 41]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    pool = RankPool(4)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_family_gives_the_tokens_of_transformers_on_any_shape(pool: RankPool, name: str, tmp_path: Path) -> None:
+    reference = Reference(save(name, tmp_path))
+    arrivals = make_arrivals(97, PROMPT_LENS, MAX_TOKENS)
+    expected = {
+        arrival.request.request_id: reference.greedy(arrival.request.prompt_ids, MAX_TOKENS) for arrival in arrivals
+    }
+    for shape in SHAPES:
+        assert serve(pool, tmp_path, shape, arrivals) == expected, shape
+    assert serve_short_of_pages(pool, tmp_path, arrivals) == expected
+
+
+def serve(pool: RankPool, folder: Path, shape: tuple[int, int], arrivals: list[Arrival]) -> dict[str, list[int]]:
+    with pool.mesh(folder, *shape, max_num_seqs=4, max_num_batched_tokens=32, max_model_len=128) as mesh:
+        served = mesh.serve(arrivals)
+    return {request_id: served.token_ids(request_id) for request_id in served.outputs}
+
+
+def serve_short_of_pages(pool: RankPool, folder: Path, arrivals: list[Arrival]) -> dict[str, list[int]]:
+    """On two tensor ranks, with so few pages that requests are preempted."""
+    fields = {"max_num_seqs": 5, "max_model_len": 128}
+    with pool.mesh(folder, 2, 1, **fields) as mesh:
+        page_bytes = max(info.kv_bytes * 16 // info.num_kv_tokens for info in mesh.infos)
+    with pool.mesh(folder, 2, 1, kv_memory_bytes=9 * page_bytes, **fields) as mesh:
+        served = mesh.serve([Arrival(arrival.request) for arrival in arrivals])
+    assert served.stats.num_preemptions > 0
+    assert served.stats.num_used_pages == 0
+    return {request_id: served.token_ids(request_id) for request_id in served.outputs}
