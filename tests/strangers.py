@@ -49,7 +49,7 @@ def listeners_of(pids: Sequence[int]) -> set[Address]:
 
 def call(address: Address, greeting: bytes, source: str = _OWN_SOURCES[0]) -> socket.socket | None:
     try:
-        sock = socket.create_connection(address, timeout=1.0, source_address=(source, 0))
+        sock = socket.create_connection(address, timeout=5.0, source_address=(source, 0))
     except OSError:
         return None  # it does not listen any more
     with contextlib.suppress(OSError):
