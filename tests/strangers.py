@@ -47,9 +47,11 @@ def listeners_of(pids: Sequence[int]) -> set[Address]:
     return found
 
 
-def call(address: Address, greeting: bytes, source: str = _OWN_SOURCES[0]) -> socket.socket | None:
+def call(
+    address: Address, greeting: bytes, source: str = _OWN_SOURCES[0], timeout_s: float = 1.0
+) -> socket.socket | None:
     try:
-        sock = socket.create_connection(address, timeout=5.0, source_address=(source, 0))
+        sock = socket.create_connection(address, timeout=timeout_s, source_address=(source, 0))
     except OSError:
         return None  # it does not listen any more
     with contextlib.suppress(OSError):
