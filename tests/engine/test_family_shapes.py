@@ -13,6 +13,7 @@ from tests.ranks import Arrival, RankPool
 from tests.tiny_models import Reference
 
 SHAPES = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2)]
+QUICK_SHAPES = [(2, 2)]
 MAX_TOKENS = 24
 PROMPT_LENS = [1, 30, 9, 17, 41]
 
@@ -24,14 +25,17 @@ def pool() -> Iterator[RankPool]:
     pool.close()
 
 
+@pytest.mark.parametrize("shapes", [QUICK_SHAPES, pytest.param(SHAPES, marks=pytest.mark.slow)], ids=["quick", "all"])
 @pytest.mark.parametrize("name", ZOO)
-def test_a_family_gives_the_tokens_of_transformers_on_any_shape(pool: RankPool, name: str, tmp_path: Path) -> None:
+def test_a_family_gives_the_tokens_of_transformers(
+    pool: RankPool, name: str, shapes: list[tuple[int, int]], tmp_path: Path
+) -> None:
     reference = Reference(save(name, tmp_path))
     arrivals = make_arrivals(97, PROMPT_LENS, MAX_TOKENS)
     expected = {
         arrival.request.request_id: reference.greedy(arrival.request.prompt_ids, MAX_TOKENS) for arrival in arrivals
     }
-    for shape in SHAPES:
+    for shape in shapes:
         assert serve(pool, tmp_path, shape, arrivals) == expected, shape
     assert serve_short_of_pages(pool, tmp_path, arrivals) == expected
 
@@ -43,11 +47,11 @@ def serve(pool: RankPool, folder: Path, shape: tuple[int, int], arrivals: list[A
 
 
 def serve_short_of_pages(pool: RankPool, folder: Path, arrivals: list[Arrival]) -> dict[str, list[int]]:
-    """On two tensor ranks, with so few pages that requests are preempted."""
+    """On three tensor ranks, with so few pages that requests are preempted."""
     fields = {"max_num_seqs": 5, "max_model_len": 128}
-    with pool.mesh(folder, 2, 1, **fields) as mesh:
+    with pool.mesh(folder, 3, 1, **fields) as mesh:
         page_bytes = max(info.kv_bytes * 16 // info.num_kv_tokens for info in mesh.infos)
-    with pool.mesh(folder, 2, 1, kv_memory_bytes=9 * page_bytes, **fields) as mesh:
+    with pool.mesh(folder, 3, 1, kv_memory_bytes=9 * page_bytes, **fields) as mesh:
         served = mesh.serve([Arrival(arrival.request) for arrival in arrivals])
     assert served.stats.num_preemptions > 0
     assert served.stats.num_used_pages == 0
