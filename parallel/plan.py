@@ -30,6 +30,8 @@ class Axis(enum.StrEnum):
     KV_HEADS = "kv_heads"
     FFN = "ffn"
     VOCAB = "vocab"
+    EXPERTS = "experts"
+    EXPERT_FFN = "expert_ffn"
 
 
 class PlanError(ValueError):
@@ -42,7 +44,6 @@ class ModelSizes:
 
     num_heads: int
     num_kv_heads: int
-    ffn_size: int
     vocab_size: int
     layer_costs: tuple[float, ...]
     embed_cost: float = 0.0
@@ -51,21 +52,39 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """The layers of each stage and, for each axis, the block of each tensor rank."""
+    """The layers of each stage, and for each axis the block of each tensor rank.
+
+    Experts are cut like any MLP, or whole ones go to ranks (``expert_parallel``).
+    """
 
     sizes: ModelSizes
     tp_size: int
     pp_size: int
     stages: tuple[range, ...]
+    weights: tuple[float, ...]  # of the tensor ranks
     heads: tuple[range, ...]
     kv_heads: tuple[range, ...]
-    ffn: tuple[range, ...]
-    vocab: tuple[range, ...]
+    expert_parallel: bool = False
 
-    def owned(self, axis: Axis, tp_rank: int) -> range:
-        """The units of ``axis`` that a tensor rank owns (its whole-model indices)."""
-        blocks: tuple[range, ...] = getattr(self, axis.value)
-        return blocks[tp_rank]
+    def owned(self, axis: Axis, tp_rank: int, count: int) -> range:
+        """Which of ``count`` units of ``axis`` a tensor rank owns (its whole-model indices)."""
+        match axis:
+            case Axis.HEADS:
+                return self.heads[tp_rank]
+            case Axis.KV_HEADS:
+                return self.kv_heads[tp_rank]
+            case Axis.EXPERTS if self.expert_parallel:
+                return split_units(count, self.weights)[tp_rank]
+            case Axis.FFN | Axis.VOCAB:
+                return split_aligned(count, self.weights)[tp_rank]
+            case Axis.EXPERT_FFN if not self.expert_parallel:
+                return split_aligned(count, self.weights)[tp_rank]
+        return range(count)
+
+    @property
+    def vocab(self) -> tuple[range, ...]:
+        """The vocabulary rows of each tensor rank."""
+        return split_aligned(self.sizes.vocab_size, self.weights)
 
     def kv_of_heads(self, tp_rank: int) -> tuple[int, ...]:
         """For each query head of the rank, the index of its KV head among the KV heads that the rank holds."""
@@ -79,6 +98,7 @@ def make_plan(
     pp_size: int,
     tensor_split: Sequence[float] | None = None,
     stage_layers: Sequence[int] | None = None,
+    expert_parallel: bool = False,
 ) -> ShardPlan:
     """Cut a model for ``tp_size`` tensor ranks in each of ``pp_size`` stages.
 
@@ -92,10 +112,10 @@ def make_plan(
         tp_size=tp_size,
         pp_size=pp_size,
         stages=_stages(sizes, pp_size, stage_layers),
+        weights=tuple(weights),
         heads=heads,
         kv_heads=tuple(_kv_range(sizes, block) for block in heads),
-        ffn=split_aligned(sizes.ffn_size, weights),
-        vocab=split_aligned(sizes.vocab_size, weights),
+        expert_parallel=expert_parallel,
     )
 
 

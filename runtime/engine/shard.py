@@ -216,7 +216,7 @@ def _allocate_pages(
 
 def _step_bytes(assignment: ShardAssignment, spec: DecoderSpec, dtype: torch.dtype) -> int:
     """An upper estimate of what one step's activations take: the widest layer's inputs and outputs, and the logits."""
-    widest = 4 * spec.hidden_size + 3 * spec.mlp.size + 3 * spec.attention.num_heads * spec.attention.head_dim
+    widest = 4 * spec.hidden_size + 3 * spec.widest_mlp + 3 * spec.attention.num_heads * spec.attention.head_dim
     logits = 3 * 4 * assignment.max_num_seqs * spec.vocab_size
     return int(assignment.max_num_batched_tokens * widest * max(dtype.itemsize, 4)) + logits
 

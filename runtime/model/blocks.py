@@ -7,18 +7,16 @@ Legend: T tokens of the step, H hidden size, n / g query and KV heads of this ra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
 from shardray.parallel.comm import Comm
 from shardray.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from shardray.runtime.model.attention import KVPages, OwnHeads, PagedAttention, StepView
 from shardray.runtime.model.kernels.ops import Angles, NormWeights, Ops
+from shardray.runtime.model.mlp import Parameters, mlp_block
 from shardray.runtime.model.query_key_norm import QueryKeyNorm
-from shardray.runtime.model.spec import Attention, Layer, Mlp, Norm, Norms
+from shardray.runtime.model.spec import Attention, Layer, Norm, Norms
 
-Parameters = Mapping[str, Tensor]
 Pending = tuple[Tensor, Tensor | None]  # the residual (T, H), and what is to be added to it
 
 
@@ -41,30 +39,13 @@ class AttentionBlock:
     def __call__(self, x: Tensor, layer: int, pages: KVPages, view: StepView, angles: Angles | None) -> Tensor:
         """(T, H) -> (T, H)"""
         qkv = self._qkv(x).view(x.shape[0], self._total_heads, self._spec.head_dim)  # (T, n + 2 g, d)
-        if self._spec.clip is not None:
-            qkv = qkv.clamp_(-self._spec.clip, self._spec.clip)
         if self._norm is not None:
             qkv = self._norm(qkv)
+        if self._spec.clip is not None:
+            qkv = qkv.clamp_(-self._spec.clip, self._spec.clip)
         queries = self._ops.rotate_and_store(qkv, self._num_heads, angles, pages, layer, view)
         attended = self._ops.attend(self._attention, queries, pages, layer, view)
         return self._out(attended.reshape(x.shape[0], self._num_heads * self._spec.head_dim))
-
-
-class MlpBlock:
-    """Gated or not; gate and up in one product."""
-
-    def __init__(self, mlp: Mlp, parameters: Parameters, comm: Comm, ops: Ops) -> None:
-        names = ("gate", "up") if mlp.gated else ("up",)
-        biases = [parameters[f"{name}.bias"] for name in names] if mlp.up_bias else None
-        self._ops = ops
-        self._mlp = mlp
-        self._in = ColumnParallelLinear.merged([parameters[f"{name}.weight"] for name in names], biases)
-        self._out = RowParallelLinear(parameters["down.weight"], parameters.get("down.bias"), comm)
-        self.num_bytes = self._in.num_bytes + self._out.num_bytes
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(T, H) -> (T, H)"""
-        return self._out(self._ops.activate(self._in(x), self._mlp.activation, self._mlp.gated))
 
 
 class _Around:
@@ -99,12 +80,14 @@ class _Around:
 class DecoderLayer:
     """Attention and MLP, one after the other or side by side."""
 
-    def __init__(self, layer: Layer, heads: OwnHeads, parameters: Parameters, comm: Comm, ops: Ops) -> None:
+    def __init__(
+        self, layer: Layer, heads: OwnHeads, first_expert: int, parameters: Parameters, comm: Comm, ops: Ops
+    ) -> None:
         scale = layer.residual_scale
         self._around_attention = _Around("attention", layer.attention_norms, scale, parameters, ops)
         self._attention = AttentionBlock(layer.attention, heads, parameters, comm, ops)
         self._around_mlp = _Around("mlp", layer.mlp_norms, scale, parameters, ops)
-        self._mlp = MlpBlock(layer.mlp, parameters, comm, ops)
+        self._mlp = mlp_block(layer.mlp, first_expert, parameters, comm, ops)
         self._parallel = layer.parallel
         self._shares_norm = layer.mlp_norms.before is None
         self.rotary = layer.attention.rotary

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardray.parallel.plan import Axis, ModelSizes, ShardPlan
-from shardray.runtime.model.spec import Attention, DecoderSpec, Layer, Mlp, Norm
+from shardray.runtime.model.spec import Attention, DecoderSpec, Experts, Layer, Mlp, Norm
 
 
 @dataclass(frozen=True)
@@ -35,21 +35,21 @@ class Parameter:
     """A whole parameter and how it is cut."""
 
     shape: tuple[int, ...]
-    split: Split | None = None
+    splits: tuple[Split, ...] = ()
 
     def owned(self, plan: ShardPlan, tp_rank: int) -> tuple[slice, ...]:
         """The slice of the whole parameter that a tensor rank owns."""
         index = [slice(0, size) for size in self.shape]
-        if self.split is not None:
-            units = plan.owned(self.split.axis, tp_rank)
-            index[self.split.dim] = slice(units.start * self.split.unit, units.stop * self.split.unit)
+        for split in self.splits:
+            units = plan.owned(split.axis, tp_rank, self.shape[split.dim] // split.unit)
+            index[split.dim] = slice(units.start * split.unit, units.stop * split.unit)
         return tuple(index)
 
 
 def embedding_parameters(spec: DecoderSpec) -> dict[str, Parameter]:
     """What the first stage holds besides its layers."""
     embedding, hidden = spec.embedding, spec.hidden_size
-    found = {"embed.weight": Parameter((spec.vocab_size, embedding.size or hidden), Split(0, Axis.VOCAB))}
+    found = {"embed.weight": Parameter((spec.vocab_size, embedding.size or hidden), (Split(0, Axis.VOCAB),))}
     if embedding.size is not None:
         found["embed_projection.weight"] = Parameter((hidden, embedding.size))
     if embedding.positions is not None:
@@ -74,7 +74,10 @@ def layer_parameters(spec: DecoderSpec, layer: Layer) -> dict[str, Parameter]:
     for block, norms in (("attention", layer.attention_norms), ("mlp", layer.mlp_norms)):
         for place in ("before", "inner", "after"):
             found |= _norm(f"{block}_norm.{place}", getattr(norms, place), (hidden,))
-    return found | _attention_parameters(layer.attention, hidden) | _mlp_parameters(layer.mlp, hidden)
+    found |= _attention_parameters(layer.attention, hidden)
+    if isinstance(layer.mlp, Experts):
+        return found | _expert_parameters(layer.mlp, hidden)
+    return found | _mlp_parameters(layer.mlp, hidden)
 
 
 def _attention_parameters(attention: Attention, hidden: int) -> dict[str, Parameter]:
@@ -87,16 +90,31 @@ def _attention_parameters(attention: Attention, hidden: int) -> dict[str, Parame
     for name, norm in (("q", attention.q_norm), ("k", attention.k_norm)):
         split, num_heads = splits[name], widths[name] // dim
         shapes = {"head": (dim,), "each": (num_heads, dim), "all": (num_heads * dim,)}
-        cuts = {"head": None, "each": Split(0, split.axis), "all": split}
-        found |= _norm(f"{name}_norm", norm, shapes[attention.norm_over], cuts[attention.norm_over])
+        cuts = {"head": (), "each": (Split(0, split.axis),), "all": (split,)}
+        found |= _norm(f"{name}_norm", norm, shapes[attention.norm_over], *cuts[attention.norm_over])
     return found
 
 
-def _mlp_parameters(mlp: Mlp, hidden: int) -> dict[str, Parameter]:
-    found = _linear("up", (mlp.size, hidden), Split(0, Axis.FFN), mlp.up_bias)
+def _mlp_parameters(mlp: Mlp, hidden: int, prefix: str = "") -> dict[str, Parameter]:
+    found = _linear(f"{prefix}up", (mlp.size, hidden), Split(0, Axis.FFN), mlp.up_bias)
     if mlp.gated:
-        found |= _linear("gate", (mlp.size, hidden), Split(0, Axis.FFN), mlp.up_bias)
-    return found | _linear("down", (hidden, mlp.size), Split(1, Axis.FFN), mlp.down_bias)
+        found |= _linear(f"{prefix}gate", (mlp.size, hidden), Split(0, Axis.FFN), mlp.up_bias)
+    return found | _linear(f"{prefix}down", (hidden, mlp.size), Split(1, Axis.FFN), mlp.down_bias)
+
+
+def _expert_parameters(experts: Experts, hidden: int) -> dict[str, Parameter]:
+    """Experts' matrices one after the other along the first dimension."""
+    count, mlp = experts.num_experts, experts.mlp
+    found = {"router.weight": Parameter((count, hidden))}
+    rows, columns = ((Split(0, Axis.EXPERTS), Split(dim, Axis.EXPERT_FFN)) for dim in (1, 2))
+    for name in ("gate", "up") if mlp.gated else ("up",):
+        found[f"experts.{name}.weight"] = Parameter((count, mlp.size, hidden), rows)
+    found["experts.down.weight"] = Parameter((count, hidden, mlp.size), columns)
+    if experts.shared is not None:
+        found |= _mlp_parameters(experts.shared, hidden, "shared.")
+    if experts.has_shared_gate:
+        found["shared_gate.weight"] = Parameter((1, hidden))
+    return found
 
 
 def model_sizes(spec: DecoderSpec) -> ModelSizes:
@@ -104,7 +122,6 @@ def model_sizes(spec: DecoderSpec) -> ModelSizes:
     return ModelSizes(
         num_heads=spec.attention.num_heads,
         num_kv_heads=spec.attention.num_kv_heads,
-        ffn_size=spec.mlp.size,
         vocab_size=spec.vocab_size,
         layer_costs=tuple(float(_num_elements(layer_parameters(spec, layer))) for layer in spec.layers),
         embed_cost=float(spec.hidden_size),
@@ -126,15 +143,15 @@ def num_owned_elements(spec: DecoderSpec, plan: ShardPlan, stage: int, tp_rank: 
 
 
 def _linear(name: str, shape: tuple[int, int], split: Split, bias: bool) -> dict[str, Parameter]:
-    found = {f"{name}.weight": Parameter(shape, split)}
+    found = {f"{name}.weight": Parameter(shape, (split,))}
     if bias:  # a split over the input leaves the bias whole: it is added once, after the sum
-        found[f"{name}.bias"] = Parameter(shape[:1], split if split.dim == 0 else None)
+        found[f"{name}.bias"] = Parameter(shape[:1], (split,) if split.dim == 0 else ())
     return found
 
 
-def _norm(name: str, norm: Norm | None, shape: tuple[int, ...], split: Split | None = None) -> dict[str, Parameter]:
+def _norm(name: str, norm: Norm | None, shape: tuple[int, ...], *splits: Split) -> dict[str, Parameter]:
     parts = {"weight": norm is not None and norm.has_weight, "bias": norm is not None and norm.has_bias}
-    return {f"{name}.{part}": Parameter(shape, split) for part, there in parts.items() if there}
+    return {f"{name}.{part}": Parameter(shape, splits) for part, there in parts.items() if there}
 
 
 def _num_owned(parameter: Parameter, plan: ShardPlan, tp_rank: int) -> int:

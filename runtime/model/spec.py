@@ -83,7 +83,7 @@ class Attention:
 
     ``alibi``: scores fall with distance by a slope per head (arXiv 2108.12409) times this. ``window``: how many tokens
     a token sees, itself included. ``softcap``: a score s becomes softcap * tanh(s / softcap).
-    ``clip``: bounds of q, k, v.
+    ``clip``: bounds of q, k, v, after their norms.
     ``q_norm`` and ``k_norm`` come before the rotation: over a ``head`` with one weight for all heads, with one for
     ``each``, or over ``all`` heads at once.
     """
@@ -116,6 +116,22 @@ class Mlp:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """``top_k`` of many MLPs for each token, by a router's softmax; their outputs are weighed and added.
+
+    ``normalized``: the weights of those chosen add up to one. ``shared``: an MLP for every token besides; with a gate,
+    times sigmoid of a product of its own.
+    """
+
+    num_experts: int
+    top_k: int
+    mlp: Mlp
+    normalized: bool
+    shared: Mlp | None = None
+    has_shared_gate: bool = False
+
+
+@dataclass(frozen=True)
 class Norms:
     """Where one block of a layer is normalized; None is nowhere.
 
@@ -134,11 +150,17 @@ class Layer:
     """
 
     attention: Attention
-    mlp: Mlp
+    mlp: Mlp | Experts
     attention_norms: Norms
     mlp_norms: Norms
     parallel: bool = False
     residual_scale: float = 1.0
+
+    @property
+    def dense(self) -> Mlp:
+        """The MLP of a layer without experts."""
+        assert isinstance(self.mlp, Mlp)
+        return self.mlp
 
 
 @dataclass(frozen=True)
@@ -183,9 +205,15 @@ class DecoderSpec:
         return self.layers[0].attention
 
     @property
-    def mlp(self) -> Mlp:
-        """That of the first layer, likewise."""
-        return self.layers[0].mlp
+    def widest_mlp(self) -> int:
+        """Columns that a token passes through in one layer, at most."""
+        return max(_width(layer.mlp) for layer in self.layers)
+
+
+def _width(mlp: Mlp | Experts) -> int:
+    if isinstance(mlp, Mlp):
+        return mlp.size
+    return mlp.top_k * mlp.mlp.size + (mlp.shared.size if mlp.shared is not None else 0)
 
 
 class ModelConfigError(ValueError):

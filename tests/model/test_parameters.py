@@ -74,9 +74,10 @@ def test_the_ranks_together_own_each_element_once_and_only_kv_heads_are_shared(
         owners = np.zeros(parameter.shape, dtype=int)
         for tp_rank in range(tp_size):
             owners[parameter.owned(plan, tp_rank)] += 1
-        if parameter.split is None:
+        axes = {split.axis for split in parameter.splits}
+        if not axes:
             assert (owners == tp_size).all(), name
-        elif parameter.split.axis is Axis.KV_HEADS:
+        elif axes == {Axis.KV_HEADS}:
             assert (owners >= 1).all(), name
         else:
             assert (owners == 1).all(), name
@@ -86,7 +87,7 @@ def test_the_ranks_together_own_each_element_once_and_only_kv_heads_are_shared(
 @settings(deadline=None)
 def test_a_rank_s_slices_of_one_layer_fit_together(spec: DecoderSpec, tp_size: int) -> None:
     plan = make_plan(model_sizes(spec), tp_size, 1)
-    dim = spec.attention.head_dim
+    dim, mlp = spec.attention.head_dim, spec.layers[-1].mlp
     for tp_rank in range(tp_size):
 
         def shape(name: str, tp_rank: int = tp_rank) -> tuple[int, ...]:
@@ -97,7 +98,7 @@ def test_a_rank_s_slices_of_one_layer_fit_together(spec: DecoderSpec, tp_size: i
         assert shape("k.weight") == shape("v.weight") == (len(plan.kv_heads[tp_rank]) * dim, spec.hidden_size)
         assert shape("o.weight") == shape("q.weight")[::-1]
         assert shape("down.weight") == shape("up.weight")[::-1]
-        if spec.mlp.gated:
+        if isinstance(mlp, Mlp) and mlp.gated:
             assert shape("gate.weight") == shape("up.weight")
         if spec.attention.qkv_bias:
             assert shape("k.bias") == shape("k.weight")[:1]
@@ -105,12 +106,13 @@ def test_a_rank_s_slices_of_one_layer_fit_together(spec: DecoderSpec, tp_size: i
 
 @given(spec=decoder_specs())
 def test_biases_exist_where_the_spec_has_them(spec: DecoderSpec) -> None:
-    names = all_parameters(spec).keys()
+    names, mlp = all_parameters(spec).keys(), spec.layers[-1].mlp
+    assert isinstance(mlp, Mlp)
     assert {f"{name}.bias" in names for name in "qkv"} == {spec.attention.qkv_bias}
     assert ("o.bias" in names) == spec.attention.out_bias
-    assert ("up.bias" in names) == spec.mlp.up_bias
-    assert ("gate.bias" in names) == (spec.mlp.up_bias and spec.mlp.gated)
-    assert ("down.bias" in names) == spec.mlp.down_bias
+    assert ("up.bias" in names) == mlp.up_bias
+    assert ("gate.bias" in names) == (mlp.up_bias and mlp.gated)
+    assert ("down.bias" in names) == mlp.down_bias
     assert ("head.bias" in names) == spec.head.bias
     assert ("positions.weight" in names) == (spec.embedding.positions is not None)
 

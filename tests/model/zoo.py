@@ -72,11 +72,13 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
         | {"embedding_multiplier": 3.0, "logits_scaling": 2, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
     ),
     "llama": ("llama", _LLAMA),
+    "mixtral": ("mixtral", _LLAMA | {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "mistral": ("mistral", _LLAMA | _WINDOW),
     "mpt": ("mpt", {"vocab_size": 97, "d_model": 60, "n_heads": 6, "n_layers": 3, "max_seq_len": 128}),
     "nemotron": ("nemotron", _LLAMA | {"head_dim": 12}),
     "olmo": ("olmo", _LLAMA | {"clip_qkv": 0.05}),
     "olmo2": ("olmo2", _LLAMA),
+    "olmoe": ("olmoe", _LLAMA | {"num_experts": 5, "num_experts_per_tok": 2, "clip_qkv": 0.5}),
     "opt": (
         "opt",
         {
@@ -94,6 +96,28 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", _LLAMA),
     "qwen2": ("qwen2", _LLAMA),
     "qwen2, windows": ("qwen2", _LLAMA | _WINDOW | {"use_sliding_window": True, "max_window_layers": 1}),
+    "qwen2-moe": (
+        "qwen2_moe",
+        _LLAMA
+        | {
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 36,
+            "shared_expert_intermediate_size": 44,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "qwen3-moe": (
+        "qwen3_moe",
+        _LLAMA
+        | {
+            "head_dim": 12,
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 36,
+            "norm_topk_prob": True,
+        },
+    ),
     "qwen3": ("qwen3", _LLAMA | {"head_dim": 12}),
     "smollm3": ("smollm3", _LLAMA | {"num_hidden_layers": 5}),
     "stablelm": ("stablelm", _LLAMA),

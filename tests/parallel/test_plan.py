@@ -31,7 +31,6 @@ def model_sizes(draw: st.DrawFn) -> ModelSizes:
     return ModelSizes(
         num_heads=num_kv_heads * draw(st.integers(1, 9)),
         num_kv_heads=num_kv_heads,
-        ffn_size=draw(st.integers(1, 500)),
         vocab_size=draw(st.integers(1, 1000)),
         layer_costs=tuple(draw(st.lists(st.floats(0.5, 100.0), min_size=1, max_size=12))),
         embed_cost=draw(st.floats(0, 50)),
@@ -57,10 +56,10 @@ def test_every_unit_of_every_axis_has_exactly_one_owner(plan: ShardPlan) -> None
     sizes = plan.sizes
     for axis, count in (
         (Axis.HEADS, sizes.num_heads),
-        (Axis.FFN, sizes.ffn_size),
+        (Axis.FFN, 344),
         (Axis.VOCAB, sizes.vocab_size),
     ):
-        check_partition([plan.owned(axis, tp_rank) for tp_rank in range(plan.tp_size)], count)
+        check_partition([plan.owned(axis, tp_rank, count) for tp_rank in range(plan.tp_size)], count)
 
 
 @given(plan=plans())
@@ -74,9 +73,9 @@ def test_every_layer_is_in_one_stage_and_no_stage_is_empty(plan: ShardPlan) -> N
 def test_each_query_head_finds_its_kv_head_on_its_rank(plan: ShardPlan) -> None:
     group = plan.sizes.num_heads // plan.sizes.num_kv_heads
     for tp_rank in range(plan.tp_size):
-        held = list(plan.owned(Axis.KV_HEADS, tp_rank))
+        held = list(plan.kv_heads[tp_rank])
         found = [held[local] for local in plan.kv_of_heads(tp_rank)]
-        assert found == [head // group for head in plan.owned(Axis.HEADS, tp_rank)]
+        assert found == [head // group for head in plan.heads[tp_rank]]
         assert set(found) == set(held)  # none is held in vain
         assert held == list(range(held[0], held[0] + len(held))) if held else True
 
@@ -92,7 +91,7 @@ def test_every_kv_head_is_held_somewhere_and_blocks_overlap_by_one_at_most(plan:
 @given(sizes=model_sizes(), tp_size=st.integers(1, 9))
 def test_equal_ranks_differ_by_one_unit_at_most(sizes: ModelSizes, tp_size: int) -> None:
     plan = make_plan(sizes, tp_size, 1)
-    for blocks, count in ((plan.heads, sizes.num_heads), (plan.ffn, sizes.ffn_size), (plan.vocab, sizes.vocab_size)):
+    for blocks, count in ((plan.heads, sizes.num_heads), (plan.vocab, sizes.vocab_size)):
         aligned = blocks is not plan.heads and count % 8 == 0 and count // 8 >= tp_size
         unit = 8 if aligned else 1
         lengths = [len(block) for block in blocks]
@@ -128,7 +127,7 @@ def test_wide_axes_are_cut_at_multiples_of_eight_where_they_can_be(count: int, s
 
 
 def test_the_example_of_nine_heads_on_two_ranks() -> None:
-    plan = make_plan(ModelSizes(9, 3, 1536, 49_152, (1.0,)), 2, 1)
+    plan = make_plan(ModelSizes(9, 3, 49_152, (1.0,)), 2, 1)
     assert plan.heads == (range(5), range(5, 9))
     assert plan.kv_heads == (range(2), range(1, 3))
     assert plan.kv_of_heads(0) == (0, 0, 0, 1, 1)
@@ -136,14 +135,14 @@ def test_the_example_of_nine_heads_on_two_ranks() -> None:
 
 
 def test_tensor_split_weighs_unlike_ranks() -> None:
-    plan = make_plan(ModelSizes(32, 8, 800, 1600, (1.0,)), 3, 1, tensor_split=(2, 1, 1))
+    plan = make_plan(ModelSizes(32, 8, 1600, (1.0,)), 3, 1, tensor_split=(2, 1, 1))
     assert [len(block) for block in plan.heads] == [16, 8, 8]
-    assert [len(block) for block in plan.ffn] == [400, 200, 200]
+    assert [len(plan.owned(Axis.FFN, tp_rank, 800)) for tp_rank in range(3)] == [400, 200, 200]
     assert [len(block) for block in plan.vocab] == [800, 400, 400]
 
 
 def test_more_ranks_than_heads_leave_some_without_heads() -> None:
-    plan = make_plan(ModelSizes(3, 1, 16, 11, (1.0,)), 5, 1)
+    plan = make_plan(ModelSizes(3, 1, 11, (1.0,)), 5, 1)
     assert [len(block) for block in plan.heads] == [1, 1, 1, 0, 0]
     assert [len(block) for block in plan.kv_heads] == [1, 1, 1, 0, 0]
     assert plan.kv_of_heads(4) == ()
@@ -177,21 +176,21 @@ def test_like_layers_are_dealt_out_evenly(num_layers: int, num_stages: int) -> N
 
 
 def test_the_stage_with_a_heavy_head_gets_fewer_layers() -> None:
-    sizes = ModelSizes(4, 4, 64, 64, (1.0,) * 12, head_cost=4.0)
+    sizes = ModelSizes(4, 4, 64, (1.0,) * 12, head_cost=4.0)
     assert [len(stage) for stage in make_plan(sizes, 1, 2).stages] == [8, 4]
 
 
 def test_a_deep_model_is_cut_into_many_stages_in_no_time() -> None:
-    plan = make_plan(ModelSizes(8, 8, 64, 64, (1.0,) * 126, head_cost=3.0), 1, 64)
+    plan = make_plan(ModelSizes(8, 8, 64, (1.0,) * 126, head_cost=3.0), 1, 64)
     assert len(plan.stages) == 64
 
 
 def test_stage_layers_are_honoured() -> None:
-    plan = make_plan(ModelSizes(4, 4, 64, 64, (1.0,) * 22), 1, 2, stage_layers=(10, 12))
+    plan = make_plan(ModelSizes(4, 4, 64, (1.0,) * 22), 1, 2, stage_layers=(10, 12))
     assert plan.stages == (range(10), range(10, 22))
 
 
-SIZES = ModelSizes(4, 2, 64, 64, (1.0,) * 6)
+SIZES = ModelSizes(4, 2, 64, (1.0,) * 6)
 
 
 @pytest.mark.parametrize(

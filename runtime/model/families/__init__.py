@@ -20,13 +20,16 @@ from shardray.runtime.model.families.gptj import CODEGEN, GPTJ
 from shardray.runtime.model.families.granite import GRANITE
 from shardray.runtime.model.families.llama import LLAMA
 from shardray.runtime.model.families.mistral import MISTRAL
+from shardray.runtime.model.families.mixtral import MIXTRAL
 from shardray.runtime.model.families.mpt import MPT
 from shardray.runtime.model.families.nemotron import NEMOTRON
 from shardray.runtime.model.families.olmo import OLMO, OLMO2
+from shardray.runtime.model.families.olmoe import OLMOE
 from shardray.runtime.model.families.opt import OPT
 from shardray.runtime.model.families.phi import PHI
 from shardray.runtime.model.families.phi3 import PHI3
 from shardray.runtime.model.families.qwen import QWEN2, QWEN3
+from shardray.runtime.model.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from shardray.runtime.model.families.smollm3 import SMOLLM3
 from shardray.runtime.model.families.stablelm import STABLELM
 from shardray.runtime.model.families.starcoder import GPT_BIGCODE, STARCODER2
@@ -50,15 +53,19 @@ FAMILIES = (
     GRANITE,
     LLAMA,
     MISTRAL,
+    MIXTRAL,
     MPT,
     NEMOTRON,
     OLMO,
     OLMO2,
+    OLMOE,
     OPT,
     PHI,
     PHI3,
     QWEN2,
+    QWEN2_MOE,
     QWEN3,
+    QWEN3_MOE,
     SMOLLM3,
     STABLELM,
     STARCODER2,

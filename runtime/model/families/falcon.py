@@ -26,7 +26,7 @@ def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
     is_new = optional(config, "new_decoder_architecture", False)
     bias, norm_bias = optional(config, "bias", False), True
     spec = read_gpt_like({"max_position_embeddings": 2048, **config}, _FIELDS, bias=norm_bias, activation="gelu")
-    spec = change_layers(spec, lambda _, layer: replace(layer, mlp=replace(layer.mlp, up_bias=bias, down_bias=bias)))
+    spec = change_layers(spec, lambda _, layer: replace(layer, mlp=replace(layer.dense, up_bias=bias, down_bias=bias)))
     attention, num_kv_heads = spec.attention, spec.attention.num_heads
     if is_new:
         num_kv_heads = optional(config, "num_kv_heads", attention.num_heads)

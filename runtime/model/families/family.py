@@ -112,7 +112,7 @@ def change_attention(spec: DecoderSpec, **changes: Any) -> DecoderSpec:
 
 def change_mlp(spec: DecoderSpec, **changes: Any) -> DecoderSpec:
     """``spec`` with fields of every layer's MLP changed."""
-    return change_layers(spec, lambda _, layer: replace(layer, mlp=replace(layer.mlp, **changes)))
+    return change_layers(spec, lambda _, layer: replace(layer, mlp=replace(layer.dense, **changes)))
 
 
 def windowed_layers(spec: DecoderSpec, config: Mapping[str, Any], is_windowed: Callable[[int], bool]) -> DecoderSpec:

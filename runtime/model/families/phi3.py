@@ -20,7 +20,7 @@ def _sources(spec: DecoderSpec) -> dict[str, Source]:
     found = llama_like_sources(spec)
     for name, start in starts.items():
         found[f"{name}.weight"] = Source(LAYER + "self_attn.qkv_proj.weight", start=start)
-    for name, start in {"gate": 0, "up": spec.mlp.size}.items():
+    for name, start in {"gate": 0, "up": spec.layers[0].dense.size}.items():
         found[f"{name}.weight"] = Source(LAYER + "mlp.gate_up_proj.weight", start=start)
     return found
 

@@ -17,30 +17,30 @@ def _with_windows(spec: DecoderSpec, config: Mapping[str, Any]) -> DecoderSpec:
     return windowed_layers(spec, config, lambda index: index >= first)
 
 
-def _read_qwen2(config: Mapping[str, Any]) -> DecoderSpec:
+def read_qwen2(config: Mapping[str, Any]) -> DecoderSpec:
     return _with_windows(change_attention(read_llama_like(config), qkv_bias=True), config)
 
 
-def _read_qwen3(config: Mapping[str, Any]) -> DecoderSpec:
+def read_qwen3(config: Mapping[str, Any]) -> DecoderSpec:
     spec = read_llama_like(config)
     return _with_windows(change_attention(spec, q_norm=spec.head.norm, k_norm=spec.head.norm), config)
 
 
-def _qwen3_sources(spec: DecoderSpec) -> dict[str, Source]:
+def qwen3_sources(spec: DecoderSpec) -> dict[str, Source]:
     return llama_like_sources(spec, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
 
 
 QWEN2 = Family(
     name="qwen2",
     model_types=("qwen2",),
-    read_config=_read_qwen2,
+    read_config=read_qwen2,
     sources=llama_like_sources,
     ignored=LLAMA_IGNORED,
 )
 QWEN3 = Family(
     name="qwen3",
     model_types=("qwen3",),
-    read_config=_read_qwen3,
-    sources=_qwen3_sources,
+    read_config=read_qwen3,
+    sources=qwen3_sources,
     ignored=LLAMA_IGNORED,
 )

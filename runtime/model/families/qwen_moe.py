@@ -1,0 +1,63 @@
+"""Qwen2-MoE (a gated expert for all besides) and Qwen3-MoE; some layers may be dense."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from shardray.runtime.model.families.family import Family, Source, change_layers, optional, required
+from shardray.runtime.model.families.llama import LAYER, LLAMA_IGNORED, llama_like_sources
+from shardray.runtime.model.families.qwen import qwen3_sources, read_qwen2, read_qwen3
+from shardray.runtime.model.spec import DecoderSpec, Experts, Layer
+
+
+def read_num_experts(config: Mapping[str, Any]) -> int:
+    """By the name of these families, or by Mixtral's, which newer configs use."""
+    return required(config, "num_local_experts" if "num_local_experts" in config else "num_experts", int)
+
+
+def _with_experts(spec: DecoderSpec, config: Mapping[str, Any], shared_size: int = 0) -> DecoderSpec:
+    count, top_k = read_num_experts(config), required(config, "num_experts_per_tok", int)
+    size, normalized = required(config, "moe_intermediate_size", int), optional(config, "norm_topk_prob", False)
+    step, dense = optional(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+
+    def change(index: int, layer: Layer) -> Layer:
+        if index in dense or (index + 1) % step:
+            return layer
+        mlp = layer.dense
+        shared = replace(mlp, size=shared_size) if shared_size else None
+        experts = Experts(count, top_k, replace(mlp, size=size), normalized, shared, has_shared_gate=shared is not None)
+        return replace(layer, mlp=experts)
+
+    return change_layers(spec, change)
+
+
+def _read_qwen2_moe(config: Mapping[str, Any]) -> DecoderSpec:
+    return _with_experts(read_qwen2(config), config, required(config, "shared_expert_intermediate_size", int))
+
+
+def _read_qwen3_moe(config: Mapping[str, Any]) -> DecoderSpec:
+    return _with_experts(read_qwen3(config), config)
+
+
+def expert_sources() -> dict[str, Source]:
+    """As Qwen names what experts are made of."""
+    found = {"router.weight": Source(LAYER + "mlp.gate.weight")}
+    found["shared_gate.weight"] = Source(LAYER + "mlp.shared_expert_gate.weight")
+    for name in ("gate", "up", "down"):
+        found[f"experts.{name}.weight"] = Source(f"{LAYER}mlp.experts.{{row}}.{name}_proj.weight")
+        found[f"shared.{name}.weight"] = Source(f"{LAYER}mlp.shared_expert.{name}_proj.weight")
+    return found
+
+
+def _qwen2_moe_sources(spec: DecoderSpec) -> dict[str, Source]:
+    return llama_like_sources(spec) | expert_sources()
+
+
+def _qwen3_moe_sources(spec: DecoderSpec) -> dict[str, Source]:
+    return qwen3_sources(spec) | expert_sources()
+
+
+QWEN2_MOE = Family("qwen2-moe", ("qwen2_moe",), _read_qwen2_moe, _qwen2_moe_sources, LLAMA_IGNORED)
+QWEN3_MOE = Family("qwen3-moe", ("qwen3_moe",), _read_qwen3_moe, _qwen3_moe_sources, LLAMA_IGNORED)

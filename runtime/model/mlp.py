@@ -1,0 +1,102 @@
+"""The MLPs of a layer: one, or many experts of which a router chooses some for each token.
+
+Legend: T tokens of the step, H hidden size, k experts of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shardray.parallel.comm import Comm
+from shardray.parallel.layers import ColumnParallelLinear, Linear
+from shardray.runtime.model.kernels.ops import Ops
+from shardray.runtime.model.spec import Experts, Mlp
+
+Parameters = Mapping[str, Tensor]
+
+
+class MlpPart:
+    """A rank's part of an MLP, gated or not; gate and up in one product. Its results are still to be summed."""
+
+    def __init__(self, mlp: Mlp, parameters: Parameters, adds_bias: bool, ops: Ops) -> None:
+        names = ("gate", "up") if mlp.gated else ("up",)
+        biases = [parameters[f"{name}.bias"] for name in names] if mlp.up_bias else None
+        self._ops = ops
+        self._mlp = mlp
+        self._in = ColumnParallelLinear.merged([parameters[f"{name}.weight"] for name in names], biases)
+        self._out = Linear(parameters["down.weight"], parameters.get("down.bias") if adds_bias else None)
+        self.num_bytes = self._in.num_bytes + self._out.num_bytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(T, H) -> (T, H)"""
+        return self._out(self._ops.activate(self._in(x), self._mlp.activation, self._mlp.gated))
+
+
+class MlpBlock:
+    """An MLP, summed over ranks."""
+
+    def __init__(self, mlp: Mlp, parameters: Parameters, comm: Comm, ops: Ops) -> None:
+        self._part = MlpPart(mlp, parameters, comm.rank == 0, ops)
+        self._comm = comm
+        self.num_bytes = self._part.num_bytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(T, H) -> (T, H)"""
+        return self._comm.all_reduce(self._part(x))
+
+
+class ExpertsBlock:
+    """The experts, or parts of them, that this rank has; summed over ranks. Every rank routes every token."""
+
+    def __init__(self, experts: Experts, first: int, parameters: Parameters, comm: Comm, ops: Ops) -> None:
+        """``first``: the index of this rank's first expert."""
+        self._spec = experts
+        self._comm = comm
+        self._router = parameters["router.weight"]
+        stacked, shared = _below("experts.", parameters), _below("shared.", parameters)
+        self._experts = {
+            first + index: MlpPart(experts.mlp, {name: tensor[index] for name, tensor in stacked.items()}, False, ops)
+            for index in range(stacked["up.weight"].shape[0])
+        }
+        self._shared = None if experts.shared is None else MlpPart(experts.shared, shared, comm.rank == 0, ops)
+        self._shared_gate = parameters.get("shared_gate.weight")
+        parts = [*self._experts.values(), *([self._shared] if self._shared is not None else [])]
+        self.num_bytes = sum(part.num_bytes for part in parts) + self._router.numel() * self._router.element_size()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(T, H) -> (T, H)"""
+        weights, chosen = self._route(x)
+        total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for index, expert in self._experts.items():
+            rows, places = torch.nonzero(chosen == index, as_tuple=True)
+            if rows.numel():
+                total.index_add_(0, rows, expert(x[rows]).float() * weights[rows, places, None])
+        if self._shared is not None:
+            shared = self._shared(x).float()
+            if self._shared_gate is not None:
+                shared *= torch.sigmoid(F.linear(x, self._shared_gate).float())
+            total += shared
+        return self._comm.all_reduce(total.to(x.dtype))
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, k) float32 weights, and the experts that they belong to"""
+        scores = torch.softmax(F.linear(x, self._router).float(), dim=-1)
+        weights, chosen = torch.topk(scores, self._spec.top_k, dim=-1)
+        return weights / weights.sum(dim=-1, keepdim=True) if self._spec.normalized else weights, chosen
+
+
+def _below(prefix: str, parameters: Parameters) -> Parameters:
+    return {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
+
+
+def mlp_block(
+    mlp: Mlp | Experts, first_expert: int, parameters: Parameters, comm: Comm, ops: Ops
+) -> MlpBlock | ExpertsBlock:
+    """``first_expert``: the index of the first expert that this rank has."""
+    if isinstance(mlp, Mlp):
+        return MlpBlock(mlp, parameters, comm, ops)
+    return ExpertsBlock(mlp, first_expert, parameters, comm, ops)
