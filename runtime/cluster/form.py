@@ -151,6 +151,7 @@ async def _assign(
             kv_memory_bytes=config.engine.kv_memory_bytes,
             tensor_split=config.parallel.tensor_split,
             stage_layers=config.parallel.stage_layers,
+            expert_parallel=config.parallel.expert_parallel,
         )
         for rank, host in enumerate(hosts)
     ]

@@ -24,13 +24,13 @@ def smaller_recipes(recipe: MeshRecipe) -> list[MeshRecipe]:
         for pp_size in range(1, min(recipe.size, spec.num_layers + 1))
         if tp_size * pp_size < recipe.size
     ]
-    shapes.sort(key=lambda shape: (-shape[0] * shape[1], _largest_share(spec, *shape), shape[1]))
+    shapes.sort(key=lambda shape: (-shape[0] * shape[1], _largest_share(recipe, spec, *shape), shape[1]))
     return [_with_shape(recipe, *shape) for shape in shapes]
 
 
-def _largest_share(spec: DecoderSpec, tp_size: int, pp_size: int) -> int:
+def _largest_share(recipe: MeshRecipe, spec: DecoderSpec, tp_size: int, pp_size: int) -> int:
     """Parameters on the rank that holds most."""
-    plan = make_plan(model_sizes(spec), tp_size, pp_size)
+    plan = make_plan(model_sizes(spec), tp_size, pp_size, expert_parallel=recipe.config.parallel.expert_parallel)
     return max(num_owned_elements(spec, plan, *divmod(rank, tp_size)) for rank in range(tp_size * pp_size))
 
 

@@ -79,6 +79,7 @@ def _mesh_of(ranks: list[_Rank], recipe: MeshRecipe) -> tuple[FormedMesh, MeshRe
         pipeline_parallel_size=leader.pp_size,
         tensor_split=leader.tensor_split,
         stage_layers=leader.stage_layers,
+        expert_parallel=leader.expert_parallel,
     )
     return mesh, MeshRecipe(dataclasses.replace(recipe.config, parallel=parallel), recipe.model_dir)
 

@@ -62,6 +62,8 @@ class ParallelSettings:
     """Relative share of each tensor rank, e.g. [2, 1, 1] for unlike GPUs; null cuts evenly."""
     stage_layers: tuple[Count, ...] | None = None
     """Number of layers of each stage, e.g. [10, 12]; null balances them by cost."""
+    expert_parallel: bool = False
+    """Whether a mixture's experts go to tensor ranks as a whole; otherwise each is cut like any MLP."""
 
     def __post_init__(self) -> None:
         self._check_length("tensor_split", self.tensor_split, "tensor_parallel_size", "one share for each tensor rank")

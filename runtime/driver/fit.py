@@ -27,7 +27,7 @@ async def check_room(fleet: ReplicaSet, recipe: MeshRecipe, num_replicas: int) -
         parallel = recipe.config.parallel
         plan = make_plan(
             model_sizes(spec), parallel.tensor_parallel_size, parallel.pipeline_parallel_size,
-            parallel.tensor_split, parallel.stage_layers,
+            parallel.tensor_split, parallel.stage_layers, parallel.expert_parallel,
         )  # fmt: skip
     except (PlanError, ModelConfigError) as error:
         raise OperationRefusedError(str(error)) from error

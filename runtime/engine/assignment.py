@@ -36,6 +36,7 @@ class ShardAssignment(msgspec.Struct, frozen=True, kw_only=True):
     kv_memory_bytes: int | None = None  # of this rank
     tensor_split: tuple[float, ...] | None = None
     stage_layers: tuple[int, ...] | None = None
+    expert_parallel: bool = False
 
     @property
     def credentials(self) -> Credentials:

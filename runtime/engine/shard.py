@@ -130,8 +130,9 @@ def form_shard(
     family, spec = read_model_config(folder)
     dtype = _dtype(assignment.dtype, folder)
     plan = make_plan(
-        model_sizes(spec), assignment.tp_size, assignment.pp_size, assignment.tensor_split, assignment.stage_layers
-    )
+        model_sizes(spec), assignment.tp_size, assignment.pp_size, assignment.tensor_split, assignment.stage_layers,
+        assignment.expert_parallel,
+    )  # fmt: skip
     max_model_len = _max_model_len(assignment, spec)
     progress("joining", 0.0)
     mesh = open_mesh(_mesh_spec(assignment), assignment.max_num_batched_tokens, spec.hidden_size, dtype)

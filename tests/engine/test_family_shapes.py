@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.test_same_tokens import make_arrivals
-from tests.model.zoo import ZOO, save
+from tests.model.zoo import WITH_EXPERTS, ZOO, save
 from tests.ranks import Arrival, RankPool
 from tests.tiny_models import Reference
 
@@ -40,8 +40,21 @@ def test_a_family_gives_the_tokens_of_transformers(
     assert serve_short_of_pages(pool, tmp_path, arrivals) == expected
 
 
-def serve(pool: RankPool, folder: Path, shape: tuple[int, int], arrivals: list[Arrival]) -> dict[str, list[int]]:
-    with pool.mesh(folder, *shape, max_num_seqs=4, max_num_batched_tokens=32, max_model_len=128) as mesh:
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_whole_experts_on_ranks_give_the_same_tokens(pool: RankPool, name: str, tmp_path: Path) -> None:
+    reference = Reference(save(name, tmp_path))
+    arrivals = make_arrivals(97, PROMPT_LENS, MAX_TOKENS)
+    for shape in [(2, 1), (4, 1)]:
+        found = serve(pool, tmp_path, shape, arrivals, expert_parallel=True)
+        for arrival in arrivals:
+            request = arrival.request
+            assert found[request.request_id] == reference.greedy(request.prompt_ids, MAX_TOKENS)
+
+
+def serve(
+    pool: RankPool, folder: Path, shape: tuple[int, int], arrivals: list[Arrival], **fields: bool
+) -> dict[str, list[int]]:
+    with pool.mesh(folder, *shape, max_num_seqs=4, max_num_batched_tokens=32, max_model_len=128, **fields) as mesh:
         served = mesh.serve(arrivals)
     return {request_id: served.token_ids(request_id) for request_id in served.outputs}
 

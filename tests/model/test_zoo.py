@@ -7,9 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from shardray.parallel.checkpoint import Checkpoint
+from shardray.parallel.plan import make_plan
+from shardray.runtime.model.families import read_model_config
+from shardray.runtime.model.load import ParameterLoader
+from shardray.runtime.model.parameters import model_sizes, num_owned_elements
 from tests.model.logits import LogitsOf
 from tests.model.test_families import distance, random_ids
-from tests.model.zoo import ZOO, save
+from tests.model.zoo import WITH_EXPERTS, ZOO, save
 from tests.tiny_models import Reference
 
 NUM_DECODES = 24
@@ -33,3 +38,22 @@ def test_a_family_gives_the_logits_of_transformers(name: str, tmp_path: Path) ->
                 starts[slot] += len(rows[slot])
     for ids, parts in zip(sequences, found, strict=True):
         assert distance(torch.cat(parts), reference.logits(ids)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "expert_parallel"), [*((name, False) for name in ZOO), *((name, True) for name in WITH_EXPERTS)]
+)
+def test_a_rank_reads_the_bytes_that_it_owns_and_no_more(name: str, expert_parallel: bool, tmp_path: Path) -> None:
+    folder = save(name, tmp_path)
+    family, spec = read_model_config(folder)
+    plan = make_plan(model_sizes(spec), 3, 2, expert_parallel=expert_parallel)
+    for rank in range(6):
+        stage, tp_rank = divmod(rank, 3)
+        checkpoint = Checkpoint(folder)
+        loader = ParameterLoader(checkpoint, family, spec, plan, tp_rank, torch.float32)
+        parts = [loader.embedding()] if stage == 0 else []
+        parts += [loader.layer(index) for index in plan.stages[stage]]
+        parts += [loader.head()] if stage == 1 else []
+        owned = num_owned_elements(spec, plan, stage, tp_rank)
+        assert sum(tensor.numel() for part in parts for tensor in part.values()) == owned
+        assert checkpoint.bytes_read == 4 * owned

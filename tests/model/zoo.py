@@ -127,6 +127,8 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
 }
 ZOO["opt, 350m"] = ("opt", ZOO["opt"][1] | {"do_layer_norm_before": False, "word_embed_proj_dim": 36})
 
+WITH_EXPERTS = ("mixtral", "olmoe", "qwen2-moe", "qwen3-moe")
+
 
 def save(name: str, folder: Path) -> Path:
     """Write the checkpoint; weights are drawn so that every parameter matters."""
