@@ -53,7 +53,25 @@ class YarnScaling:
     truncate: bool = True
 
 
-Scaling = LinearScaling | Llama3Scaling | YarnScaling
+@dataclass(frozen=True)
+class DynamicScaling:
+    """NTK-aware: the base grows with the context that is served, once that is longer than the trained window."""
+
+    factor: float
+    original_max_position: int
+
+
+@dataclass(frozen=True)
+class LongRopeScaling:
+    """A factor for each frequency, of two sets: for contexts within the first window, and beyond (arXiv 2402.13753)."""
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    original_max_position: int
+    attention_factor: float
+
+
+Scaling = LinearScaling | Llama3Scaling | YarnScaling | DynamicScaling | LongRopeScaling
 
 
 @dataclass(frozen=True)
