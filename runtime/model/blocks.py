@@ -13,7 +13,7 @@ from shardray.parallel.comm import Comm
 from shardray.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from shardray.runtime.model.attention import KVPages, OwnHeads, PagedAttention, StepView
 from shardray.runtime.model.kernels.ops import Angles, NormWeights, Ops
-from shardray.runtime.model.mlp import Parameters, mlp_block
+from shardray.runtime.model.mlp import OwnExperts, Parameters, mlp_block
 from shardray.runtime.model.query_key_norm import QueryKeyNorm
 from shardray.runtime.model.spec import Attention, Layer, Norm, Norms
 
@@ -33,7 +33,7 @@ class AttentionBlock:
         self._out = RowParallelLinear(parameters["o.weight"], parameters.get("o.bias"), comm)
         self._num_heads = len(heads.kv_of_head)
         self._total_heads = self._qkv.out_size // attention.head_dim
-        self._attention = PagedAttention(attention, heads, parameters["o.weight"].device)
+        self._attention = PagedAttention(attention, heads, parameters["o.weight"].device, parameters.get("sinks"))
         self.num_bytes = self._qkv.num_bytes + self._out.num_bytes
 
     def __call__(self, x: Tensor, layer: int, pages: KVPages, view: StepView, angles: Angles | None) -> Tensor:
@@ -81,13 +81,13 @@ class DecoderLayer:
     """Attention and MLP, one after the other or side by side."""
 
     def __init__(
-        self, layer: Layer, heads: OwnHeads, first_expert: int, parameters: Parameters, comm: Comm, ops: Ops
+        self, layer: Layer, heads: OwnHeads, experts: OwnExperts, parameters: Parameters, comm: Comm, ops: Ops
     ) -> None:
         scale = layer.residual_scale
         self._around_attention = _Around("attention", layer.attention_norms, scale, parameters, ops)
         self._attention = AttentionBlock(layer.attention, heads, parameters, comm, ops)
         self._around_mlp = _Around("mlp", layer.mlp_norms, scale, parameters, ops)
-        self._mlp = mlp_block(layer.mlp, first_expert, parameters, comm, ops)
+        self._mlp = mlp_block(layer.mlp, experts, parameters, comm, ops)
         self._parallel = layer.parallel
         self._shares_norm = layer.mlp_norms.before is None
         self.rotary = layer.attention.rotary

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shardray.parallel.checkpoint import Checkpoint, CheckpointError
 from shardray.parallel.plan import ShardPlan
-from shardray.runtime.model.families.family import Family
+from shardray.runtime.model.families.family import Family, swap_last
 from shardray.runtime.model.parameters import (
     Parameter,
     embedding_parameters,
@@ -81,8 +81,8 @@ class ParameterLoader:
 
     def _read_piece(self, name: str, index: tuple[slice, ...], transposed: bool) -> Tensor:
         stored = self._stored_name(name)
-        tensor = self._checkpoint.read(stored, index[::-1] if transposed else index).to(self._dtype)
-        return tensor.t().contiguous() if transposed else tensor
+        tensor = self._checkpoint.read(stored, swap_last(index) if transposed else index).to(self._dtype)
+        return tensor.transpose(-1, -2).contiguous() if transposed else tensor
 
     def _stored_name(self, name: str) -> str:
         """With the checkpoint's prefix, except for what such checkpoints keep outside of it."""

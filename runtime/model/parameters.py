@@ -85,6 +85,8 @@ def _attention_parameters(attention: Attention, hidden: int) -> dict[str, Parame
     widths = {"q": attention.num_heads * dim, "k": attention.num_kv_heads * dim, "v": attention.num_kv_heads * dim}
     splits = {name: Split(0, Axis.HEADS if name == "q" else Axis.KV_HEADS, dim) for name in widths}
     found = _linear("o", (hidden, widths["q"]), Split(1, Axis.HEADS, dim), attention.out_bias)
+    if attention.has_sinks:
+        found["sinks"] = Parameter((attention.num_heads,), (Split(0, Axis.HEADS),))
     for name, width in widths.items():
         found |= _linear(name, (width, hidden), splits[name], bias)
     for name, norm in (("q", attention.q_norm), ("k", attention.k_norm)):
@@ -96,20 +98,34 @@ def _attention_parameters(attention: Attention, hidden: int) -> dict[str, Parame
 
 
 def _mlp_parameters(mlp: Mlp, hidden: int, prefix: str = "") -> dict[str, Parameter]:
-    found = _linear(f"{prefix}up", (mlp.size, hidden), Split(0, Axis.FFN), mlp.up_bias)
-    if mlp.gated:
-        found |= _linear(f"{prefix}gate", (mlp.size, hidden), Split(0, Axis.FFN), mlp.up_bias)
-    return found | _linear(f"{prefix}down", (hidden, mlp.size), Split(1, Axis.FFN), mlp.down_bias)
+    found = _linear(f"{prefix}down", (hidden, mlp.size), Split(1, Axis.FFN), mlp.down_bias)
+    for name, rows in _in_names(mlp).items():
+        found |= _linear(f"{prefix}{name}", (rows * mlp.size, hidden), Split(0, Axis.FFN, rows), mlp.up_bias)
+    return found
+
+
+def _in_names(mlp: Mlp) -> dict[str, int]:
+    """The matrices that read a token, and how many rows of each make a column of the MLP."""
+    if mlp.gated and mlp.interleaved:
+        return {"gate_up": 2}
+    return {"gate": 1, "up": 1} if mlp.gated else {"up": 1}
 
 
 def _expert_parameters(experts: Experts, hidden: int) -> dict[str, Parameter]:
     """Experts' matrices one after the other along the first dimension."""
     count, mlp = experts.num_experts, experts.mlp
     found = {"router.weight": Parameter((count, hidden))}
-    rows, columns = ((Split(0, Axis.EXPERTS), Split(dim, Axis.EXPERT_FFN)) for dim in (1, 2))
-    for name in ("gate", "up") if mlp.gated else ("up",):
-        found[f"experts.{name}.weight"] = Parameter((count, mlp.size, hidden), rows)
-    found["experts.down.weight"] = Parameter((count, hidden, mlp.size), columns)
+    if experts.router_bias:
+        found["router.bias"] = Parameter((count,))
+    whole = Split(0, Axis.EXPERTS)
+    for name, rows in _in_names(mlp).items():
+        splits = whole, Split(1, Axis.EXPERT_FFN, rows)
+        found[f"experts.{name}.weight"] = Parameter((count, rows * mlp.size, hidden), splits)
+        if mlp.up_bias:
+            found[f"experts.{name}.bias"] = Parameter((count, rows * mlp.size), splits)
+    found["experts.down.weight"] = Parameter((count, hidden, mlp.size), (whole, Split(2, Axis.EXPERT_FFN)))
+    if mlp.down_bias:
+        found["experts.down.bias"] = Parameter((count, hidden), (whole,))
     if experts.shared is not None:
         found |= _mlp_parameters(experts.shared, hidden, "shared.")
     if experts.has_shared_gate:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "clamped_swiglu"]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Attention:
     a token sees, itself included. ``softcap``: a score s becomes softcap * tanh(s / softcap).
     ``clip``: bounds of q, k, v, after their norms.
     ``q_norm`` and ``k_norm`` come before the rotation: over a ``head`` with one weight for all heads, with one for
-    ``each``, or over ``all`` heads at once.
+    ``each``, or over ``all`` heads at once. ``has_sinks``: the softmax has one more score per head, of no token.
     """
 
     num_heads: int
@@ -118,19 +118,25 @@ class Attention:
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     norm_over: Literal["head", "each", "all"] = "head"
+    has_sinks: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """``down(act(up(x)))``, or gated: ``down(act(gate(x)) * up(x))``."""
+    """``down(act(up(x)))``, or gated: ``down(act(gate(x)) * up(x))``.
+
+    ``interleaved``: gate and up are one matrix, their rows in turns. ``clamped_swiglu`` is gpt-oss's own gate, which
+    bounds both at 7, sharpens the sigmoid by 1.702 and adds 1 to up.
+    """
 
     size: int
     activation: Activation
     gated: bool
     up_bias: bool = False
     down_bias: bool = False
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,7 @@ class Experts:
     normalized: bool
     shared: Mlp | None = None
     has_shared_gate: bool = False
+    router_bias: bool = False
 
 
 @dataclass(frozen=True)

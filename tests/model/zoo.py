@@ -65,6 +65,10 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt-neox": ("gpt_neox", _LLAMA | {"rotary_pct": 0.4}),
     "gpt-neox, one after the other": ("gpt_neox", _LLAMA | {"use_parallel_residual": False}),
+    "gpt-oss": (
+        "gpt_oss",
+        _LLAMA | _WINDOW | {"head_dim": 12, "num_local_experts": 5, "num_experts_per_tok": 2, "layer_types": None},
+    ),
     "gpt2": ("gpt2", _GPT),
     "granite": (
         "granite",
@@ -127,7 +131,7 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
 }
 ZOO["opt, 350m"] = ("opt", ZOO["opt"][1] | {"do_layer_norm_before": False, "word_embed_proj_dim": 36})
 
-WITH_EXPERTS = ("mixtral", "olmoe", "qwen2-moe", "qwen3-moe")
+WITH_EXPERTS = ("gpt-oss", "mixtral", "olmoe", "qwen2-moe", "qwen3-moe")
 
 
 def save(name: str, folder: Path) -> Path:

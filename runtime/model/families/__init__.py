@@ -16,6 +16,7 @@ from shardray.runtime.model.families.gemma import GEMMA, GEMMA2, GEMMA3
 from shardray.runtime.model.families.gpt2 import GPT2
 from shardray.runtime.model.families.gpt_neo import GPT_NEO
 from shardray.runtime.model.families.gpt_neox import GPT_NEOX
+from shardray.runtime.model.families.gpt_oss import GPT_OSS
 from shardray.runtime.model.families.gptj import CODEGEN, GPTJ
 from shardray.runtime.model.families.granite import GRANITE
 from shardray.runtime.model.families.llama import LLAMA
@@ -50,6 +51,7 @@ FAMILIES = (
     GPT_BIGCODE,
     GPT_NEO,
     GPT_NEOX,
+    GPT_OSS,
     GRANITE,
     LLAMA,
     MISTRAL,

@@ -66,11 +66,16 @@ class Source:
         if self.has_row_tensors:
             return {self.name.format(layer=layer, row=row): shape[1:] for row in range(shape[0])}
         stored = (self.rows(slice(shape[0] - 1, shape[0]))[0].stop, *shape[1:])
-        return {self.name.format(layer=layer): stored[::-1] if self.transposed else stored}
+        return {self.name.format(layer=layer): swap_last(stored) if self.transposed else stored}
 
     @property
     def has_row_tensors(self) -> bool:
         return "{row}" in self.name
+
+
+def swap_last(items: tuple[T, ...]) -> tuple[T, ...]:
+    """The last two of a shape or an index exchanged"""
+    return (*items[:-2], items[-1], items[-2])
 
 
 @dataclass(frozen=True)
