@@ -86,7 +86,8 @@ def read_model_config(folder: Path) -> tuple[Family, DecoderSpec]:
     if not isinstance(config, dict):
         raise ModelConfigError(f"{path}: is not a JSON object")
     family = _family_of(config)
-    if config.get("quantization_config"):
+    quantization = config.get("quantization_config")
+    if quantization and quantization.get("quant_method") not in family.quantizations:
         raise ModelConfigError("config.json: quantization_config: quantized checkpoints are not supported")
     return family, family.read_config(config)
 

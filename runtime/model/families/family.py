@@ -88,6 +88,7 @@ class Family:
     sources: Callable[[DecoderSpec], dict[str, Source]]
     ignored: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ("",)  # what checkpoints of this family put before every name
+    quantizations: tuple[str, ...] = ()  # quant_method of checkpoints that are dequantized as they are read
 
 
 def sources(modules: Mapping[str, str], parts: Iterable[str] = ("weight", "bias")) -> dict[str, Source]:

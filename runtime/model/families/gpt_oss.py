@@ -46,4 +46,11 @@ def _sources(spec: DecoderSpec) -> dict[str, Source]:
     }
 
 
-GPT_OSS = Family("gpt-oss", ("gpt_oss",), _read_config, _sources, LLAMA_IGNORED)
+GPT_OSS = Family(
+    name="gpt-oss",
+    model_types=("gpt_oss",),
+    read_config=_read_config,
+    sources=_sources,
+    ignored=LLAMA_IGNORED,
+    quantizations=("mxfp4",),
+)
