@@ -16,7 +16,7 @@ from shardray.parallel.comm import Comm
 from shardray.parallel.layers import ColumnParallelLinear, Linear
 from shardray.parallel.plan import Axis, ShardPlan
 from shardray.runtime.model.kernels.ops import Ops
-from shardray.runtime.model.spec import Experts, Mlp
+from shardray.runtime.model.spec import Experts, Groups, Mlp
 
 Parameters = Mapping[str, Tensor]
 
@@ -71,7 +71,7 @@ class ExpertsBlock:
         self._spec = experts
         self._comm = comm
         self._router = parameters["router.weight"]
-        self._router_bias = parameters.get("router.bias")
+        self._router_bias, self._correction = parameters.get("router.bias"), parameters.get("router.correction")
         adds_bias = own.are_whole or comm.rank == 0
         stacked, shared = _below("experts.", parameters), _below("shared.", parameters)
         self._experts = {
@@ -100,9 +100,24 @@ class ExpertsBlock:
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(T, k) float32 weights, and the experts that they belong to"""
-        scores = torch.softmax(F.linear(x, self._router, self._router_bias).float(), dim=-1)
-        weights, chosen = torch.topk(scores, self._spec.top_k, dim=-1)
-        return weights / weights.sum(dim=-1, keepdim=True) if self._spec.normalized else weights, chosen
+        logits = F.linear(x, self._router, self._router_bias).float()
+        scores = torch.sigmoid(logits) if self._spec.scores == "sigmoid" else torch.softmax(logits, dim=-1)
+        choice = scores if self._correction is None else scores + self._correction
+        if self._spec.groups is not None:
+            choice = _of_best_groups(choice, self._spec.groups)
+        chosen = torch.topk(choice, self._spec.top_k, dim=-1).indices
+        weights = scores.gather(1, chosen)
+        if self._spec.normalized:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return weights * self._spec.scale, chosen
+
+
+def _of_best_groups(scores: Tensor, groups: Groups) -> Tensor:
+    """(T, experts), those of other groups at minus infinity"""
+    by_group = scores.view(scores.shape[0], groups.num_groups, -1)
+    ranks = by_group.topk(groups.judges, dim=-1).values.sum(dim=-1)
+    best = torch.zeros_like(ranks, dtype=torch.bool).scatter_(1, ranks.topk(groups.top_k, dim=-1).indices, True)
+    return by_group.masked_fill(~best[..., None], -torch.inf).flatten(-2)
 
 
 def _below(prefix: str, parameters: Parameters) -> Parameters:

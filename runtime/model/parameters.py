@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardray.parallel.plan import Axis, ModelSizes, ShardPlan
-from shardray.runtime.model.spec import Attention, DecoderSpec, Experts, Layer, Mlp, Norm
+from shardray.runtime.model.spec import Attention, DecoderSpec, Experts, Latent, Layer, Mlp, Norm
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,23 @@ def layer_parameters(spec: DecoderSpec, layer: Layer) -> dict[str, Parameter]:
     return found | _mlp_parameters(layer.mlp, hidden)
 
 
+def _latent_parameters(attention: Attention, latent: Latent, hidden: int) -> dict[str, Parameter]:
+    """The narrow vectors are made by every rank, what comes out of them by heads."""
+    num_heads, dim, rotary_dim = attention.num_heads, attention.head_dim, attention.head_dim - latent.plain_dim
+    found = {"kv_down.weight": Parameter((latent.kv_rank + rotary_dim, hidden))}
+    found |= _norm("kv_norm", latent.norm, (latent.kv_rank,))
+    out_dim = latent.plain_dim + latent.value_dim
+    found |= _linear("kv_up", (num_heads * out_dim, latent.kv_rank), Split(0, Axis.HEADS, out_dim), False)
+    if latent.query_rank is not None:
+        found["q_down.weight"] = Parameter((latent.query_rank, hidden))
+        found |= _norm("q_norm", latent.norm, (latent.query_rank,))
+    found |= _linear("q", (num_heads * dim, latent.query_rank or hidden), Split(0, Axis.HEADS, dim), False)
+    return found | _linear("o", (hidden, num_heads * latent.value_dim), Split(1, Axis.HEADS, latent.value_dim), False)
+
+
 def _attention_parameters(attention: Attention, hidden: int) -> dict[str, Parameter]:
+    if attention.latent is not None:
+        return _latent_parameters(attention, attention.latent, hidden)
     dim, bias = attention.head_dim, attention.qkv_bias
     widths = {"q": attention.num_heads * dim, "k": attention.num_kv_heads * dim, "v": attention.num_kv_heads * dim}
     splits = {name: Split(0, Axis.HEADS if name == "q" else Axis.KV_HEADS, dim) for name in widths}
@@ -117,6 +133,8 @@ def _expert_parameters(experts: Experts, hidden: int) -> dict[str, Parameter]:
     found = {"router.weight": Parameter((count, hidden))}
     if experts.router_bias:
         found["router.bias"] = Parameter((count,))
+    if experts.has_correction:
+        found["router.correction"] = Parameter((count,))
     whole = Split(0, Axis.EXPERTS)
     for name, rows in _in_names(mlp).items():
         splits = whole, Split(1, Axis.EXPERT_FFN, rows)

@@ -96,6 +96,21 @@ class Learned:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Queries, keys and values come out of narrow vectors (multi-head latent attention, arXiv 2405.04434).
+
+    A head's query and key are ``plain_dim`` elements and then ``rotary.dim`` that are rotated; those of the keys are
+    one vector for all heads. ``query_rank`` None: queries come straight from the hidden state.
+    """
+
+    query_rank: int | None
+    kv_rank: int
+    plain_dim: int
+    value_dim: int
+    norm: Norm
+
+
+@dataclass(frozen=True)
 class Attention:
     """Causal self-attention; num_kv_heads < num_heads is grouped-query, 1 is multi-query.
 
@@ -119,6 +134,7 @@ class Attention:
     k_norm: Norm | None = None
     norm_over: Literal["head", "each", "all"] = "head"
     has_sinks: bool = False
+    latent: Latent | None = None
     qkv_bias: bool = False
     out_bias: bool = False
 
@@ -140,11 +156,21 @@ class Mlp:
 
 
 @dataclass(frozen=True)
-class Experts:
-    """``top_k`` of many MLPs for each token, by a router's softmax; their outputs are weighed and added.
+class Groups:
+    """Experts in ``num_groups`` equal groups, ranked by the sum of their ``judges`` best scores; ``top_k`` remain."""
 
-    ``normalized``: the weights of those chosen add up to one. ``shared``: an MLP for every token besides; with a gate,
-    times sigmoid of a product of its own.
+    num_groups: int
+    top_k: int
+    judges: int
+
+
+@dataclass(frozen=True)
+class Experts:
+    """``top_k`` of many MLPs for each token, by a router's scores; their outputs are weighed and added.
+
+    ``normalized``: the weights of those chosen add up to one, before they are multiplied by ``scale``. ``groups``: only
+    experts of the best groups can be chosen. ``has_correction``: a bias on the scores, for the choice alone.
+    ``shared``: an MLP for every token besides; with a gate, times sigmoid of a product of its own.
     """
 
     num_experts: int
@@ -154,6 +180,10 @@ class Experts:
     shared: Mlp | None = None
     has_shared_gate: bool = False
     router_bias: bool = False
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    has_correction: bool = False
+    groups: Groups | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)

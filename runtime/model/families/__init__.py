@@ -9,6 +9,7 @@ from typing import Any
 
 from shardray.runtime.model.families.bloom import BLOOM
 from shardray.runtime.model.families.cohere import COHERE, COHERE2
+from shardray.runtime.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from shardray.runtime.model.families.exaone4 import EXAONE4
 from shardray.runtime.model.families.falcon import FALCON
 from shardray.runtime.model.families.family import Family, nearest_of
@@ -41,6 +42,8 @@ FAMILIES = (
     CODEGEN,
     COHERE,
     COHERE2,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
     EXAONE4,
     FALCON,
     GEMMA,
