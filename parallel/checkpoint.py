@@ -75,6 +75,20 @@ class Checkpoint:
         Raises CheckpointError for an unknown name, a dtype that is not a float of 16 or 32 bits, a slice out of range.
         """
         info = self._find(name)
+        if info.dtype not in READABLE_DTYPES:
+            raise CheckpointError(
+                f"{info.path}: {name!r} has dtype {info.dtype}; float32, bfloat16 and float16 are read"
+            )
+        return self._read(info, index)
+
+    def read_bytes(self, name: str, index: tuple[slice, ...] = ()) -> torch.Tensor:
+        """As ``read``, of a tensor of uint8: what is packed in it is for the caller to know."""
+        info = self._find(name)
+        if info.dtype != torch.uint8:
+            raise CheckpointError(f"{info.path}: {name!r} has dtype {info.dtype} where packed bytes are expected")
+        return self._read(info, index)
+
+    def _read(self, info: TensorInfo, index: tuple[slice, ...]) -> torch.Tensor:
         bounds = _bounds(info, index)
         shape = tuple(stop - start for start, stop in bounds)
         buffer = torch.empty(math.prod(shape) * info.dtype.itemsize, dtype=torch.uint8)
@@ -87,10 +101,6 @@ class Checkpoint:
             nearest = difflib.get_close_matches(name, self.tensors, n=1)
             hint = f"; the nearest name is {nearest[0]!r}" if nearest else ""
             raise CheckpointError(f"{self.folder}: has no tensor {name!r}{hint}")
-        if info.dtype not in READABLE_DTYPES:
-            raise CheckpointError(
-                f"{info.path}: {name!r} has dtype {info.dtype}; float32, bfloat16 and float16 are read"
-            )
         return info
 
     def _fill(self, target: memoryview, info: TensorInfo, bounds: list[tuple[int, int]]) -> None:

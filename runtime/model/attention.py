@@ -105,11 +105,16 @@ class OwnHeads:
 class PagedAttention:
     """Causal attention of one rank's heads over their pages."""
 
-    def __init__(self, attention: Attention, heads: OwnHeads, device: torch.device) -> None:
+    def __init__(
+        self, attention: Attention, heads: OwnHeads, device: torch.device, sinks: Tensor | None = None
+    ) -> None:
+        """``sinks``: (n,), if the attention has them."""
         kv_of_head = heads.kv_of_head
         self.num_heads = len(kv_of_head)
         self.scale = attention.scale
-        self.is_plain = attention.alibi is None and attention.window is None and attention.softcap is None
+        self._sinks = None if sinks is None else sinks.float()[:, None, None]
+        unlike = attention.alibi, attention.window, attention.softcap, sinks
+        self.is_plain = all(feature is None for feature in unlike)
         self._window, self._softcap = attention.window, attention.softcap
         self._slopes: Tensor | None = None
         if attention.alibi is not None:
@@ -143,8 +148,8 @@ class PagedAttention:
         if not self._one_to_one:
             keys, values = keys.index_select(0, self._kv_of_head), values.index_select(0, self._kv_of_head)
         queries = queries.transpose(0, 1)
-        if self._softcap is not None:
-            return self._attend_capped(queries, keys, values).transpose(0, 1)
+        if self._softcap is not None or self._sinks is not None:
+            return self._attend_by_scores(queries, keys, values).transpose(0, 1)
         num_tokens = queries.shape[1]
         causal = self.is_plain and num_tokens == context_len
         mask = None if causal or (self.is_plain and num_tokens == 1) else self._mask(num_tokens, context_len, queries)
@@ -154,15 +159,19 @@ class PagedAttention:
         )  # fmt: skip
         return out[0].transpose(0, 1)
 
-    def _attend_capped(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """(n, T, d) queries against (n, context, d): what SDPA does, with the scores capped."""
-        assert self._softcap is not None
+    def _attend_by_scores(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """(n, T, d) queries against (n, context, d): what SDPA does, with scores capped and sinks among them."""
         scores = queries.float() @ keys.float().transpose(1, 2) * self.scale
-        scores = self._softcap * torch.tanh(scores / self._softcap)
+        if self._softcap is not None:
+            scores = self._softcap * torch.tanh(scores / self._softcap)
         mask = self._mask(queries.shape[1], keys.shape[1], scores)
         if mask.dtype == torch.bool:
             mask = torch.zeros_like(scores).masked_fill(~mask, -torch.inf)
-        return (torch.softmax(scores + mask, dim=-1) @ values.float()).to(queries.dtype)
+        scores = scores + mask
+        if self._sinks is not None:
+            scores = torch.cat((scores, self._sinks.expand(-1, scores.shape[1], -1)), dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., : keys.shape[1]]
+        return (weights @ values.float()).to(queries.dtype)
 
     def _mask(self, num_tokens: int, context_len: int, like: Tensor) -> Tensor:
         """What the last ``num_tokens`` tokens of a context see: (num_tokens, context_len) bool, or (n, ...) to add."""

@@ -13,7 +13,8 @@ from shardray.parallel.comm import Comm
 from shardray.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from shardray.runtime.model.attention import KVPages, OwnHeads, PagedAttention, StepView
 from shardray.runtime.model.kernels.ops import Angles, NormWeights, Ops
-from shardray.runtime.model.mlp import Parameters, mlp_block
+from shardray.runtime.model.latent import LatentProjections
+from shardray.runtime.model.mlp import OwnExperts, Parameters, mlp_block
 from shardray.runtime.model.query_key_norm import QueryKeyNorm
 from shardray.runtime.model.spec import Attention, Layer, Norm, Norms
 
@@ -26,26 +27,35 @@ class AttentionBlock:
     def __init__(self, attention: Attention, heads: OwnHeads, parameters: Parameters, comm: Comm, ops: Ops) -> None:
         self._ops = ops
         self._spec = attention
-        names = ("q", "k", "v")
-        biases = [parameters[f"{name}.bias"] for name in names] if attention.qkv_bias else None
-        self._qkv = ColumnParallelLinear.merged([parameters[f"{name}.weight"] for name in names], biases)
-        self._norm = QueryKeyNorm.of(attention, heads, parameters, comm)
+        self._qkv = _projections(attention, parameters)
+        self._norm = None if attention.latent is not None else QueryKeyNorm.of(attention, heads, parameters, comm)
+        self._value_dim = attention.head_dim if attention.latent is None else attention.latent.value_dim
         self._out = RowParallelLinear(parameters["o.weight"], parameters.get("o.bias"), comm)
         self._num_heads = len(heads.kv_of_head)
-        self._total_heads = self._qkv.out_size // attention.head_dim
-        self._attention = PagedAttention(attention, heads, parameters["o.weight"].device)
+        self._attention = PagedAttention(attention, heads, parameters["o.weight"].device, parameters.get("sinks"))
         self.num_bytes = self._qkv.num_bytes + self._out.num_bytes
 
     def __call__(self, x: Tensor, layer: int, pages: KVPages, view: StepView, angles: Angles | None) -> Tensor:
         """(T, H) -> (T, H)"""
-        qkv = self._qkv(x).view(x.shape[0], self._total_heads, self._spec.head_dim)  # (T, n + 2 g, d)
+        qkv = self._qkv(x).view(x.shape[0], -1, self._spec.head_dim)  # (T, n + 2 g, d)
         if self._norm is not None:
             qkv = self._norm(qkv)
         if self._spec.clip is not None:
             qkv = qkv.clamp_(-self._spec.clip, self._spec.clip)
         queries = self._ops.rotate_and_store(qkv, self._num_heads, angles, pages, layer, view)
         attended = self._ops.attend(self._attention, queries, pages, layer, view)
-        return self._out(attended.reshape(x.shape[0], self._num_heads * self._spec.head_dim))
+        if self._value_dim < self._spec.head_dim:
+            attended = attended[..., : self._value_dim]
+        return self._out(attended.reshape(x.shape[0], self._num_heads * self._value_dim))
+
+
+def _projections(attention: Attention, parameters: Parameters) -> ColumnParallelLinear | LatentProjections:
+    """What makes a token's queries, keys and values of this rank's heads, in this order."""
+    if attention.latent is not None:
+        return LatentProjections(attention, attention.latent, parameters)
+    names = ("q", "k", "v")
+    biases = [parameters[f"{name}.bias"] for name in names] if attention.qkv_bias else None
+    return ColumnParallelLinear.merged([parameters[f"{name}.weight"] for name in names], biases)
 
 
 class _Around:
@@ -81,13 +91,13 @@ class DecoderLayer:
     """Attention and MLP, one after the other or side by side."""
 
     def __init__(
-        self, layer: Layer, heads: OwnHeads, first_expert: int, parameters: Parameters, comm: Comm, ops: Ops
+        self, layer: Layer, heads: OwnHeads, experts: OwnExperts, parameters: Parameters, comm: Comm, ops: Ops
     ) -> None:
         scale = layer.residual_scale
         self._around_attention = _Around("attention", layer.attention_norms, scale, parameters, ops)
         self._attention = AttentionBlock(layer.attention, heads, parameters, comm, ops)
         self._around_mlp = _Around("mlp", layer.mlp_norms, scale, parameters, ops)
-        self._mlp = mlp_block(layer.mlp, first_expert, parameters, comm, ops)
+        self._mlp = mlp_block(layer.mlp, experts, parameters, comm, ops)
         self._parallel = layer.parallel
         self._shares_norm = layer.mlp_norms.before is None
         self.rotary = layer.attention.rotary

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from shardray.parallel.comm import Comm
 from shardray.parallel.layers import VocabParallelEmbedding, VocabParallelHead
-from shardray.parallel.plan import Axis, ShardPlan
+from shardray.parallel.plan import ShardPlan
 from shardray.runtime.model.attention import KVPages, OwnHeads, StepView
 from shardray.runtime.model.blocks import DecoderLayer
 from shardray.runtime.model.kernels.ops import NormWeights, Ops
 from shardray.runtime.model.load import ParameterLoader
-from shardray.runtime.model.mlp import Parameters
-from shardray.runtime.model.spec import DecoderSpec, Layer, Mlp
+from shardray.runtime.model.mlp import OwnExperts, Parameters
+from shardray.runtime.model.spec import DecoderSpec
 from shardray.runtime.model.stack import LayerStack
 
 Progress = Callable[[float], None]
@@ -36,7 +36,7 @@ class ShardedDecoder:
         for index in layers:
             parameters = _to(device, loader.layer(index))
             layer = spec.layers[index]
-            blocks.append(DecoderLayer(layer, heads, _first_expert(layer, plan, tp_rank), parameters, comm, ops))
+            blocks.append(DecoderLayer(layer, heads, OwnExperts.of(layer.mlp, plan, tp_rank), parameters, comm, ops))
             progress((index - layers.start + 1) / len(layers))
         self.layers = LayerStack(blocks, max_positions, device)
         last = stage == plan.pp_size - 1
@@ -104,12 +104,6 @@ class _Head:
             return logits
         logits = logits * self._spec.scale
         return logits if self._spec.softcap is None else self._spec.softcap * torch.tanh(logits / self._spec.softcap)
-
-
-def _first_expert(layer: Layer, plan: ShardPlan, tp_rank: int) -> int:
-    if isinstance(layer.mlp, Mlp):
-        return 0
-    return plan.owned(Axis.EXPERTS, tp_rank, layer.mlp.num_experts).start
 
 
 def _to(device: torch.device, parameters: Parameters) -> Parameters:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from shardray.parallel.checkpoint import Checkpoint, CheckpointError
 from shardray.parallel.plan import ShardPlan
-from shardray.runtime.model.families.family import Family
+from shardray.runtime.model.families.family import Family, swap_last
+from shardray.runtime.model.mxfp4 import is_packed, packed_shapes, read_packed
 from shardray.runtime.model.parameters import (
     Parameter,
     embedding_parameters,
@@ -81,8 +82,10 @@ class ParameterLoader:
 
     def _read_piece(self, name: str, index: tuple[slice, ...], transposed: bool) -> Tensor:
         stored = self._stored_name(name)
-        tensor = self._checkpoint.read(stored, index[::-1] if transposed else index).to(self._dtype)
-        return tensor.t().contiguous() if transposed else tensor
+        if is_packed(self._checkpoint, stored):
+            return read_packed(self._checkpoint, stored, index).to(self._dtype)
+        tensor = self._checkpoint.read(stored, swap_last(index) if transposed else index).to(self._dtype)
+        return tensor.transpose(-1, -2).contiguous() if transposed else tensor
 
     def _stored_name(self, name: str) -> str:
         """With the checkpoint's prefix, except for what such checkpoints keep outside of it."""
@@ -113,7 +116,10 @@ class ParameterLoader:
             for name, parameter in parameters.items():
                 for stored, shape in self._sources[name].stored_shapes(parameter.shape, layer).items():
                     full_name = self._stored_name(stored)
-                    needed[full_name] = max(needed.get(full_name, shape), shape)
+                    if is_packed(self._checkpoint, full_name):
+                        needed |= packed_shapes(full_name, parameter.shape)
+                    else:
+                        needed[full_name] = max(needed.get(full_name, shape), shape)
         return needed
 
 

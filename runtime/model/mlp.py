@@ -6,6 +6,7 @@ Legend: T tokens of the step, H hidden size, k experts of a token.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +14,31 @@ from torch import Tensor
 
 from shardray.parallel.comm import Comm
 from shardray.parallel.layers import ColumnParallelLinear, Linear
+from shardray.parallel.plan import Axis, ShardPlan
 from shardray.runtime.model.kernels.ops import Ops
-from shardray.runtime.model.spec import Experts, Mlp
+from shardray.runtime.model.spec import Experts, Groups, Mlp
 
 Parameters = Mapping[str, Tensor]
+
+
+class OwnExperts(NamedTuple):
+    """Which experts of a layer a rank has: from the first one on, whole or a part of each."""
+
+    first: int = 0
+    are_whole: bool = False
+
+    @classmethod
+    def of(cls, mlp: Mlp | Experts, plan: ShardPlan, tp_rank: int) -> OwnExperts:
+        if isinstance(mlp, Mlp):
+            return cls()
+        return cls(plan.owned(Axis.EXPERTS, tp_rank, mlp.num_experts).start, plan.expert_parallel)
 
 
 class MlpPart:
     """A rank's part of an MLP, gated or not; gate and up in one product. Its results are still to be summed."""
 
     def __init__(self, mlp: Mlp, parameters: Parameters, adds_bias: bool, ops: Ops) -> None:
-        names = ("gate", "up") if mlp.gated else ("up",)
+        names = ("gate_up",) if mlp.interleaved else ("gate", "up") if mlp.gated else ("up",)
         biases = [parameters[f"{name}.bias"] for name in names] if mlp.up_bias else None
         self._ops = ops
         self._mlp = mlp
@@ -52,15 +67,16 @@ class MlpBlock:
 class ExpertsBlock:
     """The experts, or parts of them, that this rank has; summed over ranks. Every rank routes every token."""
 
-    def __init__(self, experts: Experts, first: int, parameters: Parameters, comm: Comm, ops: Ops) -> None:
-        """``first``: the index of this rank's first expert."""
+    def __init__(self, experts: Experts, own: OwnExperts, parameters: Parameters, comm: Comm, ops: Ops) -> None:
         self._spec = experts
         self._comm = comm
         self._router = parameters["router.weight"]
+        self._router_bias, self._correction = parameters.get("router.bias"), parameters.get("router.correction")
+        adds_bias = own.are_whole or comm.rank == 0
         stacked, shared = _below("experts.", parameters), _below("shared.", parameters)
         self._experts = {
-            first + index: MlpPart(experts.mlp, {name: tensor[index] for name, tensor in stacked.items()}, False, ops)
-            for index in range(stacked["up.weight"].shape[0])
+            own.first + i: MlpPart(experts.mlp, {name: tensor[i] for name, tensor in stacked.items()}, adds_bias, ops)
+            for i in range(stacked["down.weight"].shape[0])
         }
         self._shared = None if experts.shared is None else MlpPart(experts.shared, shared, comm.rank == 0, ops)
         self._shared_gate = parameters.get("shared_gate.weight")
@@ -84,9 +100,24 @@ class ExpertsBlock:
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(T, k) float32 weights, and the experts that they belong to"""
-        scores = torch.softmax(F.linear(x, self._router).float(), dim=-1)
-        weights, chosen = torch.topk(scores, self._spec.top_k, dim=-1)
-        return weights / weights.sum(dim=-1, keepdim=True) if self._spec.normalized else weights, chosen
+        logits = F.linear(x, self._router, self._router_bias).float()
+        scores = torch.sigmoid(logits) if self._spec.scores == "sigmoid" else torch.softmax(logits, dim=-1)
+        choice = scores if self._correction is None else scores + self._correction
+        if self._spec.groups is not None:
+            choice = _of_best_groups(choice, self._spec.groups)
+        chosen = torch.topk(choice, self._spec.top_k, dim=-1).indices
+        weights = scores.gather(1, chosen)
+        if self._spec.normalized:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        return weights * self._spec.scale, chosen
+
+
+def _of_best_groups(scores: Tensor, groups: Groups) -> Tensor:
+    """(T, experts), those of other groups at minus infinity"""
+    by_group = scores.view(scores.shape[0], groups.num_groups, -1)
+    ranks = by_group.topk(groups.judges, dim=-1).values.sum(dim=-1)
+    best = torch.zeros_like(ranks, dtype=torch.bool).scatter_(1, ranks.topk(groups.top_k, dim=-1).indices, True)
+    return by_group.masked_fill(~best[..., None], -torch.inf).flatten(-2)
 
 
 def _below(prefix: str, parameters: Parameters) -> Parameters:
@@ -94,9 +125,8 @@ def _below(prefix: str, parameters: Parameters) -> Parameters:
 
 
 def mlp_block(
-    mlp: Mlp | Experts, first_expert: int, parameters: Parameters, comm: Comm, ops: Ops
+    mlp: Mlp | Experts, own: OwnExperts, parameters: Parameters, comm: Comm, ops: Ops
 ) -> MlpBlock | ExpertsBlock:
-    """``first_expert``: the index of the first expert that this rank has."""
     if isinstance(mlp, Mlp):
         return MlpBlock(mlp, parameters, comm, ops)
-    return ExpertsBlock(mlp, first_expert, parameters, comm, ops)
+    return ExpertsBlock(mlp, own, parameters, comm, ops)

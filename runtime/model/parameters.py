@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardray.parallel.plan import Axis, ModelSizes, ShardPlan
-from shardray.runtime.model.spec import Attention, DecoderSpec, Experts, Layer, Mlp, Norm
+from shardray.runtime.model.spec import Attention, DecoderSpec, Experts, Latent, Layer, Mlp, Norm
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,29 @@ def layer_parameters(spec: DecoderSpec, layer: Layer) -> dict[str, Parameter]:
     return found | _mlp_parameters(layer.mlp, hidden)
 
 
+def _latent_parameters(attention: Attention, latent: Latent, hidden: int) -> dict[str, Parameter]:
+    """The narrow vectors are made by every rank, what comes out of them by heads."""
+    num_heads, dim, rotary_dim = attention.num_heads, attention.head_dim, attention.head_dim - latent.plain_dim
+    found = {"kv_down.weight": Parameter((latent.kv_rank + rotary_dim, hidden))}
+    found |= _norm("kv_norm", latent.norm, (latent.kv_rank,))
+    out_dim = latent.plain_dim + latent.value_dim
+    found |= _linear("kv_up", (num_heads * out_dim, latent.kv_rank), Split(0, Axis.HEADS, out_dim), False)
+    if latent.query_rank is not None:
+        found["q_down.weight"] = Parameter((latent.query_rank, hidden))
+        found |= _norm("q_norm", latent.norm, (latent.query_rank,))
+    found |= _linear("q", (num_heads * dim, latent.query_rank or hidden), Split(0, Axis.HEADS, dim), False)
+    return found | _linear("o", (hidden, num_heads * latent.value_dim), Split(1, Axis.HEADS, latent.value_dim), False)
+
+
 def _attention_parameters(attention: Attention, hidden: int) -> dict[str, Parameter]:
+    if attention.latent is not None:
+        return _latent_parameters(attention, attention.latent, hidden)
     dim, bias = attention.head_dim, attention.qkv_bias
     widths = {"q": attention.num_heads * dim, "k": attention.num_kv_heads * dim, "v": attention.num_kv_heads * dim}
     splits = {name: Split(0, Axis.HEADS if name == "q" else Axis.KV_HEADS, dim) for name in widths}
     found = _linear("o", (hidden, widths["q"]), Split(1, Axis.HEADS, dim), attention.out_bias)
+    if attention.has_sinks:
+        found["sinks"] = Parameter((attention.num_heads,), (Split(0, Axis.HEADS),))
     for name, width in widths.items():
         found |= _linear(name, (width, hidden), splits[name], bias)
     for name, norm in (("q", attention.q_norm), ("k", attention.k_norm)):
@@ -96,20 +114,36 @@ def _attention_parameters(attention: Attention, hidden: int) -> dict[str, Parame
 
 
 def _mlp_parameters(mlp: Mlp, hidden: int, prefix: str = "") -> dict[str, Parameter]:
-    found = _linear(f"{prefix}up", (mlp.size, hidden), Split(0, Axis.FFN), mlp.up_bias)
-    if mlp.gated:
-        found |= _linear(f"{prefix}gate", (mlp.size, hidden), Split(0, Axis.FFN), mlp.up_bias)
-    return found | _linear(f"{prefix}down", (hidden, mlp.size), Split(1, Axis.FFN), mlp.down_bias)
+    found = _linear(f"{prefix}down", (hidden, mlp.size), Split(1, Axis.FFN), mlp.down_bias)
+    for name, rows in _in_names(mlp).items():
+        found |= _linear(f"{prefix}{name}", (rows * mlp.size, hidden), Split(0, Axis.FFN, rows), mlp.up_bias)
+    return found
+
+
+def _in_names(mlp: Mlp) -> dict[str, int]:
+    """The matrices that read a token, and how many rows of each make a column of the MLP."""
+    if mlp.gated and mlp.interleaved:
+        return {"gate_up": 2}
+    return {"gate": 1, "up": 1} if mlp.gated else {"up": 1}
 
 
 def _expert_parameters(experts: Experts, hidden: int) -> dict[str, Parameter]:
     """Experts' matrices one after the other along the first dimension."""
     count, mlp = experts.num_experts, experts.mlp
     found = {"router.weight": Parameter((count, hidden))}
-    rows, columns = ((Split(0, Axis.EXPERTS), Split(dim, Axis.EXPERT_FFN)) for dim in (1, 2))
-    for name in ("gate", "up") if mlp.gated else ("up",):
-        found[f"experts.{name}.weight"] = Parameter((count, mlp.size, hidden), rows)
-    found["experts.down.weight"] = Parameter((count, hidden, mlp.size), columns)
+    if experts.router_bias:
+        found["router.bias"] = Parameter((count,))
+    if experts.has_correction:
+        found["router.correction"] = Parameter((count,))
+    whole = Split(0, Axis.EXPERTS)
+    for name, rows in _in_names(mlp).items():
+        splits = whole, Split(1, Axis.EXPERT_FFN, rows)
+        found[f"experts.{name}.weight"] = Parameter((count, rows * mlp.size, hidden), splits)
+        if mlp.up_bias:
+            found[f"experts.{name}.bias"] = Parameter((count, rows * mlp.size), splits)
+    found["experts.down.weight"] = Parameter((count, hidden, mlp.size), (whole, Split(2, Axis.EXPERT_FFN)))
+    if mlp.down_bias:
+        found["experts.down.bias"] = Parameter((count, hidden), (whole,))
     if experts.shared is not None:
         found |= _mlp_parameters(experts.shared, hidden, "shared.")
     if experts.has_shared_gate:

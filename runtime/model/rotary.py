@@ -11,8 +11,10 @@ from torch import Tensor
 
 from shardray.runtime.model.kernels.ops import Angles
 from shardray.runtime.model.spec import (
+    DynamicScaling,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     ModelConfigError,
     Rotary,
     Scaling,
@@ -34,10 +36,10 @@ def read_rotary(config: Mapping[str, Any], head_dim: int) -> Rotary:
     dim = int(head_dim * _number(both, "partial_rotary_factor", 1.0))
     if dim < 2 or dim % 2:
         raise ModelConfigError(f"config.json: rotary positions need an even number of elements of each head, not {dim}")
-    return Rotary(_number(both, "rope_theta", _DEFAULT_THETA), dim, _read_scaling(parameters, config))
+    return Rotary(_number(both, "rope_theta", _DEFAULT_THETA), dim, _read_scaling(parameters, config, dim))
 
 
-def _read_scaling(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> Scaling | None:
+def _read_scaling(parameters: Mapping[str, Any], config: Mapping[str, Any], dim: int) -> Scaling | None:
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "default":
         return None
@@ -47,8 +49,13 @@ def _read_scaling(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> S
         return _read_llama3(parameters, _trained_positions(parameters, config))
     if kind == "yarn":
         return _read_yarn(parameters, config)
+    if kind == "dynamic":
+        return DynamicScaling(_number(parameters, "factor"), _trained_positions(parameters, config))
+    if kind in ("longrope", "su"):  # as Phi 3 called it first
+        return _read_longrope(parameters, config, dim)
     raise ModelConfigError(
-        f"config.json: rope_type {kind!r} is not supported (supported: default, linear, llama3, yarn)"
+        f"config.json: rope_type {kind!r} is not supported "
+        "(supported: default, dynamic, linear, llama3, longrope, yarn)"
     )
 
 
@@ -72,6 +79,27 @@ def _read_yarn(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> Yarn
         mscale_all_dim=_maybe(parameters, "mscale_all_dim"),
         truncate=bool(parameters.get("truncate", True)),
     )
+
+
+def _read_longrope(parameters: Mapping[str, Any], config: Mapping[str, Any], dim: int) -> LongRopeScaling:
+    trained = _trained_positions(parameters, config)
+    stretched = (_maybe(config, "max_position_embeddings") or trained) / trained
+    stretched = stretched if stretched != 1 else _maybe(parameters, "factor") or 1.0
+    usual = math.sqrt(1 + math.log(stretched) / math.log(trained)) if stretched > 1 else 1.0
+    return LongRopeScaling(
+        _factors(parameters, "short_factor", dim),
+        _factors(parameters, "long_factor", dim),
+        trained,
+        _maybe(parameters, "attention_factor") or usual,
+    )
+
+
+def _factors(parameters: Mapping[str, Any], field: str, dim: int) -> tuple[float, ...]:
+    """One for each frequency"""
+    factors = parameters.get(field)
+    if not isinstance(factors, list) or len(factors) != dim // 2:
+        raise ModelConfigError(f"config.json: {field} of the rotary scaling has to be a list of {dim // 2} factors")
+    return tuple(float(factor) for factor in factors)
 
 
 def _trained_positions(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> int:
@@ -100,15 +128,26 @@ def _number(fields: Mapping[str, Any], field: str, default: float | None = None)
     return value
 
 
+def longest_context(rotary: Rotary | None, max_positions: int) -> int:
+    """How many tokens a model of ``max_position_embeddings`` can take: more of them where its scaling allows it."""
+    if rotary is not None and isinstance(rotary.scaling, DynamicScaling):
+        return int(rotary.scaling.factor * max_positions)
+    return max_positions
+
+
 def rotary_angles(rotary: Rotary, num_positions: int) -> Angles:
     """Those of all positions, with the scaling's factor multiplied in."""
-    frequencies, factor = _inverse_frequencies(rotary)
+    frequencies, factor = _inverse_frequencies(rotary, num_positions)
     angles = torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
     return Angles(angles.cos() * factor, angles.sin() * factor, rotary.interleaved)
 
 
-def _inverse_frequencies(rotary: Rotary) -> tuple[Tensor, float]:
-    """(dim // 2,) float32, and the factor on cosines and sines."""
+def _inverse_frequencies(rotary: Rotary, num_positions: int) -> tuple[Tensor, float]:
+    """(dim // 2,) float32, and the factor on cosines and sines.
+
+    Where a scaling depends on the length of the context, it is that of the longest one that is served: what a token is
+    does not depend on how far its sequence has come.
+    """
     exponents = torch.arange(0, rotary.dim, 2, dtype=torch.int64).to(torch.float32) / rotary.dim
     plain = 1.0 / (rotary.theta**exponents)
     match rotary.scaling:
@@ -120,6 +159,14 @@ def _inverse_frequencies(rotary: Rotary) -> tuple[Tensor, float]:
             return _llama3(plain, scaling), 1.0
         case YarnScaling() as scaling:
             return _yarn(plain, rotary, scaling), _yarn_factor(scaling)
+        case DynamicScaling(factor, trained):
+            stretched = factor * max(num_positions, trained) / trained - (factor - 1)
+            return 1.0 / ((rotary.theta * stretched ** (rotary.dim / (rotary.dim - 2))) ** exponents), 1.0
+        case LongRopeScaling() as scaling:
+            is_long = num_positions > scaling.original_max_position
+            return plain / torch.tensor(
+                scaling.long_factors if is_long else scaling.short_factors
+            ), scaling.attention_factor
 
 
 def _llama3(plain: Tensor, scaling: Llama3Scaling) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "clamped_swiglu"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,25 @@ class YarnScaling:
     truncate: bool = True
 
 
-Scaling = LinearScaling | Llama3Scaling | YarnScaling
+@dataclass(frozen=True)
+class DynamicScaling:
+    """NTK-aware: the base grows with the context that is served, once that is longer than the trained window."""
+
+    factor: float
+    original_max_position: int
+
+
+@dataclass(frozen=True)
+class LongRopeScaling:
+    """A factor for each frequency, of two sets: for contexts within the first window, and beyond (arXiv 2402.13753)."""
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    original_max_position: int
+    attention_factor: float
+
+
+Scaling = LinearScaling | Llama3Scaling | YarnScaling | DynamicScaling | LongRopeScaling
 
 
 @dataclass(frozen=True)
@@ -78,6 +96,21 @@ class Learned:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Queries, keys and values come out of narrow vectors (multi-head latent attention, arXiv 2405.04434).
+
+    A head's query and key are ``plain_dim`` elements and then ``rotary.dim`` that are rotated; those of the keys are
+    one vector for all heads. ``query_rank`` None: queries come straight from the hidden state.
+    """
+
+    query_rank: int | None
+    kv_rank: int
+    plain_dim: int
+    value_dim: int
+    norm: Norm
+
+
+@dataclass(frozen=True)
 class Attention:
     """Causal self-attention; num_kv_heads < num_heads is grouped-query, 1 is multi-query.
 
@@ -85,7 +118,7 @@ class Attention:
     a token sees, itself included. ``softcap``: a score s becomes softcap * tanh(s / softcap).
     ``clip``: bounds of q, k, v, after their norms.
     ``q_norm`` and ``k_norm`` come before the rotation: over a ``head`` with one weight for all heads, with one for
-    ``each``, or over ``all`` heads at once.
+    ``each``, or over ``all`` heads at once. ``has_sinks``: the softmax has one more score per head, of no token.
     """
 
     num_heads: int
@@ -100,27 +133,44 @@ class Attention:
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     norm_over: Literal["head", "each", "all"] = "head"
+    has_sinks: bool = False
+    latent: Latent | None = None
     qkv_bias: bool = False
     out_bias: bool = False
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """``down(act(up(x)))``, or gated: ``down(act(gate(x)) * up(x))``."""
+    """``down(act(up(x)))``, or gated: ``down(act(gate(x)) * up(x))``.
+
+    ``interleaved``: gate and up are one matrix, their rows in turns. ``clamped_swiglu`` is gpt-oss's own gate, which
+    bounds both at 7, sharpens the sigmoid by 1.702 and adds 1 to up.
+    """
 
     size: int
     activation: Activation
     gated: bool
     up_bias: bool = False
     down_bias: bool = False
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Experts in ``num_groups`` equal groups, ranked by the sum of their ``judges`` best scores; ``top_k`` remain."""
+
+    num_groups: int
+    top_k: int
+    judges: int
 
 
 @dataclass(frozen=True)
 class Experts:
-    """``top_k`` of many MLPs for each token, by a router's softmax; their outputs are weighed and added.
+    """``top_k`` of many MLPs for each token, by a router's scores; their outputs are weighed and added.
 
-    ``normalized``: the weights of those chosen add up to one. ``shared``: an MLP for every token besides; with a gate,
-    times sigmoid of a product of its own.
+    ``normalized``: the weights of those chosen add up to one, before they are multiplied by ``scale``. ``groups``: only
+    experts of the best groups can be chosen. ``has_correction``: a bias on the scores, for the choice alone.
+    ``shared``: an MLP for every token besides; with a gate, times sigmoid of a product of its own.
     """
 
     num_experts: int
@@ -129,6 +179,11 @@ class Experts:
     normalized: bool
     shared: Mlp | None = None
     has_shared_gate: bool = False
+    router_bias: bool = False
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    has_correction: bool = False
+    groups: Groups | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)

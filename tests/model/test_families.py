@@ -160,7 +160,11 @@ def test_a_config_of_only_the_needed_fields_is_enough(config: dict[str, Any], tm
         ({"rms_norm_eps": "tiny"}, "rms_norm_eps is 'tiny', expected float"),
         ({"attention_bias": "yes"}, "attention_bias is 'yes', expected bool"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1, expected bool"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported"),
+        ({"rope_scaling": {"type": "spiral", "factor": 2.0}}, "rope_type 'spiral' is not supported"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
+            "short_factor of the rotary scaling has to be a",
+        ),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: quantized checkpoints are not"),
     ],
 )
@@ -170,6 +174,12 @@ def test_a_llama_config_that_cannot_be_computed_is_refused(
     with pytest.raises(ModelConfigError) as caught:
         read_model_config(write_config(tmp_path, LLAMA_CONFIG | changes))
     assert message in str(caught.value)
+
+
+def test_a_scaling_that_follows_the_context_allows_more_than_the_trained_window(tmp_path: Path) -> None:
+    scaling = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.5}}
+    _, spec = read_model_config(write_config(tmp_path, LLAMA_CONFIG | scaling))
+    assert spec.max_positions == 160
 
 
 @pytest.mark.parametrize(

@@ -89,10 +89,38 @@ def test_yarn_takes_the_stretch_of_the_window_where_it_names_no_factor() -> None
     assert found == YarnScaling(8.0, 1024)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope", "su", "mrope"])
-def test_an_unknown_type_is_refused_with_its_name(kind: str) -> None:
-    with pytest.raises(ModelConfigError, match=f"rope_type '{kind}' is not supported .*linear, llama3, yarn"):
-        read_rotary({"rope_scaling": {"rope_type": kind, "factor": 2.0}}, 64)
+@pytest.mark.parametrize("num_positions", [500, 512, 513, 2048])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"rope_type": "dynamic", "factor": 3.0},
+        {
+            "rope_type": "longrope",
+            "short_factor": [1.0 + 0.01 * i for i in range(32)],
+            "long_factor": [1.0 + 0.5 * i for i in range(32)],
+            "original_max_position_embeddings": 512,
+        },
+    ],
+    ids=["dynamic", "longrope"],
+)
+def test_scalings_by_length_are_those_of_the_longest_context(parameters: dict[str, Any], num_positions: int) -> None:
+    config = LlamaConfig(
+        hidden_size=256,
+        num_attention_heads=4,
+        head_dim=64,
+        max_position_embeddings=512 if parameters["rope_type"] == "dynamic" else 2048,
+        rope_parameters=parameters | {"rope_theta": 10_000.0},
+    )
+    positions = torch.arange(num_positions)[None]
+    expected_cos, expected_sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
+    cos, sin, _ = rotary_angles(read_rotary(config.to_dict(), 64), num_positions)
+    torch.testing.assert_close(cos, expected_cos[0, :, :32], atol=5e-4, rtol=0)
+    torch.testing.assert_close(sin, expected_sin[0, :, :32], atol=5e-4, rtol=0)
+
+
+def test_an_unknown_type_is_refused_with_its_name() -> None:
+    with pytest.raises(ModelConfigError, match=r"rope_type 'mrope' is not supported .*linear, llama3, longrope, yarn"):
+        read_rotary({"rope_scaling": {"rope_type": "mrope", "factor": 2.0}}, 64)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +133,7 @@ def test_an_unknown_type_is_refused_with_its_name(kind: str) -> None:
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": None}}, "the rotary scaling lacks 'low_freq_factor'"),
         ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "low_freq_factor 1 must be below high_freq_factor 1"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "lacks 'original_max_position_embeddings'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}, "max_position_embeddings": 64}, "short_factor of"),
         ({"rope_theta": "big"}, "rope_theta is 'big', expected a positive number"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear', expected an object"),
         ({"partial_rotary_factor": 0.05}, "an even number of elements of each head, not 3"),

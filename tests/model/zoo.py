@@ -22,6 +22,19 @@ _LLAMA: dict[str, Any] = {
 }
 _GPT: dict[str, Any] = {"vocab_size": 97, "n_embd": 60, "n_layer": 3, "n_head": 6, "n_inner": 84, "n_positions": 128}
 _BLOOM: dict[str, Any] = {"vocab_size": 97, "hidden_size": 60, "num_hidden_layers": 3, "num_attention_heads": 6}
+_DEEPSEEK: dict[str, Any] = _LLAMA | {
+    "num_key_value_heads": 6,
+    "q_lora_rank": 28,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 12,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 36,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
 _WINDOW = {"sliding_window": 11}
 
 # name -> (model_type, config): what differs from the base is what the family, or its variant, brings
@@ -32,6 +45,29 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("cohere", _LLAMA),
     "cohere, norms": ("cohere", _LLAMA | {"use_qk_norm": True, "logit_scale": 0.25}),
     "cohere2": ("cohere2", _LLAMA | _WINDOW | {"num_hidden_layers": 5}),
+    "deepseek-v2": ("deepseek_v2", _DEEPSEEK | {"q_lora_rank": None}),
+    "deepseek-v2, groups": (
+        "deepseek_v2",
+        _DEEPSEEK
+        | {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2, "routed_scaling_factor": 2.5},
+    ),
+    "deepseek-v3": (
+        "deepseek_v3",
+        _DEEPSEEK
+        | {
+            "n_group": 3,
+            "topk_group": 2,
+            "norm_topk_prob": True,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "rope_theta": 10_000.0,
+            },
+        },
+    ),
     "exaone4": ("exaone4", _LLAMA | _WINDOW | {"num_hidden_layers": 5, "sliding_window_pattern": 4}),
     "exaone4, no windows": ("exaone4", _LLAMA | {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
     "falcon": ("falcon", _BLOOM | {"ffn_hidden_size": 84}),
@@ -65,6 +101,10 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt-neox": ("gpt_neox", _LLAMA | {"rotary_pct": 0.4}),
     "gpt-neox, one after the other": ("gpt_neox", _LLAMA | {"use_parallel_residual": False}),
+    "gpt-oss": (
+        "gpt_oss",
+        _LLAMA | _WINDOW | {"head_dim": 12, "num_local_experts": 5, "num_experts_per_tok": 2, "layer_types": None},
+    ),
     "gpt2": ("gpt2", _GPT),
     "granite": (
         "granite",
@@ -127,7 +167,7 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
 }
 ZOO["opt, 350m"] = ("opt", ZOO["opt"][1] | {"do_layer_norm_before": False, "word_embed_proj_dim": 36})
 
-WITH_EXPERTS = ("mixtral", "olmoe", "qwen2-moe", "qwen3-moe")
+WITH_EXPERTS = ("deepseek-v3", "gpt-oss", "mixtral", "olmoe", "qwen2-moe", "qwen3-moe")
 
 
 def save(name: str, folder: Path) -> Path:
@@ -140,5 +180,8 @@ def save(name: str, folder: Path) -> Path:
             torch.nn.init.normal_(parameter, mean=float(parameter_name.endswith("weight")), std=0.1)
         else:
             torch.nn.init.normal_(parameter, std=0.1)
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name.endswith("correction_bias"):
+            torch.nn.init.normal_(buffer, std=0.1)
     model.save_pretrained(folder)
     return folder

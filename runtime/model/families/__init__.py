@@ -9,6 +9,7 @@ from typing import Any
 
 from shardray.runtime.model.families.bloom import BLOOM
 from shardray.runtime.model.families.cohere import COHERE, COHERE2
+from shardray.runtime.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from shardray.runtime.model.families.exaone4 import EXAONE4
 from shardray.runtime.model.families.falcon import FALCON
 from shardray.runtime.model.families.family import Family, nearest_of
@@ -16,6 +17,7 @@ from shardray.runtime.model.families.gemma import GEMMA, GEMMA2, GEMMA3
 from shardray.runtime.model.families.gpt2 import GPT2
 from shardray.runtime.model.families.gpt_neo import GPT_NEO
 from shardray.runtime.model.families.gpt_neox import GPT_NEOX
+from shardray.runtime.model.families.gpt_oss import GPT_OSS
 from shardray.runtime.model.families.gptj import CODEGEN, GPTJ
 from shardray.runtime.model.families.granite import GRANITE
 from shardray.runtime.model.families.llama import LLAMA
@@ -40,6 +42,8 @@ FAMILIES = (
     CODEGEN,
     COHERE,
     COHERE2,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
     EXAONE4,
     FALCON,
     GEMMA,
@@ -50,6 +54,7 @@ FAMILIES = (
     GPT_BIGCODE,
     GPT_NEO,
     GPT_NEOX,
+    GPT_OSS,
     GRANITE,
     LLAMA,
     MISTRAL,
@@ -84,7 +89,8 @@ def read_model_config(folder: Path) -> tuple[Family, DecoderSpec]:
     if not isinstance(config, dict):
         raise ModelConfigError(f"{path}: is not a JSON object")
     family = _family_of(config)
-    if config.get("quantization_config"):
+    quantization = config.get("quantization_config")
+    if quantization and quantization.get("quant_method") not in family.quantizations:
         raise ModelConfigError("config.json: quantization_config: quantized checkpoints are not supported")
     return family, family.read_config(config)
 

@@ -66,11 +66,16 @@ class Source:
         if self.has_row_tensors:
             return {self.name.format(layer=layer, row=row): shape[1:] for row in range(shape[0])}
         stored = (self.rows(slice(shape[0] - 1, shape[0]))[0].stop, *shape[1:])
-        return {self.name.format(layer=layer): stored[::-1] if self.transposed else stored}
+        return {self.name.format(layer=layer): swap_last(stored) if self.transposed else stored}
 
     @property
     def has_row_tensors(self) -> bool:
         return "{row}" in self.name
+
+
+def swap_last(items: tuple[T, ...]) -> tuple[T, ...]:
+    """The last two of a shape or an index exchanged"""
+    return (*items[:-2], items[-1], items[-2])
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,7 @@ class Family:
     sources: Callable[[DecoderSpec], dict[str, Source]]
     ignored: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ("",)  # what checkpoints of this family put before every name
+    quantizations: tuple[str, ...] = ()  # quant_method of checkpoints that are dequantized as they are read
 
 
 def sources(modules: Mapping[str, str], parts: Iterable[str] = ("weight", "bias")) -> dict[str, Source]:

@@ -15,7 +15,7 @@ from shardray.runtime.model.families.family import (
     sources,
     whole_parts,
 )
-from shardray.runtime.model.rotary import read_rotary
+from shardray.runtime.model.rotary import longest_context, read_rotary
 from shardray.runtime.model.spec import Attention, DecoderSpec, Embedding, Head, Layer, Mlp, Norm, Norms
 
 LAYER = "model.layers.{layer}."
@@ -28,6 +28,7 @@ def read_llama_like(config: Mapping[str, Any], norm: Norm | None = None, tied: b
     head_dim = optional(config, "head_dim", 0) or whole_parts(config, "hidden_size", "num_attention_heads")
     has_kv_heads = config.get("num_key_value_heads") is not None
     group = whole_parts(config, "num_attention_heads", "num_key_value_heads") if has_kv_heads else 1
+    rotary = read_rotary(config, head_dim)
     norm = norm or Norm("rms", eps=optional(config, "rms_norm_eps", 1e-6))
     layer = Layer(
         attention=Attention(
@@ -35,7 +36,7 @@ def read_llama_like(config: Mapping[str, Any], norm: Norm | None = None, tied: b
             num_kv_heads=num_heads // group,
             head_dim=head_dim,
             scale=head_dim**-0.5,
-            rotary=read_rotary(config, head_dim),
+            rotary=rotary,
             qkv_bias=attention_bias,
             out_bias=attention_bias,
         ),
@@ -52,7 +53,7 @@ def read_llama_like(config: Mapping[str, Any], norm: Norm | None = None, tied: b
     return DecoderSpec(
         vocab_size=required(config, "vocab_size", int),
         hidden_size=required(config, "hidden_size", int),
-        max_positions=required(config, "max_position_embeddings", int),
+        max_positions=longest_context(rotary, required(config, "max_position_embeddings", int)),
         embedding=Embedding(),
         layers=(layer,) * required(config, "num_hidden_layers", int),
         head=Head(norm, tied=optional(config, "tie_word_embeddings", tied)),

@@ -95,11 +95,19 @@ class Ops:
         return attention(queries, pages, layer, view)
 
     def activate(self, inner: Tensor, activation: Activation, gated: bool) -> Tensor:
-        """act(inner), or for gated MLPs (T, 2 F) -> (T, F): act(first half) * second half."""
+        """act(inner), or for gated MLPs (T, 2 F) -> (T, F): act(first half) * second half, or of elements in turns."""
         if not gated:
             return _ACTIVATIONS[activation](inner)
+        if activation == "clamped_swiglu":
+            return clamped_swiglu(inner[..., 0::2], inner[..., 1::2])
         gate, up = inner.chunk(2, dim=-1)
         return _ACTIVATIONS[activation](gate).mul_(up)
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """(up + 1) * gate * sigmoid(1.702 * gate), with gate at most 7 and up within -7 .. 7 (gpt-oss)."""
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
 def apply_rotary(x: Tensor, angles: Angles) -> Tensor:

@@ -1,0 +1,103 @@
+"""DeepSeek V2 and V3: latent attention, experts shared by all tokens, routing within the best groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from shardray.runtime.model.families.family import (
+    Family,
+    Source,
+    change_attention,
+    change_layers,
+    optional,
+    refuse_unless,
+    required,
+)
+from shardray.runtime.model.families.llama import LAYER, LLAMA_IGNORED, llama_like_sources, read_llama_like
+from shardray.runtime.model.rotary import read_rotary
+from shardray.runtime.model.spec import DecoderSpec, Experts, Groups, Latent, Layer, Norm, YarnScaling
+
+
+def _read_attention(config: Mapping[str, Any]) -> DecoderSpec:
+    """Both versions' attention and sizes, with dense layers"""
+    refuse_unless(config, "attention_bias", False)
+    plain_dim, rotary_dim = required(config, "qk_nope_head_dim", int), required(config, "qk_rope_head_dim", int)
+    num_heads, dim = required(config, "num_attention_heads", int), plain_dim + rotary_dim
+    sizes = {"head_dim": dim, "num_key_value_heads": num_heads, "partial_rotary_factor": rotary_dim / dim}
+    spec = read_llama_like({**config, **sizes})
+    rotary = replace(read_rotary({**config, "partial_rotary_factor": 1.0}, rotary_dim), interleaved=True)
+    latent = Latent(
+        query_rank=optional(config, "q_lora_rank", 0) or None,
+        kv_rank=required(config, "kv_lora_rank", int),
+        plain_dim=plain_dim,
+        value_dim=required(config, "v_head_dim", int),
+        norm=Norm("rms", eps=1e-6),
+    )
+    scale = dim**-0.5
+    if isinstance(rotary.scaling, YarnScaling) and rotary.scaling.mscale_all_dim:
+        scale *= (0.1 * rotary.scaling.mscale_all_dim * math.log(rotary.scaling.factor) + 1.0) ** 2
+    return change_attention(spec, rotary=rotary, latent=latent, scale=scale)
+
+
+def _with_experts(spec: DecoderSpec, config: Mapping[str, Any], experts: Experts) -> DecoderSpec:
+    """The first layers are dense. ``experts`` has the family's routing; sizes come from the config."""
+    first = config.get("first_k_dense_replace") or 0
+    size = required(config, "moe_intermediate_size", int)
+
+    def change(index: int, layer: Layer) -> Layer:
+        if index < first:
+            return layer
+        mlp = replace(layer.dense, size=size)
+        shared = replace(mlp, size=size * optional(config, "n_shared_experts", 1))
+        return replace(layer, mlp=replace(experts, mlp=mlp, shared=shared))
+
+    return change_layers(spec, change)
+
+
+def _read_experts(config: Mapping[str, Any], spec: DecoderSpec, judges: int) -> Experts:
+    num_groups = optional(config, "n_group", 1)
+    name = "num_local_experts" if "num_local_experts" in config else "n_routed_experts"
+    return Experts(
+        num_experts=required(config, name, int),
+        top_k=required(config, "num_experts_per_tok", int),
+        mlp=spec.layers[0].dense,
+        normalized=optional(config, "norm_topk_prob", False),
+        groups=Groups(num_groups, optional(config, "topk_group", 1), judges) if num_groups > 1 else None,
+        scale=float(config.get("routed_scaling_factor") or 1.0),
+    )
+
+
+def _read_v2(config: Mapping[str, Any]) -> DecoderSpec:
+    spec = _read_attention(config)
+    experts = replace(_read_experts(config, spec, judges=1), normalized=False)
+    if config.get("topk_method", "greedy") == "greedy":
+        experts = replace(experts, groups=None)
+    return _with_experts(spec, config, experts)
+
+
+def _read_v3(config: Mapping[str, Any]) -> DecoderSpec:
+    spec = _read_attention(config)
+    experts = _read_experts({"norm_topk_prob": True, **config}, spec, judges=2)
+    return _with_experts(spec, config, replace(experts, scores="sigmoid", has_correction=True))
+
+
+def _sources(spec: DecoderSpec) -> dict[str, Source]:
+    latent = spec.attention.latent
+    assert latent is not None
+    modules = {"kv_down": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "kv_up": "kv_b_proj"}
+    modules |= {"q_down": "q_a_proj", "q_norm": "q_a_layernorm"}
+    modules["q"] = "q_proj" if latent.query_rank is None else "q_b_proj"
+    found = llama_like_sources(spec, **{name: f"self_attn.{stored}" for name, stored in modules.items()})
+    found["router.weight"] = Source(LAYER + "mlp.gate.weight")
+    found["router.correction"] = Source(LAYER + "mlp.gate.e_score_correction_bias")
+    for name in ("gate", "up", "down"):
+        found[f"experts.{name}.weight"] = Source(f"{LAYER}mlp.experts.{{row}}.{name}_proj.weight")
+        found[f"shared.{name}.weight"] = Source(f"{LAYER}mlp.shared_experts.{name}_proj.weight")
+    return found
+
+
+DEEPSEEK_V2 = Family("deepseek-v2", ("deepseek_v2",), _read_v2, _sources, LLAMA_IGNORED)
+DEEPSEEK_V3 = Family("deepseek-v3", ("deepseek_v3",), _read_v3, _sources, LLAMA_IGNORED)
