@@ -38,7 +38,9 @@ class MlpPart:
     """A rank's part of an MLP, gated or not; gate and up in one product. Its results are still to be summed."""
 
     def __init__(self, mlp: Mlp, parameters: Parameters, adds_bias: bool, ops: Ops) -> None:
-        names = ("gate_up",) if mlp.interleaved else ("gate", "up") if mlp.gated else ("up",)
+        if mlp.interleaved:
+            parameters = {**parameters, **_in_halves(parameters)}
+        names = ("gate", "up") if mlp.gated else ("up",)
         biases = [parameters[f"{name}.bias"] for name in names] if mlp.up_bias else None
         self._ops = ops
         self._mlp = mlp
@@ -110,6 +112,14 @@ class ExpertsBlock:
         if self._spec.normalized:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         return weights * self._spec.scale, chosen
+
+
+def _in_halves(parameters: Parameters) -> Parameters:
+    """Gate and up out of the matrix in which their rows take turns"""
+    fused = {part: parameters[f"gate_up.{part}"] for part in ("weight", "bias") if f"gate_up.{part}" in parameters}
+    return {
+        f"{name}.{part}": rows[place::2] for place, name in enumerate(("gate", "up")) for part, rows in fused.items()
+    }
 
 
 def _of_best_groups(scores: Tensor, groups: Groups) -> Tensor:

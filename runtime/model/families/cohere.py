@@ -8,9 +8,8 @@ from typing import Any
 
 from shardray.runtime.model.families.family import (
     Family,
-    Source,
     change_attention,
-    change_layers,
+    change_every_layer,
     optional,
     windowed_layers,
     without_positions,
@@ -26,7 +25,7 @@ def _read_cohere(config: Mapping[str, Any]) -> DecoderSpec:
     spec = change_attention(spec, rotary=rotary)
     if optional(config, "use_qk_norm", False):
         spec = change_attention(spec, q_norm=norm, k_norm=norm, norm_over="each")
-    spec = change_layers(spec, lambda _, layer: replace(layer, parallel=True, mlp_norms=Norms()))
+    spec = change_every_layer(spec, parallel=True, mlp_norms=Norms())
     return replace(spec, head=replace(spec.head, scale=optional(config, "logit_scale", 0.0625)))
 
 
@@ -37,9 +36,5 @@ def _read_cohere2(config: Mapping[str, Any]) -> DecoderSpec:
     return without_positions(spec, lambda _, layer: layer.attention.window is None)
 
 
-def _sources(spec: DecoderSpec) -> dict[str, Source]:
-    return llama_like_sources(spec, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
-
-
-COHERE = Family("cohere", ("cohere",), _read_cohere, _sources, LLAMA_IGNORED)
-COHERE2 = Family("cohere2", ("cohere2",), _read_cohere2, _sources, LLAMA_IGNORED)
+COHERE = Family("cohere", ("cohere",), _read_cohere, llama_like_sources, LLAMA_IGNORED)
+COHERE2 = Family("cohere2", ("cohere2",), _read_cohere2, llama_like_sources, LLAMA_IGNORED)

@@ -15,8 +15,10 @@ from shardray.runtime.model.families.family import (
     optional,
     refuse_unless,
     required,
+    sources,
 )
-from shardray.runtime.model.families.llama import LAYER, LLAMA_IGNORED, llama_like_sources, read_llama_like
+from shardray.runtime.model.families.llama import LAYER, LLAMA_IGNORED, read_llama_like
+from shardray.runtime.model.families.qwen_moe import moe_sources, read_num_experts
 from shardray.runtime.model.rotary import read_rotary
 from shardray.runtime.model.spec import DecoderSpec, Experts, Groups, Latent, Layer, Norm, YarnScaling
 
@@ -59,9 +61,8 @@ def _with_experts(spec: DecoderSpec, config: Mapping[str, Any], experts: Experts
 
 def _read_experts(config: Mapping[str, Any], spec: DecoderSpec, judges: int) -> Experts:
     num_groups = optional(config, "n_group", 1)
-    name = "num_local_experts" if "num_local_experts" in config else "n_routed_experts"
     return Experts(
-        num_experts=required(config, name, int),
+        num_experts=read_num_experts(config, "n_routed_experts"),
         top_k=required(config, "num_experts_per_tok", int),
         mlp=spec.layers[0].dense,
         normalized=optional(config, "norm_topk_prob", False),
@@ -90,13 +91,9 @@ def _sources(spec: DecoderSpec) -> dict[str, Source]:
     modules = {"kv_down": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "kv_up": "kv_b_proj"}
     modules |= {"q_down": "q_a_proj", "q_norm": "q_a_layernorm"}
     modules["q"] = "q_proj" if latent.query_rank is None else "q_b_proj"
-    found = llama_like_sources(spec, **{name: f"self_attn.{stored}" for name, stored in modules.items()})
-    found["router.weight"] = Source(LAYER + "mlp.gate.weight")
-    found["router.correction"] = Source(LAYER + "mlp.gate.e_score_correction_bias")
-    for name in ("gate", "up", "down"):
-        found[f"experts.{name}.weight"] = Source(f"{LAYER}mlp.experts.{{row}}.{name}_proj.weight")
-        found[f"shared.{name}.weight"] = Source(f"{LAYER}mlp.shared_experts.{name}_proj.weight")
-    return found
+    correction = {"router.correction": Source(LAYER + "mlp.gate.e_score_correction_bias")}
+    attention = sources({name: f"{LAYER}self_attn.{stored}" for name, stored in modules.items()})
+    return moe_sources(spec, shared="shared_experts") | attention | correction
 
 
 DEEPSEEK_V2 = Family("deepseek-v2", ("deepseek_v2",), _read_v2, _sources, LLAMA_IGNORED)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from shardray.runtime.model.families.family import (
     Family,
-    Source,
     change_attention,
-    change_layers,
+    change_every_layer,
     optional,
     windowed_layers,
     without_positions,
@@ -22,7 +20,7 @@ from shardray.runtime.model.spec import DecoderSpec, Norms
 def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
     spec = read_llama_like({"rms_norm_eps": 1e-5, **config})
     norms = Norms(inner=spec.head.norm)
-    spec = change_layers(spec, lambda _, layer: replace(layer, attention_norms=norms, mlp_norms=norms))
+    spec = change_every_layer(spec, attention_norms=norms, mlp_norms=norms)
     spec = change_attention(spec, q_norm=spec.head.norm, k_norm=spec.head.norm)
     if not config.get("sliding_window"):
         return spec
@@ -31,14 +29,4 @@ def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
     return without_positions(spec, lambda _, layer: layer.attention.window is None)
 
 
-def _sources(spec: DecoderSpec) -> dict[str, Source]:
-    return llama_like_sources(
-        spec,
-        q_norm="self_attn.q_norm",
-        k_norm="self_attn.k_norm",
-        attention_norm__inner="post_attention_layernorm",
-        mlp_norm__inner="post_feedforward_layernorm",
-    )
-
-
-EXAONE4 = Family("exaone4", ("exaone4",), _read_config, _sources, LLAMA_IGNORED)
+EXAONE4 = Family("exaone4", ("exaone4",), _read_config, llama_like_sources, LLAMA_IGNORED)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from shardray.runtime.model.families.family import (
     Family,
-    Groups,
     Source,
     change_attention,
-    change_layers,
+    change_every_layer,
+    change_mlp,
+    fused_by_head,
     optional,
     sources,
 )
@@ -24,9 +24,9 @@ _FIELDS = Fields(mlp_size="ffn_hidden_size", eps="layer_norm_epsilon", activatio
 
 def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
     is_new = optional(config, "new_decoder_architecture", False)
-    bias, norm_bias = optional(config, "bias", False), True
-    spec = read_gpt_like({"max_position_embeddings": 2048, **config}, _FIELDS, bias=norm_bias, activation="gelu")
-    spec = change_layers(spec, lambda _, layer: replace(layer, mlp=replace(layer.dense, up_bias=bias, down_bias=bias)))
+    bias = optional(config, "bias", False)  # of the matrices; norms have theirs
+    spec = read_gpt_like({"max_position_embeddings": 2048, **config}, _FIELDS, activation="gelu")
+    spec = change_mlp(spec, up_bias=bias, down_bias=bias)
     attention, num_kv_heads = spec.attention, spec.attention.num_heads
     if is_new:
         num_kv_heads = optional(config, "num_kv_heads", attention.num_heads)
@@ -45,14 +45,14 @@ def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
         return spec
     has_two = optional(config, "num_ln_in_parallel_attn", 2 if is_new else 1) == 2
     norms = Norms(before=spec.head.norm if has_two else None)
-    return change_layers(spec, lambda _, layer: replace(layer, parallel=True, mlp_norms=norms))
+    return change_every_layer(spec, parallel=True, mlp_norms=norms)
 
 
 def _sources(spec: DecoderSpec) -> dict[str, Source]:
-    layer, attention = "h.{layer}.", spec.layers[0]
-    has_two = attention.parallel and attention.mlp_norms.before is not None
+    layer, first = "h.{layer}.", spec.layers[0]
+    has_two = first.parallel and first.mlp_norms.before is not None
     norms = ("ln_attn", "ln_mlp") if has_two else ("input_layernorm", "post_attention_layernorm")
-    return _fused(spec, layer + "self_attention.query_key_value") | sources(
+    return fused_by_head(spec, layer + "self_attention.query_key_value") | sources(
         {
             "embed": "word_embeddings",
             "attention_norm.before": layer + norms[0],
@@ -64,18 +64,6 @@ def _sources(spec: DecoderSpec) -> dict[str, Source]:
             "head": "word_embeddings" if spec.head.tied else "lm_head",
         }
     )
-
-
-def _fused(spec: DecoderSpec, name: str) -> dict[str, Source]:
-    """The queries of each KV head, its key, its value; one KV head after the other."""
-    dim, num_kv_heads = spec.attention.head_dim, spec.attention.num_kv_heads
-    queries = spec.attention.num_heads // num_kv_heads * dim
-    places = {"q": (0, queries), "k": (queries, dim), "v": (queries + dim, dim)}
-    return {
-        f"{module}.{part}": Source(f"{name}.{part}", start=start, groups=Groups(size, queries + 2 * dim))
-        for module, (start, size) in places.items()
-        for part in ("weight", "bias")
-    }
 
 
 FALCON = Family(

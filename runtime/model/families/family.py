@@ -97,18 +97,34 @@ def sources(modules: Mapping[str, str], parts: Iterable[str] = ("weight", "bias"
 
 
 def fused_by_head(spec: DecoderSpec, name: str) -> dict[str, Source]:
-    """Queries, keys and values in one tensor: q, k and v of the first head, then of the next one."""
-    dim = spec.attention.head_dim
+    """Queries, keys and values in one tensor: for each KV head its queries, its key and its value."""
+    dim, num_kv_heads = spec.attention.head_dim, spec.attention.num_kv_heads
+    queries = spec.attention.num_heads // num_kv_heads * dim
+    places = {"q": (0, queries), "k": (queries, dim), "v": (queries + dim, dim)}
     return {
-        f"{module}.{part}": Source(f"{name}.{part}", start=place * dim, groups=Groups(dim, 3 * dim))
-        for place, module in enumerate("qkv")
+        f"{module}.{part}": Source(f"{name}.{part}", start=start, groups=Groups(size, queries + 2 * dim))
+        for module, (start, size) in places.items()
         for part in ("weight", "bias")
     }
+
+
+def fused_in_turn(spec: DecoderSpec, name: str, transposed: bool = False) -> dict[str, Source]:
+    """Queries, keys and values in one tensor: all queries, then all keys, then all values."""
+    attention = spec.attention
+    keys = attention.num_heads * attention.head_dim
+    starts = {"q": 0, "k": keys, "v": keys + attention.num_kv_heads * attention.head_dim}
+    weights = {f"{module}.weight": Source(f"{name}.weight", transposed, start) for module, start in starts.items()}
+    return weights | {f"{module}.bias": Source(f"{name}.bias", start=start) for module, start in starts.items()}
 
 
 def change_layers(spec: DecoderSpec, change: Callable[[int, Layer], Layer]) -> DecoderSpec:
     """``spec`` with each layer, of an index, changed."""
     return replace(spec, layers=tuple(change(index, layer) for index, layer in enumerate(spec.layers)))
+
+
+def change_every_layer(spec: DecoderSpec, **changes: Any) -> DecoderSpec:
+    """``spec`` with fields of every layer changed."""
+    return change_layers(spec, lambda _, layer: replace(layer, **changes))
 
 
 def change_attention(spec: DecoderSpec, **changes: Any) -> DecoderSpec:

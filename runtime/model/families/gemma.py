@@ -10,6 +10,7 @@ from shardray.runtime.model.families.family import (
     Family,
     Source,
     change_attention,
+    change_every_layer,
     change_layers,
     optional,
     required,
@@ -32,7 +33,7 @@ def _read_sandwich(config: Mapping[str, Any], pattern: int) -> DecoderSpec:
     """Gemma 2 and 3: every ``pattern``-th layer sees everything, the others a window."""
     spec = _read_gemma(config)
     norms = Norms(before=spec.head.norm, inner=spec.head.norm)
-    spec = change_layers(spec, lambda _, layer: replace(layer, attention_norms=norms, mlp_norms=norms))
+    spec = change_every_layer(spec, attention_norms=norms, mlp_norms=norms)
     spec = change_attention(
         spec,
         scale=required(config, "query_pre_attn_scalar", int) ** -0.5,
@@ -73,14 +74,7 @@ def _rotary_configs(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mappi
 
 
 def _sandwich_sources(spec: DecoderSpec) -> dict[str, Source]:
-    return llama_like_sources(
-        spec,
-        q_norm="self_attn.q_norm",
-        k_norm="self_attn.k_norm",
-        attention_norm__inner="post_attention_layernorm",
-        mlp_norm__before="pre_feedforward_layernorm",
-        mlp_norm__inner="post_feedforward_layernorm",
-    )
+    return llama_like_sources(spec, mlp_norm__before="pre_feedforward_layernorm")
 
 
 GEMMA = Family("gemma", ("gemma",), _read_gemma, llama_like_sources, LLAMA_IGNORED)

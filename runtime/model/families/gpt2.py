@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shardray.runtime.model.families.family import Family, Source, change_attention, optional, refuse_unless, sources
+from shardray.runtime.model.families.family import (
+    Family,
+    Source,
+    change_attention,
+    fused_in_turn,
+    optional,
+    refuse_unless,
+    sources,
+)
 from shardray.runtime.model.families.gpt_like import OLD, read_gpt_like
 from shardray.runtime.model.spec import DecoderSpec
 
@@ -18,14 +26,10 @@ def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
 
 
 def _sources(spec: DecoderSpec) -> dict[str, Source]:
-    layer, hidden = "h.{layer}.", spec.hidden_size
-    found = gpt_sources(spec)
+    layer = "h.{layer}."
+    found = gpt_sources(spec) | fused_in_turn(spec, layer + "attn.c_attn", transposed=True)
     for module, name in {"o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}.items():
         found[f"{module}.weight"] = Source(f"{layer}{name}.weight", transposed=True)
-    for index, module in enumerate("qkv"):
-        start = index * hidden
-        found[f"{module}.weight"] = Source(layer + "attn.c_attn.weight", transposed=True, start=start)
-        found[f"{module}.bias"] = Source(layer + "attn.c_attn.bias", start=start)
     return found
 
 

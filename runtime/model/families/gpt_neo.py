@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from shardray.runtime.model.families.family import Family, Source, change_attention, change_layers, required, sources
+from shardray.runtime.model.families.family import Family, Source, change_attention, required, sources, windowed_layers
 from shardray.runtime.model.families.gpt2 import GPT_IGNORED, gpt_sources
 from shardray.runtime.model.families.gpt_like import Fields, read_gpt_like
 from shardray.runtime.model.spec import DecoderSpec
@@ -21,13 +20,8 @@ def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
     kinds = config.get("attention_layers")
     if kinds is None:  # [[kinds that take turns, how often], ...]
         kinds = [kind for turns, count in config.get("attention_types") or [] for kind in turns * count]
-    window = required(config, "window_size", int)
-    return change_layers(
-        spec,
-        lambda index, layer: replace(
-            layer, attention=replace(layer.attention, window=window if kinds[index] == "local" else None)
-        ),
-    )
+    window = {"sliding_window": required(config, "window_size", int)}
+    return windowed_layers(spec, window, lambda index: kinds[index] == "local")
 
 
 def _sources(spec: DecoderSpec) -> dict[str, Source]:

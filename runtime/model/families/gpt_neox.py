@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from shardray.runtime.model.families.family import (
     Family,
     Source,
     change_attention,
-    change_layers,
+    change_every_layer,
     fused_by_head,
     optional,
     sources,
@@ -27,8 +26,7 @@ def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
     share = {"partial_rotary_factor": optional(config, "rotary_pct", 0.25), "rope_theta": config.get("rotary_emb_base")}
     rotary = read_rotary({**share, **config}, spec.attention.head_dim)
     spec = change_attention(spec, rotary=rotary, qkv_bias=bias, out_bias=bias)
-    parallel = optional(config, "use_parallel_residual", True)
-    return change_layers(spec, lambda _, layer: replace(layer, parallel=parallel))
+    return change_every_layer(spec, parallel=optional(config, "use_parallel_residual", True))
 
 
 def _sources(spec: DecoderSpec) -> dict[str, Source]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from shardray.runtime.model.families.family import (
     Family,
     Source,
     change_attention,
-    change_layers,
+    change_every_layer,
     optional,
     refuse_unless,
     required,
@@ -31,7 +30,7 @@ def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
     mlp = Mlp(size, "clamped_swiglu", gated=True, up_bias=True, down_bias=True, interleaved=True)
     count, top_k = required(config, "num_local_experts", int), optional(config, "num_experts_per_tok", 4)
     experts = Experts(count, top_k, mlp, normalized=True, router_bias=True)
-    return change_layers(spec, lambda _, layer: replace(layer, mlp=experts))
+    return change_every_layer(spec, mlp=experts)
 
 
 def _sources(spec: DecoderSpec) -> dict[str, Source]:

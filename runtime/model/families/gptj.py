@@ -11,7 +11,7 @@ from shardray.runtime.model.families.family import (
     Groups,
     Source,
     change_attention,
-    change_layers,
+    change_every_layer,
     optional,
     sources,
 )
@@ -27,7 +27,7 @@ def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
     dim = optional(config, "rotary_dim", 64)
     rotary = Rotary(10_000.0, dim, interleaved=True)
     spec = change_attention(spec, qkv_bias=False, out_bias=False, rotary=rotary)
-    spec = change_layers(spec, lambda _, layer: replace(layer, parallel=True, mlp_norms=Norms()))
+    spec = change_every_layer(spec, parallel=True, mlp_norms=Norms())
     return replace(spec, head=replace(spec.head, bias=True))
 
 

@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from shardray.runtime.model.families.family import Family, change_attention, change_layers, optional
+from shardray.runtime.model.families.family import Family, change_attention, change_every_layer, optional
 from shardray.runtime.model.families.llama import LLAMA_IGNORED, llama_like_sources, read_llama_like
 from shardray.runtime.model.spec import DecoderSpec, Embedding
 
 
 def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
     spec = change_attention(read_llama_like(config), scale=_factor(config, "attention_multiplier"))
-    residual_scale = _factor(config, "residual_multiplier")
-    spec = change_layers(spec, lambda _, layer: replace(layer, residual_scale=residual_scale))
+    spec = change_every_layer(spec, residual_scale=_factor(config, "residual_multiplier"))
     head = replace(spec.head, scale=1.0 / _factor(config, "logits_scaling"))
     return replace(spec, embedding=Embedding(scale=_factor(config, "embedding_multiplier")), head=head)
 

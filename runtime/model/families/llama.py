@@ -61,7 +61,10 @@ def read_llama_like(config: Mapping[str, Any], norm: Norm | None = None, tied: b
 
 
 def llama_like_sources(spec: DecoderSpec, **modules: str) -> dict[str, Source]:
-    """Where a Llama keeps its parameters; ``modules`` are others, a "__" in their names standing for a dot."""
+    """Where a Llama keeps its parameters, and its descendants the norms that they add.
+
+    ``modules`` are kept elsewhere in a layer; a "__" in their names stands for a dot.
+    """
     return sources(
         {
             "embed": "model.embed_tokens",
@@ -69,11 +72,15 @@ def llama_like_sources(spec: DecoderSpec, **modules: str) -> dict[str, Source]:
             "q": LAYER + "self_attn.q_proj",
             "k": LAYER + "self_attn.k_proj",
             "v": LAYER + "self_attn.v_proj",
+            "q_norm": LAYER + "self_attn.q_norm",
+            "k_norm": LAYER + "self_attn.k_norm",
             "o": LAYER + "self_attn.o_proj",
+            "attention_norm.inner": LAYER + "post_attention_layernorm",
             "mlp_norm.before": LAYER + "post_attention_layernorm",
             "gate": LAYER + "mlp.gate_proj",
             "up": LAYER + "mlp.up_proj",
             "down": LAYER + "mlp.down_proj",
+            "mlp_norm.inner": LAYER + "post_feedforward_layernorm",
             "final_norm": "model.norm",
             "head": "model.embed_tokens" if spec.head.tied else "lm_head",
         }

@@ -10,14 +10,15 @@ from shardray.runtime.model.families.llama import LLAMA_IGNORED, llama_like_sour
 from shardray.runtime.model.spec import DecoderSpec
 
 
-def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
+def read_mistral(config: Mapping[str, Any]) -> DecoderSpec:
+    """A Llama of the config's sizes, with its window."""
     return change_attention(read_llama_like(config), window=optional(config, "sliding_window", 0) or None)
 
 
 MISTRAL = Family(
     name="mistral",
     model_types=("mistral",),
-    read_config=_read_config,
+    read_config=read_mistral,
     sources=llama_like_sources,
     ignored=LLAMA_IGNORED,
 )

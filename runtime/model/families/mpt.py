@@ -10,6 +10,7 @@ from shardray.runtime.model.families.family import (
     Source,
     change_attention,
     change_mlp,
+    fused_in_turn,
     optional,
     refuse_unless,
     sources,
@@ -34,11 +35,7 @@ def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
 
 def _sources(spec: DecoderSpec) -> dict[str, Source]:
     layer = "blocks.{layer}."
-    fused = {
-        f"{name}.weight": Source(layer + "attn.Wqkv.weight", start=index * spec.hidden_size)
-        for index, name in enumerate("qkv")
-    }
-    return fused | sources(
+    return fused_in_turn(spec, layer + "attn.Wqkv") | sources(
         {
             "embed": "wte",
             "attention_norm.before": layer + "norm_1",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from shardray.runtime.model.families.family import Family, Source, change_attention, change_layers, optional
+from shardray.runtime.model.families.family import Family, change_attention, change_every_layer, optional
 from shardray.runtime.model.families.llama import LLAMA_IGNORED, llama_like_sources, read_llama_like
 from shardray.runtime.model.spec import DecoderSpec, Norm, Norms
 
@@ -20,19 +19,9 @@ def _read_olmo2(config: Mapping[str, Any]) -> DecoderSpec:
     """Queries and keys are normalized over all heads at once."""
     spec = read_llama_like({"rms_norm_eps": 1e-5, **config})
     norms = Norms(inner=spec.head.norm)
-    spec = change_layers(spec, lambda _, layer: replace(layer, attention_norms=norms, mlp_norms=norms))
+    spec = change_every_layer(spec, attention_norms=norms, mlp_norms=norms)
     return change_attention(spec, q_norm=spec.head.norm, k_norm=spec.head.norm, norm_over="all")
 
 
-def _olmo2_sources(spec: DecoderSpec) -> dict[str, Source]:
-    return llama_like_sources(
-        spec,
-        q_norm="self_attn.q_norm",
-        k_norm="self_attn.k_norm",
-        attention_norm__inner="post_attention_layernorm",
-        mlp_norm__inner="post_feedforward_layernorm",
-    )
-
-
 OLMO = Family("olmo", ("olmo",), _read_olmo, llama_like_sources, LLAMA_IGNORED)
-OLMO2 = Family("olmo2", ("olmo2",), _read_olmo2, _olmo2_sources, LLAMA_IGNORED)
+OLMO2 = Family("olmo2", ("olmo2",), _read_olmo2, llama_like_sources, LLAMA_IGNORED)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from shardray.runtime.model.families.family import Family, Source, change_layers, optional, refuse_unless, sources
+from shardray.runtime.model.families.family import Family, Source, change_every_layer, optional, refuse_unless, sources
 from shardray.runtime.model.families.gpt_like import Fields, read_gpt_like
 from shardray.runtime.model.spec import DecoderSpec, Embedding, Learned, Norms
 
@@ -16,15 +16,14 @@ _FIELDS = Fields(mlp_size="ffn_dim", activation="activation_function")
 def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
     refuse_unless(config, "layer_norm_elementwise_affine", True)
     spec = read_gpt_like(config, _FIELDS, activation="relu")
-    if not optional(config, "enable_bias", True):
-        refuse_unless(config, "enable_bias", True)
+    refuse_unless(config, "enable_bias", True)
     size = optional(config, "word_embed_proj_dim", spec.hidden_size)
     embedding = Embedding(size=None if size == spec.hidden_size else size, positions=Learned(spec.max_positions, 2))
     spec = replace(spec, embedding=embedding)
     before = optional(config, "do_layer_norm_before", True)
     if not before:
         norms = Norms(after=spec.head.norm)
-        spec = change_layers(spec, lambda _, layer: replace(layer, attention_norms=norms, mlp_norms=norms))
+        spec = change_every_layer(spec, attention_norms=norms, mlp_norms=norms)
     has_final = before and not optional(config, "_remove_final_layer_norm", False)
     return spec if has_final else replace(spec, head=replace(spec.head, norm=None))
 

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from shardray.runtime.model.families.family import Family, Source, change_attention, change_layers, change_mlp, optional
+from shardray.runtime.model.families.family import (
+    Family,
+    Source,
+    change_attention,
+    change_every_layer,
+    change_mlp,
+    optional,
+)
 from shardray.runtime.model.families.llama import LLAMA_IGNORED, llama_like_sources, read_llama_like
 from shardray.runtime.model.spec import DecoderSpec, Norm, Norms
 
@@ -19,7 +26,7 @@ def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
     if optional(config, "qk_layernorm", False):
         spec = change_attention(spec, q_norm=norm, k_norm=norm)
     spec = change_mlp(spec, gated=False, up_bias=True, down_bias=True)
-    spec = change_layers(spec, lambda _, layer: replace(layer, parallel=True, mlp_norms=Norms()))
+    spec = change_every_layer(spec, parallel=True, mlp_norms=Norms())
     return replace(spec, head=replace(spec.head, bias=True))
 
 

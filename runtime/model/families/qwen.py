@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shardray.runtime.model.families.family import Family, Source, change_attention, optional, windowed_layers
+from shardray.runtime.model.families.family import Family, change_attention, optional, windowed_layers
 from shardray.runtime.model.families.llama import LLAMA_IGNORED, llama_like_sources, read_llama_like
 from shardray.runtime.model.spec import DecoderSpec
 
@@ -26,10 +26,6 @@ def read_qwen3(config: Mapping[str, Any]) -> DecoderSpec:
     return _with_windows(change_attention(spec, q_norm=spec.head.norm, k_norm=spec.head.norm), config)
 
 
-def qwen3_sources(spec: DecoderSpec) -> dict[str, Source]:
-    return llama_like_sources(spec, q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
-
-
 QWEN2 = Family(
     name="qwen2",
     model_types=("qwen2",),
@@ -41,6 +37,6 @@ QWEN3 = Family(
     name="qwen3",
     model_types=("qwen3",),
     read_config=read_qwen3,
-    sources=qwen3_sources,
+    sources=llama_like_sources,
     ignored=LLAMA_IGNORED,
 )

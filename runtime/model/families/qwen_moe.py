@@ -7,14 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 from shardray.runtime.model.families.family import Family, Source, change_layers, optional, required
-from shardray.runtime.model.families.llama import LAYER, LLAMA_IGNORED, llama_like_sources
-from shardray.runtime.model.families.qwen import qwen3_sources, read_qwen2, read_qwen3
+from shardray.runtime.model.families.llama import LLAMA_IGNORED, llama_like_sources
+from shardray.runtime.model.families.qwen import read_qwen2, read_qwen3
 from shardray.runtime.model.spec import DecoderSpec, Experts, Layer
 
 
-def read_num_experts(config: Mapping[str, Any]) -> int:
-    """By the name of these families, or by Mixtral's, which newer configs use."""
-    return required(config, "num_local_experts" if "num_local_experts" in config else "num_experts", int)
+def read_num_experts(config: Mapping[str, Any], field: str = "num_experts") -> int:
+    """By the family's own name for it, or by Mixtral's, which newer configs use."""
+    return required(config, "num_local_experts" if "num_local_experts" in config else field, int)
 
 
 def _with_experts(spec: DecoderSpec, config: Mapping[str, Any], shared_size: int = 0) -> DecoderSpec:
@@ -41,23 +41,13 @@ def _read_qwen3_moe(config: Mapping[str, Any]) -> DecoderSpec:
     return _with_experts(read_qwen3(config), config)
 
 
-def expert_sources() -> dict[str, Source]:
-    """As Qwen names what experts are made of."""
-    found = {"router.weight": Source(LAYER + "mlp.gate.weight")}
-    found["shared_gate.weight"] = Source(LAYER + "mlp.shared_expert_gate.weight")
-    for name in ("gate", "up", "down"):
-        found[f"experts.{name}.weight"] = Source(f"{LAYER}mlp.experts.{{row}}.{name}_proj.weight")
-        found[f"shared.{name}.weight"] = Source(f"{LAYER}mlp.shared_expert.{name}_proj.weight")
-    return found
+def moe_sources(spec: DecoderSpec, shared: str = "shared_expert") -> dict[str, Source]:
+    """A Llama's, and what experts are made of as Qwen names it; ``shared`` is the MLP for all tokens."""
+    modules = {"router": "mlp.gate", "shared_gate": "mlp.shared_expert_gate"}
+    modules |= {f"shared.{name}": f"mlp.{shared}.{name}_proj" for name in ("gate", "up", "down")}
+    modules |= {f"experts.{name}": f"mlp.experts.{{row}}.{name}_proj" for name in ("gate", "up", "down")}
+    return llama_like_sources(spec, **modules)
 
 
-def _qwen2_moe_sources(spec: DecoderSpec) -> dict[str, Source]:
-    return llama_like_sources(spec) | expert_sources()
-
-
-def _qwen3_moe_sources(spec: DecoderSpec) -> dict[str, Source]:
-    return qwen3_sources(spec) | expert_sources()
-
-
-QWEN2_MOE = Family("qwen2-moe", ("qwen2_moe",), _read_qwen2_moe, _qwen2_moe_sources, LLAMA_IGNORED)
-QWEN3_MOE = Family("qwen3-moe", ("qwen3_moe",), _read_qwen3_moe, _qwen3_moe_sources, LLAMA_IGNORED)
+QWEN2_MOE = Family("qwen2-moe", ("qwen2_moe",), _read_qwen2_moe, moe_sources, LLAMA_IGNORED)
+QWEN3_MOE = Family("qwen3-moe", ("qwen3_moe",), _read_qwen3_moe, moe_sources, LLAMA_IGNORED)

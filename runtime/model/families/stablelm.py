@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from shardray.runtime.model.families.family import Family, Source, change_attention, change_layers, optional
+from shardray.runtime.model.families.family import Family, Source, change_attention, change_every_layer, optional
 from shardray.runtime.model.families.llama import LAYER, LLAMA_IGNORED, llama_like_sources, read_llama_like
 from shardray.runtime.model.spec import DecoderSpec, Norm, Norms
 
@@ -19,7 +19,7 @@ def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
         head_norm = replace(norm, has_bias=False)
         spec = change_attention(spec, q_norm=head_norm, k_norm=head_norm, norm_over="each")
     if optional(config, "use_parallel_residual", False):
-        spec = change_layers(spec, lambda _, layer: replace(layer, parallel=True, mlp_norms=Norms()))
+        spec = change_every_layer(spec, parallel=True, mlp_norms=Norms())
     return spec
 
 

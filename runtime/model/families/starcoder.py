@@ -27,15 +27,7 @@ def _read_bigcode(config: Mapping[str, Any]) -> DecoderSpec:
 
 
 def _bigcode_sources(spec: DecoderSpec) -> dict[str, Source]:
-    fused, hidden, dim = "h.{layer}.attn.c_attn", spec.hidden_size, spec.attention.head_dim
-    if spec.attention.num_kv_heads > 1:
-        return gpt_sources(spec) | fused_by_head(spec, fused)
-    starts = {"q": 0, "k": hidden, "v": hidden + dim}
-    return gpt_sources(spec) | {
-        f"{name}.{part}": Source(f"{fused}.{part}", start=start)
-        for name, start in starts.items()
-        for part in ("weight", "bias")
-    }
+    return gpt_sources(spec) | fused_by_head(spec, "h.{layer}.attn.c_attn")
 
 
 def _read_starcoder2(config: Mapping[str, Any]) -> DecoderSpec:

@@ -95,12 +95,12 @@ class Ops:
         return attention(queries, pages, layer, view)
 
     def activate(self, inner: Tensor, activation: Activation, gated: bool) -> Tensor:
-        """act(inner), or for gated MLPs (T, 2 F) -> (T, F): act(first half) * second half, or of elements in turns."""
+        """act(inner), or for gated MLPs (T, 2 F) -> (T, F): act(first half) * second half."""
         if not gated:
             return _ACTIVATIONS[activation](inner)
-        if activation == "clamped_swiglu":
-            return clamped_swiglu(inner[..., 0::2], inner[..., 1::2])
         gate, up = inner.chunk(2, dim=-1)
+        if activation == "clamped_swiglu":
+            return clamped_swiglu(gate, up)
         return _ACTIVATIONS[activation](gate).mul_(up)
 
 
