@@ -41,7 +41,7 @@ class Kind:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("shardray", "in_process"),
+        Kind("shardray", "in_process", options=("tp", "pp")),
         Kind("served", "served", options=("tp", "pp")),
         Kind("transformers", "hf_generate", options=("cache",)),
         Kind("llama.cpp", "llama_cpp_batches", packages=("llama-cpp-python==0.3.36",), options=("dtype", "unified")),
@@ -53,6 +53,8 @@ DEFAULT_LABELS = (
     "served",
     "transformers",
     "llama.cpp",
+    "shardray:threads=1",
+    "shardray:tp=2,threads=1",
     "served:threads=1",
     "served:tp=2,threads=1",
 )

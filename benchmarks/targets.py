@@ -29,7 +29,8 @@ class Target:
         return min(rivals) / own if self.lower_is_better else own / max(rivals)
 
 
-_TP2, _TP1 = "served:tp=2,threads=1", "served:threads=1"
+_TP2, _TP1 = "shardray:tp=2,threads=1", "shardray:threads=1"
+_SERVED_TP2, _SERVED_TP1 = "served:tp=2,threads=1", "served:threads=1"
 
 TARGETS = (
     Target("decode, over transformers", "single", "decode_tok_s", "shardray", ("transformers",), 1.7),
@@ -39,4 +40,6 @@ TARGETS = (
     Target("output, gRPC over in process", "concurrent", "output_tok_s", "served", ("shardray",), 0.95),
     Target("decode, 2 tensor ranks over 1", "single", "decode_tok_s", _TP2, (_TP1,), 1.5),
     Target("output, 2 tensor ranks over 1", "concurrent", "output_tok_s", _TP2, (_TP1,), 1.5),
+    Target("decode, the same over gRPC", "single", "decode_tok_s", _SERVED_TP2, (_SERVED_TP1,), 1.5),
+    Target("output, the same over gRPC", "concurrent", "output_tok_s", _SERVED_TP2, (_SERVED_TP1,), 1.5),
 )

@@ -10,15 +10,9 @@ import dataclasses
 import threading
 from collections.abc import Callable
 
-from shardray.runtime.engine.request import EngineRequest, EngineStats, FinishReason, TokenOutput
+from shardray.runtime.engine.request import EngineRequest, EngineStats, FinishReason, ServedModel, TokenOutput
 
-
-@dataclasses.dataclass(frozen=True)
-class StubModel:
-    vocab_size: int = 300
-    max_model_len: int = 512
-    eos_token_ids: tuple[int, ...] = (258,)
-    num_kv_tokens: int = 4096
+STUB_MODEL = ServedModel(vocab_size=300, max_model_len=512, eos_token_ids=(258,), num_kv_tokens=4096)
 
 
 @dataclasses.dataclass
@@ -50,12 +44,12 @@ class StubEngine:
         self,
         step_time_s: float = 0.0,
         max_num_seqs: int = 8,
-        info: StubModel | None = None,
+        info: ServedModel = STUB_MODEL,
         fail_after_steps: int | None = None,
         poison_id: int | None = None,
         poison_position: int = 0,
     ) -> None:
-        self.info = info or StubModel()
+        self.info = info
         self._step_time_s = step_time_s
         self._max_num_seqs = max_num_seqs
         self._fail_after_steps = fail_after_steps
@@ -70,7 +64,7 @@ class StubEngine:
         self._num_output_tokens = 0
 
     def submit(self, request: EngineRequest) -> None:
-        request.check(self.info.vocab_size, self.info.max_model_len)
+        request.check(self.info)
         with self._news:
             self._waiting.append(request)
             self._news.notify()

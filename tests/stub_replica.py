@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 from shardray.parallel.credentials import Credentials
 from shardray.runtime.cluster.leader import LeaderServer
-from tests.stub_engine import StubEngine, StubModel
+from tests.stub_engine import STUB_MODEL, StubEngine
 
 SECRET = Credentials("e", "a secret of the mesh")
 _ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--poison-id", type=int)
     parser.add_argument("--poison-position", type=int, default=0)
     options = parser.parse_args()
-    model = StubModel(max_model_len=options.max_model_len, num_kv_tokens=options.num_kv_tokens)
+    model = dataclasses.replace(STUB_MODEL, max_model_len=options.max_model_len, num_kv_tokens=options.num_kv_tokens)
     engine = StubEngine(
         options.step_time_s,
         options.max_num_seqs,

@@ -1,4 +1,4 @@
-"""shardray in this process: ``LLM``, one rank. Each request is streamed to a thread of its own, as a program would."""
+"""shardray in this process: ``LLM``. Each request is streamed to a thread of its own, as a program would."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from shardray.runtime.engine.request import SamplingParams
 
 
 class InProcess:
+    """Options of the label: ``tp`` and ``pp``, the shard counts; all shards but one are in processes of their own."""
+
     def __init__(self, setup: Setup) -> None:
         self.details: dict[str, Any] = {"versions": {name: version(name) for name in ("shardray", "torch")}}
         self._llm = LLM(
             setup.model_dir,
             dtype=setup.dtype,
+            tensor_parallel_size=int(setup.options.get("tp", 1)),
+            pipeline_parallel_size=int(setup.options.get("pp", 1)),
             max_num_seqs=MAX_NUM_SEQS,
             kv_memory_bytes=KV_MEMORY_BYTES,
             num_threads=setup.num_threads,

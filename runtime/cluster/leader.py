@@ -20,9 +20,9 @@ import grpc.aio
 from shardray.parallel.credentials import Credentials
 from shardray.parallel.tls import NAME, TlsFiles
 from shardray.runtime.cluster import messages
-from shardray.runtime.cluster.messages import SECRET_METADATA_KEY, Rejection, ServedModel
+from shardray.runtime.cluster.messages import SECRET_METADATA_KEY, Rejection
 from shardray.runtime.cluster.port_watch import PortWatch
-from shardray.runtime.engine.request import EngineRequest, EngineStats, FieldError, TokenOutput
+from shardray.runtime.engine.request import EngineRequest, EngineStats, FieldError, ServedModel, TokenOutput
 from shardray.v1 import replica_pb2, replica_pb2_grpc
 
 STATS_INTERVAL_S = 0.5
@@ -41,24 +41,11 @@ _OPTIONS = [
 ]
 
 
-class ModelLimits(Protocol):
-    """What the driver needs to know of the model."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def max_model_len(self) -> int: ...
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]: ...
-    @property
-    def num_kv_tokens(self) -> int: ...
-
-
 class LinkedEngine(Protocol):
     """The thread-safe part of the engine."""
 
     @property
-    def info(self) -> ModelLimits: ...
+    def info(self) -> ServedModel: ...
     def submit(self, request: EngineRequest) -> None: ...
     def cancel(self, request_id: str) -> None: ...
     def stats(self) -> EngineStats: ...
@@ -194,9 +181,7 @@ class _ReplicaService(replica_pb2_grpc.ReplicaServiceServicer):
         self._streams.add(stream)
         commands = asyncio.create_task(self._read(request_iterator, stream))
         context.add_done_callback(lambda _: self._drop(stream, commands))  # type: ignore[arg-type]
-        info = self._engine.info
-        model = ServedModel(info.vocab_size, info.max_model_len, info.eos_token_ids, info.num_kv_tokens)
-        yield messages.model_event(model)
+        yield messages.model_event(self._engine.info)
         stream.set_stats(self._engine.stats())
         async for events in stream.messages():
             yield events

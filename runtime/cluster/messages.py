@@ -5,7 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from shardray.runtime.engine.request import EngineRequest, EngineStats, FinishReason, SamplingParams, TokenOutput
+from shardray.runtime.engine.request import (
+    EncoderInfo,
+    EngineRequest,
+    EngineStats,
+    FieldError,
+    FinishReason,
+    SamplingParams,
+    ServedModel,
+    TokenOutput,
+)
+from shardray.runtime.model.spec import Pooling, PoolingMode
 from shardray.v1 import common_pb2, replica_pb2
 
 SECRET_METADATA_KEY = "shardray-secret"  # of the call from driver to leader
@@ -18,26 +28,17 @@ _FINISH_TO_PROTO = {
     FinishReason.ABORTED: common_pb2.FINISH_REASON_ABORTED,
     FinishReason.ERROR: common_pb2.FINISH_REASON_ERROR,
 }
+_POOLING_MODES: dict[PoolingMode, common_pb2.PoolingMode.ValueType] = {
+    "mean": common_pb2.POOLING_MODE_MEAN,
+    "cls": common_pb2.POOLING_MODE_CLS,
+    "last": common_pb2.POOLING_MODE_LAST,
+}
+_POOLING_FROM_PROTO = {number: mode for mode, number in _POOLING_MODES.items()}
 _FINISH_FROM_PROTO = {number: reason for reason, number in _FINISH_TO_PROTO.items()}
 # Fields that both sides name and type alike; proto3 `optional` ones among them keep the struct's default when unset.
 _OPTIONAL_FIELDS = ("temperature", "top_p", "repetition_penalty", "seed", "max_tokens", "logprobs")
 _PLAIN_FIELDS = ("top_k", "min_p", "presence_penalty", "frequency_penalty", "min_tokens", "ignore_eos")
 _STATS_FIELDS = EngineStats.__struct_fields__
-
-
-@dataclasses.dataclass(frozen=True)
-class ServedModel:
-    """What a replica says of its model when the driver connects."""
-
-    vocab_size: int
-    max_model_len: int  # most tokens of prompt and output together
-    eos_token_ids: tuple[int, ...]
-    num_kv_tokens: int  # that the replica's cache holds
-
-    @property
-    def max_request_len(self) -> int:
-        """Most tokens of one request, prompt and output together."""
-        return min(self.max_model_len, self.num_kv_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,8 @@ def params_to_proto(params: SamplingParams) -> common_pb2.SamplingParameters:
         value = getattr(params, name)
         if value is not None:
             setattr(proto, name, value)
+    if params.forced_token_ids is not None:
+        proto.forced.CopyFrom(common_pb2.TokenIds(ids=params.forced_token_ids))
     return proto
 
 
@@ -73,6 +76,7 @@ def params_from_proto(
         logit_bias=dict(proto.logit_bias),
         stop_token_ids=tuple(proto.stop_token_ids),
         stop=tuple(proto.stop),
+        forced_token_ids=tuple(proto.forced.ids) if proto.HasField("forced") else None,
         **{**defaults, **plain, **given},
     )
 
@@ -100,6 +104,7 @@ def submit_command(request: EngineRequest) -> replica_pb2.ReplicaCommand:
         generated_ids=request.generated_ids,
         sampling=params_to_proto(request.params),
         priority=request.priority,
+        pooling=pooling_to_proto(request.pooling),
     )
     return replica_pb2.ReplicaCommand(submit=submit)
 
@@ -116,16 +121,53 @@ def request_from_submit(submit: replica_pb2.SubmitCommand) -> EngineRequest:
         generated_ids=tuple(submit.generated_ids),
         params=params_from_proto(submit.sampling),
         priority=submit.priority,
+        pooling=pooling_from_proto(submit.pooling) if submit.HasField("pooling") else None,
     )
 
 
 def model_event(model: ServedModel) -> replica_pb2.ReplicaEvents:
-    return replica_pb2.ReplicaEvents(model=replica_pb2.ReplicaModel(**dataclasses.asdict(model)))
+    proto = replica_pb2.ReplicaModel(
+        vocab_size=model.vocab_size,
+        max_model_len=model.max_model_len,
+        eos_token_ids=model.eos_token_ids,
+        num_kv_tokens=model.num_kv_tokens,
+        encoder=encoder_to_proto(model.encoder),
+    )
+    return replica_pb2.ReplicaEvents(model=proto)
 
 
 def model_from_event(events: replica_pb2.ReplicaEvents) -> ServedModel:
     model = events.model
-    return ServedModel(model.vocab_size, model.max_model_len, tuple(model.eos_token_ids), model.num_kv_tokens)
+    encoder: EncoderInfo | None = None
+    if model.HasField("encoder"):
+        start_ids, forced_ids = tuple(model.encoder.start_ids), tuple(model.encoder.forced_ids)
+        pooling = pooling_from_proto(model.encoder.pooling) if model.encoder.HasField("pooling") else None
+        encoder = EncoderInfo(model.encoder.max_prompt_len, start_ids, forced_ids, pooling)
+    return ServedModel(model.vocab_size, model.max_model_len, tuple(model.eos_token_ids), model.num_kv_tokens, encoder)
+
+
+def encoder_to_proto(encoder: EncoderInfo | None) -> common_pb2.EncoderModel | None:
+    if encoder is None:
+        return None
+    return common_pb2.EncoderModel(
+        max_prompt_len=encoder.max_prompt_len,
+        start_ids=encoder.start_ids,
+        forced_ids=encoder.forced_ids,
+        pooling=pooling_to_proto(encoder.pooling),
+    )
+
+
+def pooling_to_proto(pooling: Pooling | None) -> common_pb2.Pooling | None:
+    if pooling is None:
+        return None
+    return common_pb2.Pooling(mode=_POOLING_MODES[pooling.mode], normalize=pooling.normalize)
+
+
+def pooling_from_proto(proto: common_pb2.Pooling, default: PoolingMode = "mean") -> Pooling:
+    """Raises FieldError for a mode that is not known; ``default`` stands for an unset one."""
+    if proto.mode and proto.mode not in _POOLING_FROM_PROTO:
+        raise FieldError("pooling.mode", f"{proto.mode} is not known; one of {', '.join(_POOLING_MODES)} is")
+    return Pooling(_POOLING_FROM_PROTO.get(proto.mode, default), proto.normalize)
 
 
 def events_to_proto(
@@ -155,6 +197,7 @@ def _token_to_proto(output: TokenOutput) -> replica_pb2.TokenEvent:
         top_logprobs=[logprob_to_proto(token_id, logprob) for token_id, logprob in output.top_logprobs],
         finish_reason=_FINISH_TO_PROTO[output.finish_reason],
         error=output.error or "",
+        embedding=output.embedding or b"",
     )
 
 
@@ -166,4 +209,5 @@ def _token_from_proto(token: replica_pb2.TokenEvent) -> TokenOutput:
         top_logprobs=tuple((entry.token_id, entry.logprob) for entry in token.top_logprobs),
         finish_reason=_FINISH_FROM_PROTO[token.finish_reason],
         error=token.error or None,
+        embedding=token.embedding or None,
     )

@@ -47,6 +47,7 @@ class Delta:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     timing: Timing | None = None
+    embedding: bytes | None = None  # with the end of a request for one
 
     def parts(self) -> Iterator[Delta]:
         """The same in pieces that any client can take at once: what merged while one did not read may be megabytes.

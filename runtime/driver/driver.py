@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Callable, Sequence
 
 from shardray.parallel.credentials import Credentials
-from shardray.runtime.cluster.messages import Rejection, ServedModel
+from shardray.runtime.cluster.messages import Rejection
 from shardray.runtime.config import LimitsSettings
 from shardray.runtime.driver.errors import (
     BrokenRequestError,
@@ -38,7 +38,15 @@ from shardray.runtime.driver.router import pick_replica
 from shardray.runtime.driver.stream import RequestStream
 from shardray.runtime.driver.trials import Trials
 from shardray.runtime.engine.assignment import ShardInfo
-from shardray.runtime.engine.request import EngineStats, FieldError, FinishReason, SamplingParams, TokenOutput
+from shardray.runtime.engine.request import (
+    EngineStats,
+    FieldError,
+    FinishReason,
+    SamplingParams,
+    ServedModel,
+    TokenOutput,
+)
+from shardray.runtime.model.spec import Pooling
 from shardray.runtime.model.tokenizer import Tokenizer
 
 _RETRY_UNAVAILABLE_S = 2.0
@@ -99,6 +107,7 @@ class Driver:
         timeout_s: float | None = None,
         priority: int = 0,
         resumable_s: float = 0.0,
+        pooling: Pooling | None = None,
     ) -> RequestStream:
         """Take a request that was checked against ``check_available()``; iterate what is returned, then ``release`` it.
 
@@ -115,7 +124,7 @@ class Driver:
             raise QueueFullError(message, self._pace.drain_s())
         timeout_s = min(self.limits.default_deadline_s if timeout_s is None else timeout_s, self.limits.max_deadline_s)
         resumable_s = min(resumable_s, self.journal.retain_s)
-        entry = JournalEntry(request_id, prompt_ids, params, priority, timeout_s, resumable_s)
+        entry = JournalEntry(request_id, prompt_ids, params, priority, timeout_s, resumable_s, pooling=pooling)
         live = self._live.open(entry, self.tokenizer)
         self._waiting.push(request_id, priority, live.arrival)
         self._dispatch()

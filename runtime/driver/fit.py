@@ -12,7 +12,7 @@ from shardray.runtime.cluster.replica_set import ReplicaSet
 from shardray.runtime.driver.operations import OperationRefusedError
 from shardray.runtime.model.families import read_model_config
 from shardray.runtime.model.folder import read_json
-from shardray.runtime.model.parameters import model_sizes, num_owned_elements
+from shardray.runtime.model.parameters import model_sizes, num_cached_layers, num_owned_elements
 from shardray.runtime.model.sources import resolve_model
 from shardray.runtime.model.spec import DecoderSpec, ModelConfigError
 
@@ -60,7 +60,7 @@ def _rank_bytes(recipe: MeshRecipe, spec: DecoderSpec, plan: ShardPlan, rank: in
     kv_bytes = recipe.config.engine.kv_memory_bytes
     if kv_bytes is None:
         max_model_len = recipe.config.model.max_model_len or spec.max_positions
-        num_kv_heads, num_layers = len(plan.kv_heads[tp_rank]), len(plan.stages[stage])
+        num_kv_heads, num_layers = len(plan.kv_heads[tp_rank]), num_cached_layers(spec, plan, stage)
         kv_bytes = 2 * num_layers * num_kv_heads * spec.attention.head_dim * max_model_len * item_bytes
     return num_owned_elements(spec, plan, stage, tp_rank) * item_bytes + kv_bytes
 

@@ -13,6 +13,7 @@ import msgspec
 
 from shardray.runtime.driver.ends import RequestEnd
 from shardray.runtime.engine.request import EngineRequest, SamplingParams, TokenOutput
+from shardray.runtime.model.spec import Pooling
 
 _TIMES = ("accepted_s", "dispatched_s", "first_token_s", "ended_s")
 
@@ -34,6 +35,7 @@ class JournalEntry:
     first_token_s: float | None = None
     ended_s: float | None = None
     end: RequestEnd | None = None
+    pooling: Pooling | None = None  # for an embedding instead of tokens
 
     @property
     def deadline_s(self) -> float:
@@ -66,6 +68,7 @@ class JournalEntry:
             generated_ids=tuple(self.sent_ids),
             params=self.params,
             priority=self.priority,
+            pooling=self.pooling,
         )
 
     def to_bytes(self) -> bytes:
@@ -95,6 +98,7 @@ class _Stored(msgspec.Struct, array_like=True):
     first_token_s: float | None
     ended_s: float | None
     end: RequestEnd | None
+    pooling: Pooling | None = None
 
 
 _Logprob = tuple[float | None, tuple[tuple[int, float], ...]]

@@ -11,8 +11,8 @@ import grpc.aio
 from shardray.parallel.credentials import Credentials
 from shardray.parallel.tls import NAME, TlsError, TlsFiles
 from shardray.runtime.cluster import messages
-from shardray.runtime.cluster.messages import SECRET_METADATA_KEY, Rejection, ServedModel
-from shardray.runtime.engine.request import EngineRequest, EngineStats, TokenOutput
+from shardray.runtime.cluster.messages import SECRET_METADATA_KEY, Rejection
+from shardray.runtime.engine.request import EngineRequest, EngineStats, ServedModel, TokenOutput
 from shardray.v1 import replica_pb2, replica_pb2_grpc
 
 _OPTIONS = [

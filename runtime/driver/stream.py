@@ -65,6 +65,7 @@ class RequestStream:
         num_hidden_chars = min(self._num_chars_to_skip, len(added.text))
         self._num_chars_to_skip -= num_hidden_chars
         self._pending.text += added.text[num_hidden_chars:]
+        self._pending.embedding = output.embedding
         if added.finish_reason is not None:
             self._end(added.finish_reason)
             self.end = RequestEnd(output.finish_reason, with_token=output.token_id is not None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shardray.runtime.engine.request import EngineRequest, FieldError
+from shardray.runtime.engine.request import EncoderInfo, EngineRequest, FieldError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +19,7 @@ class SchedulerLimits:
     max_in_flight: int = 1  # plans made and not yet committed: one, two to overlap planning with running, one a stage
     lookahead: int = 0  # unresolved tokens a sequence may have when it is planned: 0, or 1 with a single stage
     eos_token_ids: frozenset[int] = frozenset()
+    encoder: EncoderInfo | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_model_len", "block_size", "num_pages", "max_in_flight"):
@@ -42,20 +43,29 @@ class SchedulerLimits:
         """Tokens of prompts in a plan beside its decodes: what they leave of a lane's share, and never none."""
         return max(1, -(-self.max_num_batched_tokens // self.num_lanes) - num_decodes)
 
+    def given_ids(self, request: EngineRequest) -> tuple[int, ...]:
+        """What stands before the generated tokens."""
+        return request.given_ids(self.encoder)
+
     def max_len(self, request: EngineRequest) -> int:
-        """Tokens, prompt included, at which a request ends for its length."""
-        return min(len(request.prompt_ids) + request.params.max_tokens, self.max_model_len)
+        """Tokens, those that are given included, at which a request ends for its length."""
+        if request.pooling is not None:
+            return 0
+        return min(len(self.given_ids(request)) + request.params.max_tokens, self.max_model_len)
 
     def check(self, request: EngineRequest) -> None:
         """Raise FieldError if a request could not run even alone. Safe to call from any thread."""
-        prompt_len, capacity = len(request.prompt_ids), self.num_pages * self.block_size
-        if prompt_len == 0:
+        given_len, capacity = len(self.given_ids(request)), self.num_pages * self.block_size
+        if not request.prompt_ids:
             raise FieldError("prompt", "has no tokens")
-        if prompt_len >= self.max_model_len:
-            raise FieldError("prompt", f"{prompt_len} tokens leave no room in a context window of {self.max_model_len}")
-        if self.max_len(request) > capacity:
+        if given_len >= self.max_model_len:
+            raise FieldError("prompt", f"{given_len} tokens leave no room in a context window of {self.max_model_len}")
+        prompt_room = 0
+        if self.encoder is not None and request.pooling is None:
+            prompt_room = -(-len(request.prompt_ids) // self.block_size) * self.block_size
+        if prompt_room + self.max_len(request) > capacity:
             raise FieldError(
                 "max_tokens",
-                f"prompt of {prompt_len} tokens + max_tokens {request.params.max_tokens} exceeds the {capacity} tokens "
-                f"that the KV cache holds ({self.num_pages} pages of {self.block_size})",
+                f"prompt of {len(request.prompt_ids)} tokens + max_tokens {request.params.max_tokens} exceeds the "
+                f"{capacity} tokens that the KV cache holds ({self.num_pages} pages of {self.block_size})",
             )

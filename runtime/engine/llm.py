@@ -1,4 +1,4 @@
-"""The engine in process: one device, no Ray, no gRPC. The same scheduler, sampler and blocks as a fleet runs."""
+"""The engine in process, no Ray, no gRPC: the same scheduler, sampler and blocks as a fleet runs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from typing import cast
 
 import msgspec
 import torch
+from torch import Tensor
 
 from shardray.runtime.engine.assignment import ShardAssignment
+from shardray.runtime.engine.local_ranks import form_here
 from shardray.runtime.engine.output import Delta, OutputText
 from shardray.runtime.engine.request import EngineRequest, EngineStats, FinishReason, SamplingParams, TokenOutput
-from shardray.runtime.engine.shard import form_shard
 from shardray.runtime.model.sources import resolve_model
+from shardray.runtime.model.spec import Pooling
 from shardray.runtime.model.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -38,10 +40,13 @@ class Completion:
 
 
 class LLM:
-    """A model on one device of this process.
+    """A model on the devices of this machine.
 
-    ``source`` is what ``shardray pull`` takes: a name, a hub id, a folder, a ``.gguf`` file. Use it as a context
-    manager, or call ``close``. Raises ModelConfigError, CheckpointError or MemoryError for what cannot be served.
+    ``source`` is what ``shardray pull`` takes: a name, a hub id, a folder, a ``.gguf`` file. ``device`` is ``cpu``,
+    ``cuda``, ``cuda:0`` or ``auto``. With several shards the first is in this process, and each of the others in one of
+    its own, on ``cuda`` with the next device; ``num_threads`` is for each. Use it as a context manager, or call
+    ``close``. Raises ModelConfigError, PlanError, CheckpointError or MemoryError for what cannot be served, MeshError
+    for a shard that cannot form.
     """
 
     def __init__(
@@ -50,6 +55,8 @@ class LLM:
         *,
         dtype: str = "auto",
         device: str = "auto",
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 2048,
@@ -59,21 +66,20 @@ class LLM:
     ) -> None:
         folder = resolve_model(str(source))
         self.tokenizer = Tokenizer.load_optional(folder)
-        if device == "auto":
-            device = "cuda:0" if torch.cuda.is_available() else "cpu"
-        self._shard = form_shard(
+        num_ranks = tensor_parallel_size * pipeline_parallel_size
+        self._mesh = form_here(
             ShardAssignment(
-                epoch="llm",
-                secret="",
+                epoch=secrets.token_hex(4),
+                secret=secrets.token_hex(16),
                 rank=0,
-                tp_size=1,
-                pp_size=1,
-                nodes=("",),
+                tp_size=tensor_parallel_size,
+                pp_size=pipeline_parallel_size,
+                nodes=("",) * num_ranks,
                 store_host="",
                 store_port=0,
                 bind_host="127.0.0.1",
-                device=device,
-                num_threads=num_threads or len(os.sched_getaffinity(0)),
+                device="cpu" if device == "auto" and not torch.cuda.is_available() else device.replace("auto", "cuda"),
+                num_threads=num_threads or max(1, len(os.sched_getaffinity(0)) // num_ranks),
                 model_dir=str(folder),
                 dtype=dtype,
                 max_model_len=max_model_len,
@@ -83,7 +89,7 @@ class LLM:
                 memory_utilization=memory_utilization,
             )
         )
-        self._engine = self._shard.engine
+        self._engine = self._mesh.engine
         self._streams: dict[str, queue.SimpleQueue[TokenOutput | BaseException]] = {}
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -109,6 +115,15 @@ class LLM:
         """Complete a conversation with the model's chat template."""
         return self.generate(self._need_tokenizer().apply_chat_template(messages), params)[0]
 
+    def embed(self, prompts: Prompt | Sequence[Prompt], pooling: Pooling | None = None) -> list[Tensor]:
+        """The embedding of one prompt or of each of a batch, (hidden_size,) float32; ``pooling`` None: the model's own.
+
+        Raises FieldError for a model that generates, and for a prompt that is too long for it.
+        """
+        pooling = pooling or self._engine.info.default_pooling or Pooling()
+        streams = [self._start(prompt, SamplingParams(seed=0), pooling) for prompt in _as_batch(prompts)]
+        return [torch.frombuffer(bytearray(stream.read_embedding()), dtype=torch.float32) for stream in streams]
+
     def stats(self) -> EngineStats:
         return self._engine.stats()
 
@@ -116,7 +131,7 @@ class LLM:
         """Stop the engine; requests in flight end with an error."""
         self._engine.stop()
         self._thread.join()
-        self._shard.close()
+        self._mesh.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -126,11 +141,11 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _start(self, prompt: Prompt, params: SamplingParams) -> _Stream:
+    def _start(self, prompt: Prompt, params: SamplingParams, pooling: Pooling | None = None) -> _Stream:
         if params.seed is None:
             params = msgspec.structs.replace(params, seed=secrets.randbits(64))
         prompt_ids = tuple(self._need_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt)
-        request = EngineRequest(request_id=secrets.token_hex(8), prompt_ids=prompt_ids, params=params)
+        request = EngineRequest(request_id=secrets.token_hex(8), prompt_ids=prompt_ids, params=params, pooling=pooling)
         stream = _Stream(self, request, OutputText(self.tokenizer, params, prompt_ids))
         self._streams[request.request_id] = stream.inbox
         try:
@@ -198,6 +213,11 @@ class _Stream:
             if delta.stopped:
                 self._llm._cancel(self._request.request_id)
         return completion
+
+    def read_embedding(self) -> bytes:
+        embedding = self._next().embedding
+        assert embedding is not None
+        return embedding
 
     def _next(self) -> TokenOutput:
         output = self.inbox.get()

@@ -11,7 +11,14 @@ from typing import Protocol
 
 import msgspec
 
-from shardray.runtime.engine.request import EngineRequest, EngineStats, FieldError, FinishReason, TokenOutput
+from shardray.runtime.engine.request import (
+    EngineRequest,
+    EngineStats,
+    FieldError,
+    FinishReason,
+    ServedModel,
+    TokenOutput,
+)
 from shardray.runtime.engine.scheduler import Scheduler, SchedulerLimits
 from shardray.runtime.engine.step import StepPlan, StepResult
 
@@ -30,16 +37,6 @@ class Executor(Protocol):
 
 
 @dataclass(frozen=True)
-class ShardedModelInfo:
-    """What a client of the engine has to know of the model it serves."""
-
-    vocab_size: int
-    max_model_len: int
-    eos_token_ids: tuple[int, ...]
-    num_kv_tokens: int
-
-
-@dataclass(frozen=True)
 class _Cancel:
     request_id: str
 
@@ -47,7 +44,7 @@ class _Cancel:
 class Engine:
     """Continuous batching over one mesh. ``run`` belongs to one thread; everything else is safe from any."""
 
-    def __init__(self, limits: SchedulerLimits, executor: Executor, info: ShardedModelInfo) -> None:
+    def __init__(self, limits: SchedulerLimits, executor: Executor, info: ServedModel) -> None:
         self.info = info
         self._limits = limits
         self._scheduler = Scheduler(limits)
@@ -60,7 +57,7 @@ class Engine:
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a request. Raises FieldError at once if it could never run."""
-        request.check(self.info.vocab_size, self.info.max_model_len)
+        request.check(self.info)
         self._limits.check(request)
         self._inbox.put(request)
 

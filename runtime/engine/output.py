@@ -31,7 +31,10 @@ class OutputText:
     def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
         if tokenizer is None and params.stop:
             raise FieldError("stop", "the model folder has no tokenizer to match text with; use stop_token_ids")
-        self._detokenizer = Detokenizer(tokenizer, prompt_ids[-_PROMPT_TAIL_LEN:]) if tokenizer is not None else None
+        self._detokenizer: Detokenizer | None = None
+        if tokenizer is not None:
+            before = prompt_ids[-_PROMPT_TAIL_LEN:] if tokenizer.continues_prompts else ()
+            self._detokenizer = Detokenizer(tokenizer, before)
         self._stops = StopStrings(params.stop)
         self._min_tokens = params.min_tokens
         self._num_tokens = 0

@@ -5,10 +5,13 @@ Knows nothing of text, gRPC, Ray or torch. The structs travel between processes 
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import math
 
 import msgspec
+
+from shardray.runtime.model.spec import Pooling
 
 
 class FinishReason(enum.StrEnum):
@@ -54,6 +57,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()  # matched on text where tokens become text, never in the engine
     logprobs: int | None = None  # None: no logprobs; n: the chosen token's and the top n
+    # What the output begins with; not sent back, no part of max_tokens. None: what the model's configuration forces.
+    forced_token_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_range("temperature", self.temperature, 0.0, 100.0)
@@ -90,6 +95,46 @@ def _check_range(field: str, value: float, low: float, high: float, open_low: bo
         raise FieldError(field, f"{value} is outside {'(' if open_low else '['}{low}, {high}]")
 
 
+@dataclasses.dataclass(frozen=True)
+class EncoderInfo:
+    """How a model with an encoder takes requests."""
+
+    max_prompt_len: int  # tokens that are read at once
+    start_ids: tuple[int, ...] = ()  # what the decoder's tokens begin with
+    forced_ids: tuple[int, ...] = ()  # what follows them, unless a request says otherwise
+    pooling: Pooling | None = None  # how embeddings are made; None: a decoder follows, and generates
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedModel:
+    """What a client of an engine has to know of its model."""
+
+    vocab_size: int
+    max_model_len: int  # most tokens of prompt and output together; with an encoder, of the output
+    eos_token_ids: tuple[int, ...]
+    num_kv_tokens: int  # that the cache holds
+    encoder: EncoderInfo | None = None
+
+    @property
+    def max_request_len(self) -> int:
+        """Most tokens of one request, prompt and output together."""
+        return min(self.max_model_len, self.num_kv_tokens)
+
+    @property
+    def default_pooling(self) -> Pooling | None:
+        """How embeddings are made; None for a model that generates."""
+        return None if self.encoder is None else self.encoder.pooling
+
+
+def given_ids(
+    prompt_ids: tuple[int, ...], forced_ids: tuple[int, ...] | None, encoder: EncoderInfo | None
+) -> tuple[int, ...]:
+    """What stands before the generated tokens in a decoder."""
+    if encoder is None:
+        return (*prompt_ids, *(forced_ids or ()))
+    return (*encoder.start_ids, *(encoder.forced_ids if forced_ids is None else forced_ids))
+
+
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request as the engine takes it. ``generated_ids`` are tokens that an earlier mesh already sent."""
 
@@ -98,25 +143,50 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     generated_ids: tuple[int, ...] = ()
     params: SamplingParams
     priority: int = 0  # lower runs first; first come, first served within one priority
+    pooling: Pooling | None = None  # for an embedding of the prompt, instead of tokens
 
-    def check(self, vocab_size: int, max_model_len: int) -> None:
+    def given_ids(self, encoder: EncoderInfo | None) -> tuple[int, ...]:
+        """What stands before the generated tokens in the decoder."""
+        return () if self.pooling else given_ids(self.prompt_ids, self.params.forced_token_ids, encoder)
+
+    def check(self, model: ServedModel) -> None:
         """Raise FieldError if the model cannot run this request."""
-        if not self.prompt_ids:
-            raise FieldError("prompt", "has no tokens")
-        if not all(0 <= token_id < vocab_size for token_id in self.prompt_ids):
-            raise FieldError("prompt", f"token ids must lie in [0, {vocab_size})")
-        if any(not 0 <= token_id < vocab_size for token_id in (*self.params.logit_bias, *self.params.stop_token_ids)):
-            raise FieldError("logit_bias or stop_token_ids", f"token ids must lie in [0, {vocab_size})")
-        if len(self.prompt_ids) + self.params.max_tokens > max_model_len:
+        self._check_ids(model.vocab_size)
+        if (self.pooling is None) != (model.default_pooling is None):
+            does = (
+                "generates text, and gives no embeddings" if self.pooling else "gives embeddings, and generates no text"
+            )
+            raise FieldError("prompt", f"the model {does}")
+        num_prompt, num_given = len(self.prompt_ids), len(self.given_ids(model.encoder))
+        if model.encoder is not None and num_prompt > model.encoder.max_prompt_len:
+            most = model.encoder.max_prompt_len
+            raise FieldError("prompt", f"has {num_prompt} tokens; the encoder reads at most {most} at once")
+        if self.pooling is None and num_given + self.params.max_tokens > model.max_model_len:
             raise FieldError(
                 "max_tokens",
-                f"prompt of {len(self.prompt_ids)} tokens + max_tokens {self.params.max_tokens} exceeds the context "
-                f"window of {max_model_len}; at most {max(0, max_model_len - len(self.prompt_ids))} can be generated",
+                f"{'prompt' if model.encoder is None else 'beginning'} of {num_given} tokens + max_tokens "
+                f"{self.params.max_tokens} exceeds the context window of {model.max_model_len}; "
+                f"at most {max(0, model.max_model_len - num_given)} can be generated",
             )
+
+    def _check_ids(self, vocab_size: int) -> None:
+        if not self.prompt_ids:
+            raise FieldError("prompt", "has no tokens")
+        params = self.params
+        for field, token_ids in (
+            ("prompt", self.prompt_ids),
+            ("logit_bias or stop_token_ids", (*params.logit_bias, *params.stop_token_ids)),
+            ("forced_token_ids", params.forced_token_ids or ()),
+        ):
+            if not all(0 <= token_id < vocab_size for token_id in token_ids):
+                raise FieldError(field, f"token ids must lie in [0, {vocab_size})")
 
 
 class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One token of one request, or (``token_id`` None) the end of a stream that yields no further token."""
+    """One token of one request, or (``token_id`` None) the end of a stream that yields no further token.
+
+    ``embedding``: float32, little-endian; with the end of a request for one.
+    """
 
     request_id: str
     token_id: int | None = None
@@ -124,6 +194,7 @@ class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
     finish_reason: FinishReason | None = None
     error: str | None = None
+    embedding: bytes | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

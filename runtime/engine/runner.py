@@ -5,6 +5,7 @@ Legend: T tokens of the step, R rows, S sampling rows.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,23 +15,37 @@ from torch import Tensor
 from shardray.parallel.errors import MeshError
 from shardray.parallel.mesh import Mesh
 from shardray.runtime.engine.sampler import Sampler
-from shardray.runtime.engine.step import PageGrant, Row, StepPlan, StepResult
-from shardray.runtime.model.attention import AttentionRow, KVPages, StepView
+from shardray.runtime.engine.step import PageGrant, Row, SlotStart, StepPlan, StepResult
+from shardray.runtime.model.attention import AttentionRow, KVPages, PromptsView, StepView
 from shardray.runtime.model.decoder import ShardedDecoder
 
 
 class SlotTable:
-    """What the deltas of the plans add up to: the pages of each slot, and the token it sampled last."""
+    """What the deltas of the plans add up to: the pages of each slot, and the token it sampled last.
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+    ``max_prompt_len``: with an encoder, of the prompts that it reads; their pages are a slot's first ones.
+    """
+
+    def __init__(
+        self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device,
+        max_prompt_len: int | None = None,
+    ) -> None:  # fmt: skip
         self._block_size = block_size
         self._device = device
-        self._pages = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
+        self._has_prompts = max_prompt_len is not None
+        num_blocks = -(-max_model_len // block_size) - (-(max_prompt_len or 0) // block_size)
+        self._pages = np.zeros((max_num_seqs, num_blocks), dtype=np.int32)
+        self._prompt_blocks = np.zeros(max_num_seqs, dtype=np.int64)
+        self._prompt_lens = np.zeros(max_num_seqs, dtype=np.int64)
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
 
     def grant(self, grants: Sequence[PageGrant]) -> None:
         for grant in grants:
             self._pages[grant.slot, grant.first_block : grant.first_block + len(grant.pages)] = grant.pages
+
+    def start(self, starts: Sequence[SlotStart]) -> None:
+        for start in starts:
+            self._prompt_blocks[start.slot] = start.num_prompt_blocks
 
     def set_last_tokens(self, slots: Sequence[int], tokens: Tensor) -> None:
         self._last_tokens[torch.tensor(slots, device=self._device)] = tokens
@@ -38,17 +53,35 @@ class SlotTable:
     def view(self, plan: StepPlan) -> StepView:
         """The plan as tensors; rows of one token first, otherwise in the plan's order."""
         rows = sorted(plan.rows, key=lambda row: row.num_tokens > 1)
-        counts = np.array([row.num_tokens for row in rows])
-        starts = np.array([row.start for row in rows])
-        slots = np.array([row.slot for row in rows])
+        counts = np.array([row.num_tokens for row in rows], dtype=np.int64)
+        starts = np.array([row.start for row in rows], dtype=np.int64)
+        slots = np.array([row.slot for row in rows], dtype=np.int64)
         ends = np.cumsum(counts)  # of each row's tokens, in the step
-        positions = np.arange(ends[-1]) - np.repeat(ends - counts - starts, counts)
-        tables = self._pages[slots, : -(-int((starts + counts).max()) // self._block_size)]
-        pages = tables[np.repeat(np.arange(len(rows)), counts), positions // self._block_size]
-        num_decodes = int((counts == 1).sum())
+        tables = self._tables(slots, starts + counts)
         last_token = {row.slot: int(end) - 1 for row, end in zip(rows, ends, strict=True)}
+        sampled = np.array([last_token[row.slot] for row in plan.rows if row.samples], np.int64)
+        view = self._view(self._token_ids(rows, ends), counts, starts, tables, int((counts == 1).sum()), sampled)
+        return dataclasses.replace(view, prompts=self._prompts(plan, view, slots)) if self._has_prompts else view
+
+    def _tables(self, slots: np.ndarray, lens: np.ndarray) -> np.ndarray:
+        """(R, blocks): the pages of what each row has itself."""
+        num_blocks = -(-int(lens.max(initial=0)) // self._block_size)
+        tables: np.ndarray = self._pages[slots, :num_blocks]
+        if self._has_prompts:
+            last = self._pages.shape[1] - 1
+            blocks = np.minimum(self._prompt_blocks[slots, None] + np.arange(num_blocks), last)
+            tables = self._pages[slots[:, None], blocks]
+        return tables
+
+    def _view(
+        self, token_ids: Tensor, counts: np.ndarray, starts: np.ndarray, tables: np.ndarray, num_decodes: int,
+        sampled: np.ndarray,
+    ) -> StepView:  # fmt: skip
+        ends = np.cumsum(counts)
+        positions = np.arange(len(token_ids)) - np.repeat(ends - counts - starts, counts)
+        pages = tables[np.repeat(np.arange(len(counts)), counts), positions // self._block_size]
         return StepView(
-            token_ids=self._token_ids(rows, ends),
+            token_ids=token_ids,
             positions=self._tensor(positions),
             cache_index=self._tensor(pages.astype(np.int64) * self._block_size + positions % self._block_size),
             num_decodes=num_decodes,
@@ -56,10 +89,32 @@ class SlotTable:
             context_lens=self._tensor((starts + counts).astype(np.int32)),
             prefills=tuple(
                 AttentionRow(i, int(ends[i] - counts[i]), int(counts[i]), int(starts[i] + counts[i]))
-                for i in range(num_decodes, len(rows))
+                for i in range(num_decodes, len(counts))
             ),
-            sampled_tokens=self._tensor(np.array([last_token[row.slot] for row in plan.rows if row.samples], np.int64)),
+            sampled_tokens=self._tensor(sampled),
         )
+
+    def _prompts(self, plan: StepPlan, view: StepView, slots: np.ndarray) -> PromptsView:
+        rows = plan.encoder_rows
+        encoded, cache_index = None, view.cache_index[:0]
+        if rows:
+            places = np.array([row.slot for row in rows], dtype=np.int64)
+            lens = self._prompt_lens[places] = np.array([len(row.token_ids) for row in rows], dtype=np.int64)
+            token_ids = self._tensor(np.array([token for row in rows for token in row.token_ids], dtype=np.int64))
+            blocks, begin = (lens + self._block_size - 1) // self._block_size, np.zeros_like(lens)
+            of_encoder = (np.cumsum(blocks) - blocks)[:, None] + np.arange(int(blocks.max()))
+            encoded = self._view(token_ids, lens, begin, of_encoder.astype(np.int32), 0, begin[:0])
+            own = self._pages[places, : int(blocks.max())]
+            cache_index = self._view(token_ids, lens, begin, own, 0, begin[:0]).cache_index
+        prompt_lens = self._prompt_lens[slots]
+        seen = dataclasses.replace(
+            view,
+            block_tables=self._tensor(self._pages[slots, : int(self._prompt_blocks[slots].max(initial=0))]),
+            context_lens=self._tensor(prompt_lens.astype(np.int32)),
+            prefills=tuple(dataclasses.replace(row, context_len=int(prompt_lens[row.row])) for row in view.prefills),
+        )
+        pooled = tuple(row.pooling for row in rows if row.pooling is not None)
+        return PromptsView(encoded, cache_index, seen, pooled)
 
     def _token_ids(self, rows: Sequence[Row], ends: np.ndarray) -> Tensor:
         """(T,), with the token sampled last where a row names none."""
@@ -96,6 +151,7 @@ class ShardRunner:
             raise
 
     def _run(self, plan: StepPlan) -> StepResult | None:
+        self._slots.start(plan.starts)
         self._slots.grant(plan.grants)
         if self._sampler is not None:
             for start in plan.starts:
@@ -108,6 +164,10 @@ class ShardRunner:
             assert out is not None
             mesh.downstream.send(out)
             return None
+        if any(row.pooling is not None for row in plan.encoder_rows):
+            assert out is not None
+            embeddings = tuple(row.tobytes() for row in out.cpu().numpy())
+            return StepResult(plan.step, (), embeddings) if self._sampler is not None else None
         return self._sample(plan, out)
 
     def _sample(self, plan: StepPlan, logits: Tensor | None) -> StepResult | None:

@@ -58,10 +58,14 @@ class _Choice(NamedTuple):
 class Sampler:
     """Samples one token for each row of logits.
 
-    ``eos_token_ids`` are the ids that ``min_tokens`` bars besides a request's own stop ids.
+    ``eos_token_ids`` are the ids that ``min_tokens`` bars besides a request's own stop ids; ``suppressed_ids`` are
+    never chosen.
     """
 
-    def __init__(self, vocab_size: int, eos_token_ids: Collection[int], device: torch.device) -> None:
+    def __init__(
+        self, vocab_size: int, eos_token_ids: Collection[int], device: torch.device, suppressed_ids: Sequence[int] = ()
+    ) -> None:
+        self._suppressed_ids = torch.tensor(suppressed_ids, dtype=torch.int64, device=device)
         self._eos_token_ids = eos_token_ids
         self._device = device
         self._slots: dict[int, _Slot] = {}
@@ -84,6 +88,8 @@ class Sampler:
         ``logits``: (num_rows, vocab_size) float32 on the device, which this may change. ``positions[i]``: index of the
         new token of row i in its prompt + output. No slot may appear twice.
         """
+        if self._suppressed_ids.numel():
+            logits[:, self._suppressed_ids] = -torch.inf
         if all(map(self._plain.__getitem__, slots)):
             tokens = _argmax(logits)
             return tokens, [Sampled(token_id) for token_id in tokens.tolist()]

@@ -13,7 +13,7 @@ from shardray.runtime.engine.limits import SchedulerLimits
 from shardray.runtime.engine.pages import PagePool
 from shardray.runtime.engine.request import EngineRequest, EngineStats, FieldError, FinishReason, TokenOutput
 from shardray.runtime.engine.sequence import Sequence, SequenceQueue
-from shardray.runtime.engine.step import PageGrant, Row, SlotStart, StepPlan, StepResult
+from shardray.runtime.engine.step import EncoderRow, PageGrant, Row, SlotStart, StepPlan, StepResult
 
 __all__ = ["Scheduler", "SchedulerLimits"]
 
@@ -26,7 +26,13 @@ class _Draft:
     starts: list[SlotStart] = field(default_factory=list)
     grants: list[PageGrant] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    encoder_rows: list[EncoderRow] = field(default_factory=list)
     sampling: list[Sequence] = field(default_factory=list)
+    pooling: list[Sequence] = field(default_factory=list)  # of encoder rows that yield an embedding
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows) + sum(len(row.token_ids) for row in self.encoder_rows)
 
 
 class Scheduler:
@@ -59,15 +65,19 @@ class Scheduler:
         self._limits.check(request)
         if request.request_id in self._live:
             raise FieldError("request_id", f"{request.request_id!r} is already in use")
-        params = request.params
+        params, given_ids = request.params, self._limits.given_ids(request)
+        encoder_ids = request.prompt_ids if self._limits.encoder is not None else ()
         sequence = Sequence(
             request=request,
             urgency=(-request.priority, -self._num_arrivals),
             stop_ids=frozenset(params.stop_token_ids).union(() if params.ignore_eos else self._limits.eos_token_ids),
             max_len=self._limits.max_len(request),
-            token_ids=[*request.prompt_ids, *request.generated_ids],
+            token_ids=[*given_ids, *request.generated_ids],
+            num_given=len(given_ids),
+            encoder_ids=encoder_ids,
+            num_prompt_blocks=0 if request.pooling is not None else self._pool.pages_for(len(encoder_ids)),
         )
-        if reason := sequence.finish_reason():
+        if request.pooling is None and (reason := sequence.finish_reason()):
             return TokenOutput(request.request_id, finish_reason=reason)
         self._num_arrivals += 1
         self._live[request.request_id] = sequence
@@ -92,11 +102,13 @@ class Scheduler:
             if sequence.slot is not None:  # else it was just preempted for a more urgent one
                 self._schedule(draft, sequence, min(num_tokens, self._make_room(sequence)))
         self._admit(draft, budget)
-        if not draft.rows:
+        if not draft.rows and not draft.encoder_rows:
             return None
         self._num_steps += 1
         self._in_flight.append(draft)
-        return StepPlan(draft.step, tuple(draft.starts), tuple(draft.grants), tuple(draft.rows))
+        return StepPlan(
+            draft.step, tuple(draft.starts), tuple(draft.grants), tuple(draft.rows), tuple(draft.encoder_rows)
+        )
 
     def commit(self, result: StepResult) -> list[TokenOutput]:
         """Take the tokens of the oldest plan in flight; returns those to publish, in the plan's order."""
@@ -120,6 +132,17 @@ class Scheduler:
                     sequence.request.request_id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason
                 )
             )
+        return outputs + self._commit_embeddings(draft, result)
+
+    def _commit_embeddings(self, draft: _Draft, result: StepResult) -> list[TokenOutput]:
+        outputs = []
+        for sequence, embedding in zip(draft.pooling, result.embeddings, strict=True):
+            sequence.num_unresolved -= 1
+            if not sequence.finished:
+                self._num_prompt_tokens += len(sequence.encoder_ids)
+                self._finish(sequence)
+                request_id = sequence.request.request_id
+                outputs.append(TokenOutput(request_id, finish_reason=FinishReason.STOP, embedding=embedding))
         return outputs
 
     def stats(self) -> EngineStats:
@@ -129,7 +152,7 @@ class Scheduler:
             num_waiting=len(self._waiting),
             num_pages=self._pool.num_pages,
             num_used_pages=self._pool.num_used,
-            num_cached_tokens=sum(sequence.num_computed for sequence in self._running),
+            num_cached_tokens=sum(sequence.num_cached for sequence in self._running),
             block_size=self._pool.block_size,
             max_model_len=self._limits.max_model_len,
             num_steps=self._num_steps,
@@ -171,18 +194,36 @@ class Scheduler:
     def _admit(self, draft: _Draft, budget: int) -> None:
         """Start waiting sequences in their order, as far as slots, budget and pages go. Never preempts."""
         num_spare = self._num_spare_pages() if self._waiting and self._free_slots else 0
-        while budget and self._waiting and self._free_slots:
+        while budget > 0 and self._waiting and self._free_slots:
             sequence = self._waiting.first
-            num_pages = self._pool.pages_for(len(sequence.token_ids))
+            num_pages = self._num_pages_for(sequence, len(sequence.token_ids))
             if sequence.num_unresolved or num_pages > num_spare:
+                return
+            if (
+                sequence.encoder_ids
+                and len(sequence.encoder_ids) > self._limits.max_num_batched_tokens - draft.num_tokens
+            ):
                 return
             self._waiting.remove(sequence)
             self._running.add(sequence)
             draft.starts.append(sequence.start(self._free_slots.pop()))
+            num_spare -= num_pages + 1
+            if sequence.encoder_ids:
+                self._encode(draft, sequence)
+                budget -= len(sequence.encoder_ids)
+                continue
             num_tokens = min(sequence.num_uncomputed, budget)
             self._schedule(draft, sequence, num_tokens)
-            num_spare -= num_pages + 1
             budget -= num_tokens
+
+    def _encode(self, draft: _Draft, sequence: Sequence) -> None:
+        """Put a prompt for the encoder into the plan, with its pages. The decoder's tokens follow in the next ones."""
+        if sequence.num_prompt_blocks:
+            draft.grants.append(sequence.grant(self._pool.allocate(sequence.num_prompt_blocks)))
+        draft.encoder_rows.append(sequence.encode())
+        sequence.last_step = draft.step
+        if sequence.request.pooling is not None:
+            draft.pooling.append(sequence)
 
     def _num_spare_pages(self) -> int:
         """Free pages, less those that running sequences need for the tokens they have and for one more page each.
@@ -190,14 +231,19 @@ class Scheduler:
         Admitting on less would preempt the newcomer within a few steps and compute its prompt twice.
         """
         num_owed = sum(
-            max(0, self._pool.pages_for(len(sequence.token_ids)) - len(sequence.pages)) for sequence in self._running
+            max(0, self._num_pages_for(sequence, len(sequence.token_ids)) - len(sequence.pages))
+            for sequence in self._running
         )
         return self._pool.num_free - num_owed - len(self._running)
 
     def _room(self, sequence: Sequence) -> int:
         """How many more tokens fit into the pages that a sequence holds and those that are free."""
-        num_pages = len(sequence.pages) + self._pool.num_free
+        num_pages = len(sequence.pages) - sequence.num_prompt_blocks + self._pool.num_free
         return num_pages * self._pool.block_size - sequence.num_computed
+
+    def _num_pages_for(self, sequence: Sequence, num_tokens: int) -> int:
+        """Pages of a sequence with that many tokens."""
+        return sequence.num_prompt_blocks + self._pool.pages_for(num_tokens)
 
     def _make_room(self, sequence: Sequence) -> int:
         """Room for a running sequence; while it has none, the least urgent one is preempted.
@@ -213,7 +259,7 @@ class Scheduler:
         """Put a sequence's next tokens into the plan, with the pages they fill."""
         if num_tokens == 0:
             return
-        num_missing = self._pool.pages_for(sequence.num_computed + num_tokens) - len(sequence.pages)
+        num_missing = self._num_pages_for(sequence, sequence.num_computed + num_tokens) - len(sequence.pages)
         if num_missing > 0:
             draft.grants.append(sequence.grant(self._pool.allocate(num_missing)))
         row = sequence.advance(num_tokens)

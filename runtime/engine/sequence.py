@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 from shardray.runtime.engine.request import EngineRequest, FinishReason
-from shardray.runtime.engine.step import PageGrant, Row, SlotStart
+from shardray.runtime.engine.step import EncoderRow, PageGrant, Row, SlotStart
 
 
 @dataclass(slots=True, eq=False)
@@ -18,13 +18,19 @@ class Sequence:
     Tokens come in three kinds, in this order: computed (a plan that is made covers them), known but not yet computed,
     and unresolved (a plan in flight samples them). Once the prompt is computed there is always exactly one token to
     compute next, be it known or unresolved.
+
+    With an encoder the prompt is none of these tokens: it is read whole, before all of them, and has the first pages.
     """
 
     request: EngineRequest
     urgency: tuple[int, int]  # the greater is served first
     stop_ids: frozenset[int]
     max_len: int  # tokens, prompt included, at which the sequence ends
-    token_ids: list[int]  # prompt and generated tokens that are known
+    token_ids: list[int]  # those known of what comes before the generated ones, and of these
+    num_given: int  # tokens before the generated ones
+    encoder_ids: tuple[int, ...] = ()  # what an encoder reads
+    num_prompt_blocks: int = 0  # pages that hold what the decoder attends to of it
+    is_encoded: bool = False  # a plan that is made reads it
     num_computed: int = 0
     num_unresolved: int = 0
     slot: int | None = None  # held while running
@@ -34,7 +40,12 @@ class Sequence:
 
     @property
     def num_generated(self) -> int:
-        return len(self.token_ids) - len(self.request.prompt_ids)
+        return len(self.token_ids) - self.num_given
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens whose keys and values are held, those of an encoded prompt included."""
+        return self.num_computed + (len(self.encoder_ids) if self.is_encoded and self.num_prompt_blocks else 0)
 
     @property
     def num_uncomputed(self) -> int:
@@ -47,11 +58,19 @@ class Sequence:
     def start(self, slot: int) -> SlotStart:
         """Take a slot. Ids travel only when the sampler needs them."""
         self.slot = slot
-        prompt_ids, params = self.request.prompt_ids, self.request.params
-        generated_ids = tuple(self.token_ids[len(prompt_ids) :])
-        if not params.penalizes:
-            return SlotStart(slot, params, (), (), len(generated_ids))
-        return SlotStart(slot, params, prompt_ids, generated_ids, len(generated_ids))
+        given_ids, generated_ids = tuple(self.token_ids[: self.num_given]), tuple(self.token_ids[self.num_given :])
+        if not self.request.params.penalizes:
+            given_ids = generated_ids = ()
+        return SlotStart(
+            slot, self.request.params, given_ids, generated_ids, self.num_generated, self.num_prompt_blocks
+        )
+
+    def encode(self) -> EncoderRow:
+        """The prompt as a row for the encoder; one that is pooled yields its embedding."""
+        assert self.slot is not None
+        self.is_encoded = True
+        self.num_unresolved += self.request.pooling is not None
+        return EncoderRow(self.slot, self.encoder_ids, self.request.pooling)
 
     def grant(self, pages: list[int]) -> PageGrant:
         """Append pages."""
@@ -75,6 +94,7 @@ class Sequence:
         self.slot = None
         self.pages = []
         self.num_computed = 0
+        self.is_encoded = False
 
     def finish_reason(self) -> FinishReason | None:
         """Why the sequence ends with its last known token, or None if it goes on."""

@@ -24,17 +24,26 @@ from shardray.parallel.plan import ShardPlan, make_plan
 from shardray.runtime.engine.assignment import ShardAssignment, ShardInfo
 from shardray.runtime.engine.executor import MeshExecutor, serve_plans
 from shardray.runtime.engine.limits import SchedulerLimits
-from shardray.runtime.engine.loop import Engine, ShardedModelInfo
+from shardray.runtime.engine.loop import Engine
 from shardray.runtime.engine.memory import PageBudget, choose_num_pages
+from shardray.runtime.engine.request import EncoderInfo, ServedModel
 from shardray.runtime.engine.runner import ShardRunner, SlotTable
 from shardray.runtime.engine.sampler import Sampler
 from shardray.runtime.model.attention import KVPages
 from shardray.runtime.model.decoder import ShardedDecoder
 from shardray.runtime.model.families import read_model_config
-from shardray.runtime.model.folder import read_eos_token_ids, read_json
+from shardray.runtime.model.families.family import Family
+from shardray.runtime.model.folder import (
+    read_eos_token_ids,
+    read_json,
+    read_max_text_len,
+    read_pooling,
+    read_suppressed_token_ids,
+    read_token_ids,
+)
 from shardray.runtime.model.kernels import choose_ops, choose_recorder
 from shardray.runtime.model.load import ParameterLoader
-from shardray.runtime.model.parameters import model_sizes
+from shardray.runtime.model.parameters import model_sizes, num_cached_layers
 from shardray.runtime.model.spec import DecoderSpec, ModelConfigError
 
 __all__ = ["Rendezvous", "Shard", "ShardAssignment", "ShardInfo", "form_shard", "open_rendezvous", "warm_up"]
@@ -84,11 +93,12 @@ class Shard:
         if self.assignment.rank != 0:
             raise RuntimeError(f"rank {self.assignment.rank} has no engine; the leader is rank 0")
         limits = self._limits
-        info = ShardedModelInfo(
+        info = ServedModel(
             vocab_size=self.info.vocab_size,
             max_model_len=limits.max_model_len,
             eos_token_ids=tuple(sorted(limits.eos_token_ids)),
             num_kv_tokens=limits.num_pages * limits.block_size,
+            encoder=limits.encoder,
         )
         return Engine(limits, self._executor, info)
 
@@ -127,12 +137,8 @@ def form_shard(
     _pin(assignment)
     torch.set_num_threads(1)  # see _use_cores
     folder, device = Path(assignment.model_dir), torch.device(assignment.device)
-    family, spec = read_model_config(folder)
+    family, spec, plan = read_plan(assignment)
     dtype = _dtype(assignment.dtype, folder)
-    plan = make_plan(
-        model_sizes(spec), assignment.tp_size, assignment.pp_size, assignment.tensor_split, assignment.stage_layers,
-        assignment.expert_parallel,
-    )  # fmt: skip
     max_model_len = _max_model_len(assignment, spec)
     progress("joining", 0.0)
     mesh = open_mesh(_mesh_spec(assignment), assignment.max_num_batched_tokens, spec.hidden_size, dtype)
@@ -142,6 +148,7 @@ def form_shard(
         ops = choose_ops(device, dtype, assignment.num_threads)
         decoder = ShardedDecoder(
             spec, plan, place.stage, place.tp_rank, mesh.tp, ops, loader, device, max_model_len,
+            _encoder_pages(assignment, spec, plan, place.tp_rank, dtype),
             lambda fraction: progress("loading", fraction),
         )  # fmt: skip
         pages = _allocate_pages(assignment, spec, plan, mesh, max_model_len, dtype)
@@ -151,6 +158,16 @@ def form_shard(
         raise
 
 
+def read_plan(assignment: ShardAssignment) -> tuple[Family, DecoderSpec, ShardPlan]:
+    """What is served, and how it is cut. Raises ModelConfigError or PlanError."""
+    family, spec = read_model_config(Path(assignment.model_dir))
+    plan = make_plan(
+        model_sizes(spec), assignment.tp_size, assignment.pp_size, assignment.tensor_split, assignment.stage_layers,
+        assignment.expert_parallel,
+    )  # fmt: skip
+    return family, spec, plan
+
+
 def _assemble(
     assignment: ShardAssignment, spec: DecoderSpec, plan: ShardPlan, mesh: Mesh, decoder: ShardedDecoder,
     pages: KVPages, max_model_len: int,
@@ -158,8 +175,15 @@ def _assemble(
     place, device = mesh.spec, mesh.spec.device
     eos_token_ids = read_eos_token_ids(Path(assignment.model_dir))
     samples = place.stage == place.pp_size - 1 and place.tp_rank == 0
-    sampler = Sampler(spec.vocab_size, eos_token_ids, device) if samples else None
-    slots = SlotTable(assignment.max_num_seqs, max_model_len, assignment.block_size, device)
+    sampler: Sampler | None = None
+    if samples:
+        suppressed_ids = read_suppressed_token_ids(Path(assignment.model_dir))
+        sampler = Sampler(spec.vocab_size, eos_token_ids, device, suppressed_ids)
+    encoder = _encoder_info(assignment, spec)
+    slots = SlotTable(
+        assignment.max_num_seqs, max_model_len, assignment.block_size, device,
+        None if encoder is None else encoder.max_prompt_len,
+    )  # fmt: skip
     num_pages = pages.num_pages
     limits = SchedulerLimits(
         max_num_seqs=assignment.max_num_seqs,
@@ -170,6 +194,7 @@ def _assemble(
         max_in_flight=place.pp_size if place.pp_size > 1 else 2,
         lookahead=0 if place.pp_size > 1 else 1,
         eos_token_ids=frozenset(eos_token_ids),
+        encoder=encoder,
     )
     layers = plan.stages[place.stage]
     info = ShardInfo(
@@ -196,7 +221,7 @@ def _allocate_pages(
 ) -> KVPages:
     """As many pages as every rank of the mesh has room for."""
     place, device = mesh.spec, mesh.spec.device
-    num_layers, num_kv_heads = len(plan.stages[place.stage]), len(plan.kv_heads[place.tp_rank])
+    num_layers, num_kv_heads = num_cached_layers(spec, plan, place.stage), len(plan.kv_heads[place.tp_rank])
     head_dim, block_size = spec.attention.head_dim, assignment.block_size
     # Free memory is measured once everyone's weights are in it. A rank that dies meanwhile is noticed at once; one that
     # loads from a slow disk may take its time.
@@ -213,6 +238,35 @@ def _allocate_pages(
     )
     num_pages = mesh.agree_on_minimum("pages", choose_num_pages(budget, device))
     return KVPages(num_layers, num_pages, block_size, num_kv_heads, head_dim, dtype, device)
+
+
+def _encoder_pages(
+    assignment: ShardAssignment, spec: DecoderSpec, plan: ShardPlan, tp_rank: int, dtype: torch.dtype
+) -> KVPages | None:
+    """Room for the prompts of one step, in one layer."""
+    if spec.encoder is None:
+        return None
+    num_pages = assignment.max_num_batched_tokens // assignment.block_size + assignment.max_num_seqs
+    return KVPages(
+        1, num_pages, assignment.block_size, len(plan.kv_heads[tp_rank]), spec.attention.head_dim, dtype,
+        torch.device(assignment.device),
+    )  # fmt: skip
+
+
+def _encoder_info(assignment: ShardAssignment, spec: DecoderSpec) -> EncoderInfo | None:
+    """A prompt has to fit into one step, beside a step full of decodes."""
+    if spec.encoder is None:
+        return None
+    folder = Path(assignment.model_dir)
+    room = assignment.max_num_batched_tokens - assignment.max_num_seqs
+    if not spec.layers:
+        most = min(spec.encoder.max_positions, read_max_text_len(folder) or room, room)
+        return EncoderInfo(most, pooling=read_pooling(folder))
+    start_ids = read_token_ids(folder, "decoder_start_token_id") or read_token_ids(folder, "bos_token_id")
+    if not start_ids:
+        raise ModelConfigError("config.json: decoder_start_token_id is missing: nothing for the decoder to begin with")
+    forced_ids = read_token_ids(folder, "forced_bos_token_id")
+    return EncoderInfo(min(spec.encoder.max_positions, room), start_ids, forced_ids)
 
 
 def _step_bytes(assignment: ShardAssignment, spec: DecoderSpec, dtype: torch.dtype) -> int:

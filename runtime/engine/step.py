@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from shardray.runtime.engine.request import SamplingParams
+from shardray.runtime.model.spec import Pooling
 
 
 class SlotStart(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -19,6 +20,7 @@ class SlotStart(msgspec.Struct, frozen=True, array_like=True, gc=False):
     prompt_ids: tuple[int, ...]  # only if params.penalizes, else empty
     generated_ids: tuple[int, ...]  # likewise
     num_generated: int  # tokens generated before this start, for min_tokens
+    num_prompt_blocks: int = 0  # pages, before all others, that hold what an encoder made of the prompt
 
 
 class PageGrant(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -42,6 +44,14 @@ class Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return len(self.token_ids) or 1
 
 
+class EncoderRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A prompt that the encoder reads, all of it; for its embedding (``pooling``), or for a decoder to attend to."""
+
+    slot: int
+    token_ids: tuple[int, ...]
+    pooling: Pooling | None
+
+
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One step. Every rank runs plans in ``step`` order."""
 
@@ -49,10 +59,11 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
     starts: tuple[SlotStart, ...]
     grants: tuple[PageGrant, ...]
     rows: tuple[Row, ...]
+    encoder_rows: tuple[EncoderRow, ...] = ()
 
     @property
     def num_tokens(self) -> int:
-        return sum(row.num_tokens for row in self.rows)
+        return sum(row.num_tokens for row in self.rows) + sum(len(row.token_ids) for row in self.encoder_rows)
 
 
 class Sampled(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -64,10 +75,11 @@ class Sampled(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One entry for each row with ``samples``, in the plan's order."""
+    """One entry for each row with ``samples``, and one for each with ``pooling``, in the plan's order."""
 
     step: int
     sampled: tuple[Sampled, ...]
+    embeddings: tuple[bytes, ...] = ()  # float32, little-endian
 
 
 _encoder = msgspec.msgpack.Encoder()

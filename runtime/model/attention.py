@@ -9,6 +9,9 @@ What one KV head holds of a page is one tile, which a kernel streams; keys lie s
 
 Rows of one token (decodes) come first in a step. The reference gathers a row's pages and calls SDPA;
 runtime/model/kernels holds kernels that read the pages in place.
+
+Where a prompt is an encoder's, the pages that a slot is given first hold what cross-attention reads of it. Encoder
+layers themselves keep nothing: all of a stage use the same pages of one layer, anew in every step.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardray.parallel.plan import ShardPlan
-from shardray.runtime.model.spec import Attention
+from shardray.runtime.model.relative import bias_by_distance
+from shardray.runtime.model.spec import Attention, Pooling
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,23 @@ class StepView:
     context_lens: Tensor  # (R,) int32, this step's tokens included
     prefills: tuple[AttentionRow, ...]
     sampled_tokens: Tensor  # (S,) int64: tokens of the step whose logits are wanted
+    prompts: PromptsView | None = None  # with an encoder
 
     @property
     def num_tokens(self) -> int:
-        return self.token_ids.shape[0]
+        """All tokens of the step, those of prompts that an encoder reads included."""
+        encoded = None if self.prompts is None else self.prompts.encoded
+        return self.token_ids.shape[0] + (0 if encoded is None else encoded.token_ids.shape[0])
+
+
+@dataclass(frozen=True)
+class PromptsView:
+    """What a step has to do with an encoder's prompts. S tokens of them are read in it."""
+
+    encoded: StepView | None  # their rows, in pages of the encoder's own
+    cache_index: Tensor  # (S,) int64: where cross-attention's keys and values of them go
+    seen: StepView  # the rows of the step, and for each the pages of its own prompt
+    pooled: tuple[Pooling, ...]  # for each row of ``encoded``, where embeddings are wanted of them
 
 
 class KVPages:
@@ -103,23 +120,28 @@ class OwnHeads:
 
 
 class PagedAttention:
-    """Causal attention of one rank's heads over their pages."""
+    """Attention of one rank's heads over their pages."""
 
     def __init__(
-        self, attention: Attention, heads: OwnHeads, device: torch.device, sinks: Tensor | None = None
-    ) -> None:
-        """``sinks``: (n,), if the attention has them."""
+        self, attention: Attention, heads: OwnHeads, device: torch.device, sinks: Tensor | None = None,
+        relative: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """``sinks``: (n,), and ``relative``: (buckets, n), if the attention has them."""
         kv_of_head = heads.kv_of_head
         self.num_heads = len(kv_of_head)
         self.scale = attention.scale
         self._sinks = None if sinks is None else sinks.float()[:, None, None]
-        unlike = attention.alibi, attention.window, attention.softcap, sinks
+        unlike = attention.alibi, attention.window, attention.softcap, sinks, relative
         self.is_plain = all(feature is None for feature in unlike)
+        self._causal = attention.causal
         self._window, self._softcap = attention.window, attention.softcap
         self._slopes: Tensor | None = None
         if attention.alibi is not None:
             slopes = alibi_slopes(heads.num_heads_in_all)[heads.first_head : heads.first_head + self.num_heads]
             self._slopes = attention.alibi * slopes.to(device)[:, None, None]
+        self._biases: Tensor | None = None  # (n, 2 m + 1): of distances from -m to m
+        if attention.relative is not None and relative is not None:
+            self._biases = bias_by_distance(attention.relative, attention.causal, relative).to(device)
         self._one_to_one = kv_of_head == tuple(range(self.num_heads))
         self._kv_of_head = torch.tensor(kv_of_head, dtype=torch.int64, device=device)
         num_kv_heads = kv_of_head[-1] + 1 if kv_of_head else 0
@@ -151,8 +173,9 @@ class PagedAttention:
         if self._softcap is not None or self._sinks is not None:
             return self._attend_by_scores(queries, keys, values).transpose(0, 1)
         num_tokens = queries.shape[1]
-        causal = self.is_plain and num_tokens == context_len
-        mask = None if causal or (self.is_plain and num_tokens == 1) else self._mask(num_tokens, context_len, queries)
+        causal = self._causal and self.is_plain and num_tokens == context_len
+        needs_none = causal or (self.is_plain and (num_tokens == 1 or not self._causal))
+        mask = None if needs_none else self._mask(num_tokens, context_len, queries)
         out = F.scaled_dot_product_attention(
             queries[None], keys[None], values[None], attn_mask=mask, is_causal=causal and num_tokens > 1,
             scale=self.scale,
@@ -177,12 +200,17 @@ class PagedAttention:
         """What the last ``num_tokens`` tokens of a context see: (num_tokens, context_len) bool, or (n, ...) to add."""
         ends = torch.arange(context_len - num_tokens, context_len, device=like.device)[:, None]
         distance = ends - torch.arange(context_len, device=like.device)
-        seen = distance >= 0
+        seen = distance >= 0 if self._causal else torch.ones_like(distance, dtype=torch.bool)
         if self._window is not None:
-            seen &= distance < self._window
-        if self._slopes is None:
+            seen &= distance.abs() < self._window
+        if self._slopes is not None:
+            bias = -self._slopes * distance
+        elif self._biases is not None:
+            furthest = self._biases.shape[1] // 2
+            bias = self._biases[:, distance.clamp(-furthest, furthest) + furthest]
+        else:
             return seen
-        return (-self._slopes * distance).masked_fill(~seen, -torch.inf).to(like.dtype)
+        return bias.masked_fill(~seen, -torch.inf).to(like.dtype)
 
 
 def alibi_slopes(num_heads: int) -> Tensor:

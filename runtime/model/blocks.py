@@ -11,10 +11,10 @@ from torch import Tensor
 
 from shardray.parallel.comm import Comm
 from shardray.parallel.layers import ColumnParallelLinear, RowParallelLinear
-from shardray.runtime.model.attention import KVPages, OwnHeads, PagedAttention, StepView
+from shardray.runtime.model.attention import KVPages, OwnHeads, PagedAttention, PromptsView, StepView
 from shardray.runtime.model.kernels.ops import Angles, NormWeights, Ops
 from shardray.runtime.model.latent import LatentProjections
-from shardray.runtime.model.mlp import OwnExperts, Parameters, mlp_block
+from shardray.runtime.model.mlp import OwnExperts, Parameters, below, mlp_block
 from shardray.runtime.model.query_key_norm import QueryKeyNorm
 from shardray.runtime.model.spec import Attention, Layer, Norm, Norms
 
@@ -32,7 +32,9 @@ class AttentionBlock:
         self._value_dim = attention.head_dim if attention.latent is None else attention.latent.value_dim
         self._out = RowParallelLinear(parameters["o.weight"], parameters.get("o.bias"), comm)
         self._num_heads = len(heads.kv_of_head)
-        self._attention = PagedAttention(attention, heads, parameters["o.weight"].device, parameters.get("sinks"))
+        self._attention = PagedAttention(
+            attention, heads, parameters["o.weight"].device, parameters.get("sinks"), parameters.get("relative.weight")
+        )
         self.num_bytes = self._qkv.num_bytes + self._out.num_bytes
 
     def __call__(self, x: Tensor, layer: int, pages: KVPages, view: StepView, angles: Angles | None) -> Tensor:
@@ -56,6 +58,35 @@ def _projections(attention: Attention, parameters: Parameters) -> ColumnParallel
     names = ("q", "k", "v")
     biases = [parameters[f"{name}.bias"] for name in names] if attention.qkv_bias else None
     return ColumnParallelLinear.merged([parameters[f"{name}.weight"] for name in names], biases)
+
+
+class CrossAttentionBlock:
+    """Queries of a decoder's tokens, against keys and values of what the encoder gave, in pages of the prompt."""
+
+    def __init__(self, attention: Attention, heads: OwnHeads, parameters: Parameters, comm: Comm, ops: Ops) -> None:
+        def merged(*names: str) -> ColumnParallelLinear:
+            biases = [parameters[f"{name}.bias"] for name in names] if attention.qkv_bias else None
+            return ColumnParallelLinear.merged([parameters[f"{name}.weight"] for name in names], biases)
+
+        self._ops = ops
+        self._head_dim = attention.head_dim
+        self._queries, self._keys_and_values = merged("q"), merged("k", "v")
+        self._out = RowParallelLinear(parameters["o.weight"], parameters.get("o.bias"), comm)
+        self._attention = PagedAttention(attention, heads, parameters["o.weight"].device)
+        linears = self._queries, self._keys_and_values, self._out
+        self.num_bytes = sum(linear.num_bytes for linear in linears)
+
+    def remember(self, encoded: Tensor, layer: int, pages: KVPages, prompts: PromptsView) -> None:
+        """Store what (S, H) of the encoder are to this layer."""
+        both = self._keys_and_values(encoded).view(encoded.shape[0], -1, self._head_dim)
+        keys, values = both.chunk(2, dim=1)
+        pages.write(layer, keys, values, prompts.cache_index)
+
+    def __call__(self, x: Tensor, layer: int, pages: KVPages, prompts: PromptsView) -> Tensor:
+        """(T, H) -> (T, H)"""
+        queries = self._queries(x).view(x.shape[0], -1, self._head_dim)
+        attended = self._ops.attend(self._attention, queries, pages, layer, prompts.seen)
+        return self._out(attended.reshape(x.shape[0], -1))
 
 
 class _Around:
@@ -88,7 +119,7 @@ class _Around:
 
 
 class DecoderLayer:
-    """Attention and MLP, one after the other or side by side."""
+    """Attention and MLP, one after the other or side by side; cross-attention between them. An encoder's as well."""
 
     def __init__(
         self, layer: Layer, heads: OwnHeads, experts: OwnExperts, parameters: Parameters, comm: Comm, ops: Ops
@@ -96,12 +127,22 @@ class DecoderLayer:
         scale = layer.residual_scale
         self._around_attention = _Around("attention", layer.attention_norms, scale, parameters, ops)
         self._attention = AttentionBlock(layer.attention, heads, parameters, comm, ops)
+        self._cross: CrossAttentionBlock | None = None
+        if layer.cross is not None:
+            self._around_cross = _Around("cross", layer.cross_norms, scale, parameters, ops)
+            self._cross = CrossAttentionBlock(layer.cross, heads, below("cross.", parameters), comm, ops)
         self._around_mlp = _Around("mlp", layer.mlp_norms, scale, parameters, ops)
         self._mlp = mlp_block(layer.mlp, experts, parameters, comm, ops)
         self._parallel = layer.parallel
         self._shares_norm = layer.mlp_norms.before is None
         self.rotary = layer.attention.rotary
-        self.num_bytes = self._attention.num_bytes + self._mlp.num_bytes
+        blocks = self._attention, self._cross, self._mlp
+        self.num_bytes = sum(block.num_bytes for block in blocks if block is not None)
+
+    def remember(self, encoded: Tensor, layer: int, pages: KVPages, prompts: PromptsView) -> None:
+        """Take in what the encoder gave, (S, H), for cross-attention."""
+        assert self._cross is not None
+        self._cross.remember(encoded, layer, pages, prompts)
 
     def __call__(
         self, x: Tensor, delta: Tensor | None, layer: int, pages: KVPages, view: StepView, angles: Angles | None
@@ -113,5 +154,9 @@ class DecoderLayer:
             read = normed if self._shares_norm else self._around_mlp.enter(x, None)[1]
             return self._around_attention.leave(x, attended + self._mlp(read))
         x, delta = self._around_attention.leave(x, attended)
+        if self._cross is not None:
+            assert view.prompts is not None
+            x, normed = self._around_cross.enter(x, delta)
+            x, delta = self._around_cross.leave(x, self._cross(normed, layer, pages, view.prompts))
         x, normed = self._around_mlp.enter(x, delta)
         return self._around_mlp.leave(x, self._mlp(normed))

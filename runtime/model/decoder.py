@@ -1,4 +1,8 @@
-"""One rank's part of a decoder: the layers of its stage, its heads and columns of each, and the ends that it has."""
+"""One rank's part of a model: the layers of its stage, its heads and columns of each, and the ends that it has.
+
+Tokens of prompts that an encoder reads travel behind the others of a step, through all stages: a decoder's layers make
+of them the keys and values for their cross-attention, and hand them on as they are.
+"""
 
 from __future__ import annotations
 
@@ -9,73 +13,116 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardray.parallel.comm import Comm
-from shardray.parallel.layers import VocabParallelEmbedding, VocabParallelHead
+from shardray.parallel.layers import VocabParallelHead
 from shardray.parallel.plan import ShardPlan
-from shardray.runtime.model.attention import KVPages, OwnHeads, StepView
+from shardray.runtime.model.attention import KVPages, OwnHeads, PromptsView, StepView
 from shardray.runtime.model.blocks import DecoderLayer
+from shardray.runtime.model.embedding import TokenEmbedding
 from shardray.runtime.model.kernels.ops import NormWeights, Ops
 from shardray.runtime.model.load import ParameterLoader
-from shardray.runtime.model.mlp import OwnExperts, Parameters
-from shardray.runtime.model.spec import DecoderSpec
-from shardray.runtime.model.stack import LayerStack
+from shardray.runtime.model.mlp import OwnExperts, Parameters, below
+from shardray.runtime.model.spec import DecoderSpec, Pooling
+from shardray.runtime.model.stack import EncoderStack, LayerStack
 
 Progress = Callable[[float], None]
 
 
 class ShardedDecoder:
-    """Loads and runs one rank's part: token ids or hidden states in, hidden states or logits out."""
+    """Loads and runs one rank's part: token ids or hidden states in, hidden states, logits or embeddings out."""
 
     def __init__(
         self, spec: DecoderSpec, plan: ShardPlan, stage: int, tp_rank: int, comm: Comm, ops: Ops,
-        loader: ParameterLoader, device: torch.device, max_positions: int, progress: Progress = lambda fraction: None,
+        loader: ParameterLoader, device: torch.device, max_positions: int, encoder_pages: KVPages | None = None,
+        progress: Progress = lambda fraction: None,
     ) -> None:  # fmt: skip
-        layers = plan.stages[stage]
-        heads = OwnHeads.of(plan, tp_rank)
-        self.embedding = _Embedding(spec, plan, tp_rank, comm, _to(device, loader.embedding())) if stage == 0 else None
-        blocks: list[DecoderLayer] = []
+        """``encoder_pages``: of one layer, with room for all tokens of a step; where the model has an encoder."""
+        self._hidden_size = spec.hidden_size
+        self.embeddings = (
+            _Embeddings(spec, plan, tp_rank, comm, _to(device, loader.embedding())) if stage == 0 else None
+        )
+        self.num_bytes = 0 if self.embeddings is None else self.embeddings.num_bytes
+        layers, blocks = plan.stages[stage], []
         for index in layers:
             parameters = _to(device, loader.layer(index))
-            layer = spec.layers[index]
-            blocks.append(DecoderLayer(layer, heads, OwnExperts.of(layer.mlp, plan, tp_rank), parameters, comm, ops))
+            layer = spec.all_layers[index]
+            blocks.append(
+                DecoderLayer(
+                    layer, OwnHeads.of(plan, tp_rank), OwnExperts.of(layer.mlp, plan, tp_rank), parameters, comm, ops
+                )
+            )
+            self.num_bytes += blocks[-1].num_bytes
             progress((index - layers.start + 1) / len(layers))
-        self.layers = LayerStack(blocks, max_positions, device)
-        last = stage == plan.pp_size - 1
-        self.head = _Head(spec, plan, comm, ops, _to(device, loader.head())) if last else None
-        parts = [self.embedding, *blocks, self.head]
-        self.num_bytes = sum(part.num_bytes for part in parts if part is not None)
+        num_encoding = max(0, min(layers.stop, spec.num_encoder_layers) - layers.start)
+        self.encoder: EncoderStack | None = None
+        if num_encoding:
+            assert spec.encoder is not None
+            assert encoder_pages is not None
+            norm = None
+            if spec.num_encoder_layers in range(layers.start, layers.stop + 1) and spec.encoder.norm is not None:
+                norm = NormWeights.of(spec.encoder.norm, "encoder.final_norm", _to(device, loader.encoder_end()))
+            self.encoder = EncoderStack(blocks[:num_encoding], norm, spec.encoder.max_positions, encoder_pages, device)
+        self.layers = LayerStack(blocks[num_encoding:], max_positions, device, records=spec.encoder is None)
+        self.head: _Head | _Pooler | None = None
+        if stage == plan.pp_size - 1:
+            self.head = _Head(spec, plan, comm, ops, _to(device, loader.head())) if spec.layers else _Pooler()
+            self.num_bytes += self.head.num_bytes
 
     def __call__(self, x: Tensor | None, pages: KVPages, view: StepView) -> Tensor | None:
         """Hidden states of the stage before (None on the first) to hidden states (T, H), or on the last stage the
-        logits (S, V) float32 of ``view.sampled_tokens`` on tensor rank 0 and None on the others."""
-        if self.embedding is not None:
-            x = self.embedding(view)
+        logits (S, V) float32 of ``view.sampled_tokens`` on tensor rank 0 and None on the others. An encoder alone gives
+        the embeddings of its prompts instead, (P, H) float32."""
+        if self.embeddings is not None:
+            x = self.embeddings(view)
         assert x is not None
-        x, delta = self.layers(x, pages, view)
+        prompts, num_own = view.prompts, view.token_ids.shape[0]
+        x, encoded = (x, None) if x.shape[0] == num_own else (x[:num_own], x[num_own:])
+        if encoded is not None:
+            assert prompts is not None
+            encoded = self._encode(encoded, pages, prompts)
+        x, delta = self.layers(x, pages, view) if num_own else (x, None)
+        if isinstance(self.head, _Pooler):
+            return self.head(encoded, prompts)
         if self.head is not None:
             return self.head(x, delta, view)
-        return x if delta is None else x + delta
+        x = x if delta is None else x + delta
+        return x if encoded is None else torch.cat((x, encoded))
+
+    def _encode(self, encoded: Tensor, pages: KVPages, prompts: PromptsView) -> Tensor:
+        """Take prompts through the layers of the encoder, and show those of the decoder what comes out."""
+        assert prompts.encoded is not None
+        if self.encoder is not None:
+            encoded = self.encoder(encoded, prompts.encoded)
+        self.layers.remember(encoded, pages, prompts)
+        return encoded
 
 
-class _Embedding:
+class _Embeddings:
+    """Of the tokens of a step: first the decoder's, then the encoder's."""
+
     def __init__(self, spec: DecoderSpec, plan: ShardPlan, tp_rank: int, comm: Comm, parameters: Parameters) -> None:
-        weight, embedding = parameters["embed.weight"], spec.embedding
-        self._tokens = VocabParallelEmbedding(weight, plan.vocab[tp_rank].start, comm)
-        self._projection = parameters.get("embed_projection.weight")
-        self._scale = torch.tensor(embedding.scale).to(weight.dtype).item()  # as rounded in the model's dtype
-        self._positions = parameters.get("positions.weight")
-        self._offset = embedding.positions.offset if embedding.positions is not None else 0
-        self._norm = None if embedding.norm is None else NormWeights.of(embedding.norm, "embed_norm", parameters)
-        self.num_bytes = weight.numel() * weight.element_size()
+        first_row = plan.vocab[tp_rank].start
+        self._own: TokenEmbedding | None = None
+        self._encoded: TokenEmbedding | None = None
+        self.num_bytes = 0
+        if spec.layers:
+            self._own = TokenEmbedding(spec.embedding, first_row, comm, parameters)
+            self.num_bytes += self._own.num_bytes
+        if spec.encoder is not None:
+            of_encoder = below("encoder.", parameters)
+            if spec.encoder.shares_tokens:
+                of_encoder = {**of_encoder, "embed.weight": parameters["embed.weight"]}
+            self._encoded = TokenEmbedding(spec.encoder.embedding, first_row, comm, of_encoder)
+            self.num_bytes += 0 if spec.encoder.shares_tokens else self._encoded.num_bytes
 
     def __call__(self, view: StepView) -> Tensor:
-        x = self._tokens(view.token_ids)
-        if self._projection is not None:
-            x = F.linear(x, self._projection)
-        if self._scale != 1.0:
-            x = x * self._scale
-        if self._positions is not None:
-            x = x + self._positions[view.positions + self._offset]
-        return x if self._norm is None else self._norm(x)
+        """(T, H), every prompt that is read included"""
+        encoded = None if view.prompts is None else view.prompts.encoded
+        parts = []
+        if self._own is not None and view.token_ids.shape[0]:
+            parts.append(self._own(view.token_ids, view.positions))
+        if self._encoded is not None and encoded is not None:
+            parts.append(self._encoded(encoded.token_ids, encoded.positions))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _Head:
@@ -104,6 +151,28 @@ class _Head:
             return logits
         logits = logits * self._spec.scale
         return logits if self._spec.softcap is None else self._spec.softcap * torch.tanh(logits / self._spec.softcap)
+
+
+class _Pooler:
+    """From the hidden states of whole prompts to their embeddings."""
+
+    num_bytes = 0
+
+    def __call__(self, encoded: Tensor | None, prompts: PromptsView | None) -> Tensor:
+        assert encoded is not None
+        assert prompts is not None
+        assert prompts.encoded is not None
+        rows = zip(prompts.encoded.prefills, prompts.pooled, strict=True)
+        return torch.stack([_pool(encoded[row.first : row.first + row.num_tokens], how) for row, how in rows])
+
+
+def _pool(hidden: Tensor, pooling: Pooling) -> Tensor:
+    """(S, H) of one text -> (H,) float32"""
+    if pooling.mode == "mean":
+        embedding = hidden.float().mean(dim=0)
+    else:
+        embedding = hidden[0 if pooling.mode == "cls" else -1].float()
+    return F.normalize(embedding, dim=0) if pooling.normalize else embedding
 
 
 def _to(device: torch.device, parameters: Parameters) -> Parameters:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shardray.runtime.model.model_cache import ModelSourceError
+from shardray.runtime.model.spec import ModelConfigError, Pooling, PoolingMode
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -24,10 +25,62 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_eos_token_ids(folder: Path) -> frozenset[int]:
     """The ids that end a text: those of ``generation_config.json``, or of ``config.json`` where that names none."""
+    return frozenset(read_token_ids(folder, "eos_token_id"))
+
+
+def read_token_ids(folder: Path, field: str) -> tuple[int, ...]:
+    """What a field of ``generation_config.json``, or else of ``config.json``, names; empty if neither does."""
     for name in ("generation_config.json", "config.json"):
-        value = read_json(folder / name).get("eos_token_id")
+        value = read_json(folder / name).get(field)
         if isinstance(value, int):
-            return frozenset({value})
+            return (value,)
         if isinstance(value, list) and value:
-            return frozenset(int(token_id) for token_id in value)
-    return frozenset()
+            return tuple(int(token_id) for token_id in value)
+    return ()
+
+
+def read_suppressed_token_ids(folder: Path) -> tuple[int, ...]:
+    """Ids that ``generation_config.json`` or ``config.json`` never lets a model generate."""
+    for name in ("generation_config.json", "config.json"):
+        config = read_json(folder / name)
+        words: list[list[int]] = config.get("bad_words_ids") or []
+        found = [*(config.get("suppress_tokens") or []), *(word[0] for word in words if len(word) == 1)]
+        if found:
+            return tuple(found)
+    return ()
+
+
+def read_pooling(folder: Path) -> Pooling:
+    """How a folder of sentence-transformers makes embeddings; the mean for one that does not say."""
+    modules = _read_modules(folder)
+    normalize = any(kind == "Normalize" for kind, _ in modules)
+    config = next((read_json(folder / path / "config.json") for kind, path in modules if kind == "Pooling"), {})
+    wanted = [str(config["pooling_mode"])] if "pooling_mode" in config else [
+        name.removeprefix("pooling_mode_") for name, value in config.items() if value is True and "_mode_" in name
+    ]  # fmt: skip
+    if not wanted:
+        return Pooling(normalize=normalize)
+    if len(wanted) > 1 or wanted[0] not in _POOLING_MODES:
+        known = ", ".join(_POOLING_MODES)
+        raise ModelConfigError(f"{folder}: pooling by {' and '.join(wanted)} is not supported; one of {known} is")
+    return Pooling(_POOLING_MODES[wanted[0]], normalize)
+
+
+def read_max_text_len(folder: Path) -> int | None:
+    """Tokens at which sentence-transformers cuts texts for this model; None if its folder does not say."""
+    value = read_json(folder / "sentence_bert_config.json").get("max_seq_length")
+    return value if isinstance(value, int) else None
+
+
+_POOLING_MODES: dict[str, PoolingMode] = {
+    "mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "cls", "lasttoken": "last",
+}  # fmt: skip
+
+
+def _read_modules(folder: Path) -> list[tuple[str, str]]:
+    """(kind, folder) of the modules that sentence-transformers runs one after the other"""
+    path = folder / "modules.json"
+    if not path.is_file():
+        return []
+    modules = json.loads(path.read_text(encoding="utf-8"))
+    return [(str(module["type"]).rpartition(".")[2], str(module["path"])) for module in modules]

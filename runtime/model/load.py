@@ -14,11 +14,13 @@ from torch import Tensor
 
 from shardray.parallel.checkpoint import Checkpoint, CheckpointError
 from shardray.parallel.plan import ShardPlan
-from shardray.runtime.model.families.family import Family, swap_last
+from shardray.runtime.model.families.family import Family, Source, swap_last
 from shardray.runtime.model.mxfp4 import is_packed, packed_shapes, read_packed
 from shardray.runtime.model.parameters import (
+    ENCODER,
     Parameter,
     embedding_parameters,
+    encoder_end_parameters,
     head_parameters,
     layer_parameters,
 )
@@ -51,32 +53,39 @@ class ParameterLoader:
         self._check(family)
 
     def embedding(self) -> Parameters:
-        found = self._load(embedding_parameters(self._spec), None)
-        self._embedding = found["embed.weight"]
+        found = self._load(embedding_parameters(self._spec))
+        self._embedding = found.get("embed.weight")
         return found
 
     def head(self) -> Parameters:
         """A head tied to an embedding that this loader has read is that same tensor."""
         parameters = head_parameters(self._spec)
         if not self._spec.head.tied or self._embedding is None:
-            return self._load(parameters, None)
+            return self._load(parameters)
         del parameters["head.weight"]
-        return self._load(parameters, None) | {"head.weight": self._embedding}
+        return self._load(parameters) | {"head.weight": self._embedding}
+
+    def encoder_end(self) -> Parameters:
+        return self._load(encoder_end_parameters(self._spec))
 
     def layer(self, index: int) -> Parameters:
-        return self._load(layer_parameters(self._spec, self._spec.layers[index]), index)
+        """Of all layers, those of an encoder first."""
+        return self._load(layer_parameters(self._spec, self._spec.all_layers[index]), *_place(self._spec, index))
 
-    def _load(self, parameters: dict[str, Parameter], layer: int | None) -> Parameters:
-        return {name: self._read(name, parameter, layer) for name, parameter in parameters.items()}
+    def _load(self, parameters: dict[str, Parameter], prefix: str = "", layer: int | None = None) -> Parameters:
+        return {
+            name: self._read(self._sources[prefix + name], parameter, layer) for name, parameter in parameters.items()
+        }
 
-    def _read(self, name: str, parameter: Parameter, layer: int | None) -> Tensor:
-        source = self._sources[name]
+    def _read(self, source: Source, parameter: Parameter, layer: int | None) -> Tensor:
         rows, *rest = parameter.owned(self._plan, self._tp_rank)
         if source.has_row_tensors:
             names = [source.name.format(layer=layer, row=row) for row in range(rows.start, rows.stop)]
             pieces = [self._read_piece(stored, tuple(rest), False)[None] for stored in names]
             return torch.cat(pieces) if pieces else torch.empty(0, *parameter.shape[1:], dtype=self._dtype)
         stored = source.name.format(layer=layer)
+        if source.is_row:
+            return self._read_piece(stored, (slice(0, 1), rows), False)[0]
         pieces = [self._read_piece(stored, (piece, *rest), source.transposed) for piece in source.rows(rows)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -112,9 +121,9 @@ class ParameterLoader:
     def _needed_shapes(self) -> dict[str, tuple[int, ...]]:
         """For each tensor of the checkpoint, the shape that holds all that is read from it."""
         needed: dict[str, tuple[int, ...]] = {}
-        for layer, parameters in _all_parameters(self._spec):
+        for prefix, layer, parameters in _all_parameters(self._spec):
             for name, parameter in parameters.items():
-                for stored, shape in self._sources[name].stored_shapes(parameter.shape, layer).items():
+                for stored, shape in self._sources[prefix + name].stored_shapes(parameter.shape, layer).items():
                     full_name = self._stored_name(stored)
                     if is_packed(self._checkpoint, full_name):
                         needed |= packed_shapes(full_name, parameter.shape)
@@ -128,9 +137,16 @@ def _stored_prefix(checkpoint: Checkpoint, family: Family) -> str:
     return next(prefix for prefix in family.prefixes if any(name.startswith(prefix) for name in checkpoint.tensors))
 
 
-def _all_parameters(spec: DecoderSpec) -> Iterable[tuple[int | None, dict[str, Parameter]]]:
-    yield None, embedding_parameters(spec) | head_parameters(spec)
-    yield from ((index, layer_parameters(spec, layer)) for index, layer in enumerate(spec.layers))
+def _all_parameters(spec: DecoderSpec) -> Iterable[tuple[str, int | None, dict[str, Parameter]]]:
+    """With the prefix of their names and the index of their layer."""
+    yield "", None, embedding_parameters(spec) | encoder_end_parameters(spec) | head_parameters(spec)
+    for index, layer in enumerate(spec.all_layers):
+        yield *_place(spec, index), layer_parameters(spec, layer)
+
+
+def _place(spec: DecoderSpec, index: int) -> tuple[str, int]:
+    """How the names of a layer's parameters begin, and its index in the encoder or the decoder."""
+    return (ENCODER, index) if index < spec.num_encoder_layers else ("", index - spec.num_encoder_layers)
 
 
 def _is_ignored(name: str, family: Family) -> bool:

@@ -75,7 +75,7 @@ class ExpertsBlock:
         self._router = parameters["router.weight"]
         self._router_bias, self._correction = parameters.get("router.bias"), parameters.get("router.correction")
         adds_bias = own.are_whole or comm.rank == 0
-        stacked, shared = _below("experts.", parameters), _below("shared.", parameters)
+        stacked, shared = below("experts.", parameters), below("shared.", parameters)
         self._experts = {
             own.first + i: MlpPart(experts.mlp, {name: tensor[i] for name, tensor in stacked.items()}, adds_bias, ops)
             for i in range(stacked["down.weight"].shape[0])
@@ -130,7 +130,8 @@ def _of_best_groups(scores: Tensor, groups: Groups) -> Tensor:
     return by_group.masked_fill(~best[..., None], -torch.inf).flatten(-2)
 
 
-def _below(prefix: str, parameters: Parameters) -> Parameters:
+def below(prefix: str, parameters: Parameters) -> Parameters:
+    """Those whose names begin with ``prefix``, without it"""
     return {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
 
 

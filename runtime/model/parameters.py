@@ -9,6 +9,8 @@ Sharding is derived here once, for all families. Names are the runtime's own; a 
     gate/up.weight    (ffn, hidden)            split by FFN columns        column-parallel
     down.weight       (hidden, ffn)            split by FFN columns        row-parallel
     norms, biases after a sum, positions       whole on every rank
+
+Those of an encoder are told apart by ``encoder.`` before their names; those of cross-attention begin with ``cross.``.
 """
 
 from __future__ import annotations
@@ -18,7 +20,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardray.parallel.plan import Axis, ModelSizes, ShardPlan
-from shardray.runtime.model.spec import Attention, DecoderSpec, Experts, Latent, Layer, Mlp, Norm
+from shardray.runtime.model.spec import (
+    Attention,
+    DecoderSpec,
+    Embedding,
+    Experts,
+    Latent,
+    Layer,
+    Learned,
+    Mlp,
+    Norm,
+)
+
+ENCODER, CROSS = "encoder.", "cross."  # what the names of such parameters begin with
 
 
 @dataclass(frozen=True)
@@ -48,18 +62,39 @@ class Parameter:
 
 def embedding_parameters(spec: DecoderSpec) -> dict[str, Parameter]:
     """What the first stage holds besides its layers."""
-    embedding, hidden = spec.embedding, spec.hidden_size
+    found = _embedding_parameters(spec, spec.embedding) if spec.layers else {}
+    if spec.encoder is None:
+        return found
+    of_encoder = _embedding_parameters(spec, spec.encoder.embedding)
+    if spec.encoder.shares_tokens:
+        del of_encoder["embed.weight"]
+    return found | _within(ENCODER, of_encoder)
+
+
+def _embedding_parameters(spec: DecoderSpec, embedding: Embedding) -> dict[str, Parameter]:
+    hidden = spec.hidden_size
     found = {"embed.weight": Parameter((spec.vocab_size, embedding.size or hidden), (Split(0, Axis.VOCAB),))}
     if embedding.size is not None:
         found["embed_projection.weight"] = Parameter((hidden, embedding.size))
-    if embedding.positions is not None:
+    if isinstance(embedding.positions, Learned):
         rows = embedding.positions.num_positions + embedding.positions.offset
         found["positions.weight"] = Parameter((rows, hidden))
+    if embedding.num_types:
+        found["types.weight"] = Parameter((embedding.num_types, hidden))
     return found | _norm("embed_norm", embedding.norm, (hidden,))
+
+
+def encoder_end_parameters(spec: DecoderSpec) -> dict[str, Parameter]:
+    """What the stage with the last layer of an encoder holds besides."""
+    if spec.encoder is None:
+        return {}
+    return _within(ENCODER, _norm("final_norm", spec.encoder.norm, (spec.hidden_size,)))
 
 
 def head_parameters(spec: DecoderSpec) -> dict[str, Parameter]:
     """What the last stage holds besides its layers. A tied head is read from the embedding's rows."""
+    if not spec.layers:
+        return {}
     size = spec.embedding.size or spec.hidden_size
     found = _norm("final_norm", spec.head.norm, (spec.hidden_size,))
     if spec.embedding.size is not None:
@@ -71,10 +106,14 @@ def layer_parameters(spec: DecoderSpec, layer: Layer) -> dict[str, Parameter]:
     """One layer's parameters."""
     hidden = spec.hidden_size
     found: dict[str, Parameter] = {}
-    for block, norms in (("attention", layer.attention_norms), ("mlp", layer.mlp_norms)):
+    for block, norms in (
+        ("attention", layer.attention_norms), ("cross", layer.cross_norms), ("mlp", layer.mlp_norms),
+    ):  # fmt: skip
         for place in ("before", "inner", "after"):
             found |= _norm(f"{block}_norm.{place}", getattr(norms, place), (hidden,))
     found |= _attention_parameters(layer.attention, hidden)
+    if layer.cross is not None:
+        found |= _within(CROSS, _attention_parameters(layer.cross, hidden))
     if isinstance(layer.mlp, Experts):
         return found | _expert_parameters(layer.mlp, hidden)
     return found | _mlp_parameters(layer.mlp, hidden)
@@ -103,6 +142,9 @@ def _attention_parameters(attention: Attention, hidden: int) -> dict[str, Parame
     found = _linear("o", (hidden, widths["q"]), Split(1, Axis.HEADS, dim), attention.out_bias)
     if attention.has_sinks:
         found["sinks"] = Parameter((attention.num_heads,), (Split(0, Axis.HEADS),))
+    if attention.relative is not None:
+        shape = attention.relative.num_buckets, attention.num_heads
+        found["relative.weight"] = Parameter(shape, (Split(1, Axis.HEADS),))
     for name, width in widths.items():
         found |= _linear(name, (width, hidden), splits[name], bias)
     for name, norm in (("q", attention.q_norm), ("k", attention.k_norm)):
@@ -157,23 +199,34 @@ def model_sizes(spec: DecoderSpec) -> ModelSizes:
         num_heads=spec.attention.num_heads,
         num_kv_heads=spec.attention.num_kv_heads,
         vocab_size=spec.vocab_size,
-        layer_costs=tuple(float(_num_elements(layer_parameters(spec, layer))) for layer in spec.layers),
+        layer_costs=tuple(float(_num_elements(layer_parameters(spec, layer))) for layer in spec.all_layers),
         embed_cost=float(spec.hidden_size),
-        head_cost=float(spec.vocab_size * spec.hidden_size),
+        head_cost=float(spec.vocab_size * spec.hidden_size) if spec.layers else 0.0,
     )
+
+
+def num_cached_layers(spec: DecoderSpec, plan: ShardPlan, stage: int) -> int:
+    """Layers of a stage whose keys and values are kept: all but those of an encoder."""
+    return sum(index >= spec.num_encoder_layers for index in plan.stages[stage])
 
 
 def num_owned_elements(spec: DecoderSpec, plan: ShardPlan, stage: int, tp_rank: int) -> int:
     """Parameters that one rank holds. A head tied to an embedding on the same rank is held once."""
-    parts = [layer_parameters(spec, spec.layers[index]) for index in plan.stages[stage]]
+    parts = [layer_parameters(spec, spec.all_layers[index]) for index in plan.stages[stage]]
+    if spec.num_encoder_layers - 1 in plan.stages[stage]:
+        parts.append(encoder_end_parameters(spec))
     if stage == 0:
         parts.append(embedding_parameters(spec))
     if stage == plan.pp_size - 1:
         head = head_parameters(spec)
         if stage == 0 and spec.head.tied:
-            del head["head.weight"]
+            head.pop("head.weight", None)
         parts.append(head)
     return sum(_num_owned(parameter, plan, tp_rank) for part in parts for parameter in part.values())
+
+
+def _within(prefix: str, parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
+    return {prefix + name: parameter for name, parameter in parameters.items()}
 
 
 def _linear(name: str, shape: tuple[int, int], split: Split, bias: bool) -> dict[str, Parameter]:

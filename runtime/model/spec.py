@@ -1,4 +1,4 @@
-"""A decoder as data: one frozen description that the blocks, the loader and the shard plan all read.
+"""A model as data: one frozen description that the blocks, the loader and the shard plan all read.
 
 A family turns a ``config.json`` into a DecoderSpec; nothing else in the runtime knows families apart.
 """
@@ -96,6 +96,34 @@ class Learned:
 
 
 @dataclass(frozen=True)
+class Sinusoidal:
+    """Sines and cosines of each position, of wavelengths from 2 pi to 10,000 * 2 pi, added (arXiv 1706.03762).
+
+    They take turns or, ``in_halves``, all sines come first. ``reaches_end``: the last wavelength is the longest named
+    above, instead of the one before it.
+    """
+
+    num_positions: int
+    offset: int = 0
+    in_halves: bool = False
+    reaches_end: bool = False
+
+
+Positions = Learned | Sinusoidal
+
+
+@dataclass(frozen=True)
+class Relative:
+    """A learned bias of each head for each bucket of distances; from ``max_distance`` on all share one.
+
+    The buckets widen with distance (arXiv 1910.10683).
+    """
+
+    num_buckets: int
+    max_distance: int
+
+
+@dataclass(frozen=True)
 class Latent:
     """Queries, keys and values come out of narrow vectors (multi-head latent attention, arXiv 2405.04434).
 
@@ -112,10 +140,13 @@ class Latent:
 
 @dataclass(frozen=True)
 class Attention:
-    """Causal self-attention; num_kv_heads < num_heads is grouped-query, 1 is multi-query.
+    """Attention of a token to those up to itself (``causal``) or to all.
 
-    ``alibi``: scores fall with distance by a slope per head (arXiv 2108.12409) times this. ``window``: how many tokens
-    a token sees, itself included. ``softcap``: a score s becomes softcap * tanh(s / softcap).
+    num_kv_heads < num_heads is grouped-query, 1 is multi-query.
+
+    ``alibi``: scores fall with distance by a slope per head (arXiv 2108.12409) times this. ``relative``: a bias by
+    distance. ``window``: how many tokens a token sees, itself included; if it is not causal, to either side.
+    ``softcap``: a score s becomes softcap * tanh(s / softcap).
     ``clip``: bounds of q, k, v, after their norms.
     ``q_norm`` and ``k_norm`` come before the rotation: over a ``head`` with one weight for all heads, with one for
     ``each``, or over ``all`` heads at once. ``has_sinks``: the softmax has one more score per head, of no token.
@@ -125,8 +156,10 @@ class Attention:
     num_kv_heads: int
     head_dim: int
     scale: float
+    causal: bool = True
     rotary: Rotary | None = None
     alibi: float | None = None
+    relative: Relative | None = None
     window: int | None = None
     softcap: float | None = None
     clip: float | None = None
@@ -201,7 +234,8 @@ class Norms:
 @dataclass(frozen=True)
 class Layer:
     """Attention, then MLP; or both from the same residual (``parallel``), where an MLP without a norm of its own reads
-    what attention reads. What each gives is multiplied by ``residual_scale`` before it is added.
+    what attention reads. ``cross``, between the two: attention to what the encoder gave. What each gives is multiplied
+    by ``residual_scale`` before it is added.
     """
 
     attention: Attention
@@ -210,6 +244,8 @@ class Layer:
     mlp_norms: Norms
     parallel: bool = False
     residual_scale: float = 1.0
+    cross: Attention | None = None
+    cross_norms: Norms = Norms()
 
     @property
     def dense(self) -> Mlp:
@@ -220,11 +256,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Embedding:
-    """Token embeddings, times ``scale``, through a projection if they are ``size`` wide, plus positions, normalized."""
+    """Token embeddings, times ``scale``, through a projection if they are ``size`` wide, plus positions, normalized.
+
+    ``num_types``: of the kinds of text that have an embedding as well; all tokens are of the first.
+    """
 
     scale: float = 1.0
     size: int | None = None
-    positions: Learned | None = None
+    positions: Positions | None = None
+    num_types: int = 0
     norm: Norm | None = None
 
 
@@ -240,8 +280,26 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Encoder:
+    """What reads a whole prompt at once; its hidden states, normalized, are what a decoder's ``cross`` attends to.
+
+    ``shares_tokens``: its token embeddings are the decoder's.
+    """
+
+    max_positions: int
+    embedding: Embedding
+    layers: tuple[Layer, ...]
+    norm: Norm | None = None
+    shares_tokens: bool = False
+
+
+@dataclass(frozen=True)
 class DecoderSpec:
-    """Everything that distinguishes one decoder from another. Layers may differ, but not in heads or sizes."""
+    """Everything that distinguishes one model from another. Layers may differ, but not in heads or sizes.
+
+    With an ``encoder`` the prompt is its to read; one without ``layers`` behind it gives embeddings instead of text,
+    and ``embedding`` and ``head`` then mean nothing.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -249,26 +307,49 @@ class DecoderSpec:
     embedding: Embedding
     layers: tuple[Layer, ...]
     head: Head
+    encoder: Encoder | None = None
+
+    @property
+    def all_layers(self) -> tuple[Layer, ...]:
+        """In the order in which pipeline stages share them out."""
+        return self.layers if self.encoder is None else (*self.encoder.layers, *self.layers)
+
+    @property
+    def num_encoder_layers(self) -> int:
+        return 0 if self.encoder is None else len(self.encoder.layers)
 
     @property
     def num_layers(self) -> int:
-        return len(self.layers)
+        return len(self.all_layers)
 
     @property
     def attention(self) -> Attention:
         """That of the first layer, for the sizes that all layers share."""
-        return self.layers[0].attention
+        return self.all_layers[0].attention
 
     @property
     def widest_mlp(self) -> int:
         """Columns that a token passes through in one layer, at most."""
-        return max(_width(layer.mlp) for layer in self.layers)
+        return max(_width(layer.mlp) for layer in self.all_layers)
 
 
 def _width(mlp: Mlp | Experts) -> int:
     if isinstance(mlp, Mlp):
         return mlp.size
     return mlp.top_k * mlp.mlp.size + (mlp.shared.size if mlp.shared is not None else 0)
+
+
+PoolingMode = Literal["mean", "cls", "last"]
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How the hidden states of a text become its embedding: their mean, that of the first token (``cls``), or the last;
+    ``normalize``: of length 1.
+    """
+
+    mode: PoolingMode = "mean"
+    normalize: bool = False
 
 
 class ModelConfigError(ValueError):

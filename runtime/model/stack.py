@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from shardray.runtime.model.attention import KVPages, StepView
+from shardray.runtime.model.attention import KVPages, PromptsView, StepView
 from shardray.runtime.model.blocks import DecoderLayer, Pending
 from shardray.runtime.model.kernels import choose_recorder
-from shardray.runtime.model.kernels.ops import Angles
+from shardray.runtime.model.kernels.ops import Angles, NormWeights
 from shardray.runtime.model.rotary import rotary_angles
 from shardray.runtime.model.spec import Rotary
 
@@ -30,12 +30,14 @@ if TYPE_CHECKING:
 class LayerStack:
     """The layers that one rank has a part of."""
 
-    def __init__(self, layers: Sequence[DecoderLayer], max_positions: int, device: torch.device) -> None:
+    def __init__(
+        self, layers: Sequence[DecoderLayer], max_positions: int, device: torch.device, records: bool = True
+    ) -> None:
+        """``records``: whether decode steps may be recorded."""
         self._layers = layers
-        kinds = dict.fromkeys(layer.rotary for layer in layers if layer.rotary is not None)
-        self._angles = {kind: rotary_angles(kind, max_positions).to(device) for kind in kinds}
+        self._angles = _angle_tables(layers, max_positions, device)
         self._max_positions = max_positions
-        self._recorder = choose_recorder(device)
+        self._recorder = choose_recorder(device) if records else None
         self._recordings: dict[int, _Recording | None] = {}  # by number of rows; None once such a step has run
 
     def __call__(self, x: Tensor, pages: KVPages, view: StepView) -> Pending:
@@ -51,6 +53,11 @@ class LayerStack:
             return self._record(inputs, pages)
         self._recordings[view.num_decodes] = None
         return self._run(inputs, pages)
+
+    def remember(self, encoded: Tensor, pages: KVPages, prompts: PromptsView) -> None:
+        """Show (S, H) of the encoder to every layer, for its cross-attention."""
+        for index, layer in enumerate(self._layers):
+            layer.remember(encoded, index, pages, prompts)
 
     def _run(self, inputs: _Inputs, pages: KVPages) -> Pending:
         x, delta = inputs.x, None
@@ -70,6 +77,37 @@ class LayerStack:
         else:
             self._recordings[inputs.view.num_decodes] = _Recording(own, output, pages, program)
         return output
+
+
+class EncoderStack:
+    """The layers of an encoder that one rank has a part of; ``norm`` if the last one is among them.
+
+    They read whole prompts, so that each needs keys and values only while it runs: all use the same ``pages``, of one
+    layer.
+    """
+
+    def __init__(
+        self, layers: Sequence[DecoderLayer], norm: NormWeights | None, max_positions: int, pages: KVPages,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self._layers = layers
+        self._norm = norm
+        self._angles = _angle_tables(layers, max_positions, device)
+        self._pages = pages
+
+    def __call__(self, x: Tensor, view: StepView) -> Tensor:
+        """(S, H) -> (S, H)"""
+        angles = {kind: table.at(view.positions) for kind, table in self._angles.items()}
+        delta: Tensor | None = None
+        for layer in self._layers:
+            x, delta = layer(x, delta, 0, self._pages, view, None if layer.rotary is None else angles[layer.rotary])
+        x = x if delta is None else x + delta
+        return x if self._norm is None else self._norm(x)
+
+
+def _angle_tables(layers: Sequence[DecoderLayer], max_positions: int, device: torch.device) -> dict[Rotary, Angles]:
+    kinds = dict.fromkeys(layer.rotary for layer in layers if layer.rotary is not None)
+    return {kind: rotary_angles(kind, max_positions).to(device) for kind in kinds}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,12 +24,15 @@ class Tokenizer:
     """The tokenizer and chat template of one model. Safe to use from several threads."""
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, eos_token_ids: frozenset[int], chat_template: ChatTemplate | None
-    ) -> None:
+        self, backend: tokenizers.Tokenizer, eos_token_ids: frozenset[int], chat_template: ChatTemplate | None,
+        continues_prompts: bool = True,
+    ) -> None:  # fmt: skip
+        """``continues_prompts``: the output is the rest of the prompt's text, not a text of its own."""
         backend.no_truncation()  # some files cut prompts at their training length
         backend.no_padding()
         self._backend = backend
         self._chat_template = chat_template
+        self.continues_prompts = continues_prompts
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.eos_token_ids = eos_token_ids
         added = backend.get_added_tokens_decoder()
@@ -50,16 +53,26 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{path}: tokenizers {tokenizers.__version__} cannot read it: {error}") from error
-        return cls(backend, read_eos_token_ids(folder) | _tokenizer_eos_id(folder, backend), ChatTemplate.load(folder))
+        eos_token_ids = read_eos_token_ids(folder) | _tokenizer_eos_id(folder, backend)
+        has_encoder = bool(read_json(folder / "config.json").get("is_encoder_decoder"))
+        return cls(backend, eos_token_ids, ChatTemplate.load(folder), continues_prompts=not has_encoder)
 
     @classmethod
     def load_optional(cls, folder: Path) -> Tokenizer | None:
         """Like ``load``, but None for a folder without ``tokenizer.json``, which can serve token ids only."""
         return cls.load(folder) if (folder / "tokenizer.json").is_file() else None
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of ``text``; with those that the model expects around every text if ``add_special_tokens``."""
+    def encode(self, text: str, add_special_tokens: bool = True, max_len: int | None = None) -> list[int]:
+        """Token ids of ``text``; with those that the model expects around every text if ``add_special_tokens``.
+
+        A text that has more than ``max_len`` of them is cut, and these are still around it.
+        """
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if max_len is not None and len(ids) > max_len:
+            num_added = self._backend.num_special_tokens_to_add(False) if add_special_tokens else 0
+            inner = self._backend.encode(text, add_special_tokens=False)
+            inner.truncate(max_len - num_added)
+            ids = self._backend.post_process(inner, None, add_special_tokens).ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -11,8 +11,9 @@ import math
 import uuid
 from collections.abc import Collection
 
-from shardray.runtime.cluster.messages import DEFAULT_MAX_TOKENS, ServedModel, params_from_proto
-from shardray.runtime.engine.request import EngineRequest, FieldError, SamplingParams
+from shardray.runtime.cluster.messages import DEFAULT_MAX_TOKENS, params_from_proto, pooling_from_proto
+from shardray.runtime.engine.request import EngineRequest, FieldError, SamplingParams, ServedModel, given_ids
+from shardray.runtime.model.spec import Pooling
 from shardray.runtime.model.tokenizer import Tokenizer
 from shardray.v1 import common_pb2, inference_pb2
 
@@ -22,8 +23,20 @@ _MAX_STOPS = 16
 _MAX_STOP_LEN = 256
 _MAX_STOP_TOKEN_IDS = 128
 _MAX_LOGIT_BIASES = 1024
+_MAX_FORCED_IDS = 128
+_MAX_INPUTS = 1024
+_MAX_TEXT_LEN = 1 << 20  # characters
 _MAX_TOKEN_LEN = 256  # characters; longer than the tokens of any vocabulary in use, runs of blanks included
 _LONG_TEXT_LEN = 16_384  # characters; tokenizing more would hold up the other streams
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedTexts:
+    """Texts of which the model can make embeddings."""
+
+    texts: list[tuple[int, ...]]
+    pooling: Pooling
+    priority: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,20 +55,66 @@ async def check_generate(
 ) -> CheckedRequest:
     """Raises FieldError."""
     request_id = check_request_id(request.request_id) if request.request_id else f"req-{uuid.uuid4().hex}"
-    if not -_MAX_PRIORITY <= request.priority <= _MAX_PRIORITY:
-        raise FieldError("priority", f"{request.priority} is outside [{-_MAX_PRIORITY}, {_MAX_PRIORITY}]")
+    _check_priority(request.priority)
     if not request.resumable_s >= 0 or math.isinf(request.resumable_s):
         raise FieldError("resumable_s", f"{request.resumable_s} is no duration; give seconds, or 0")
     _check_sampling_sizes(request.sampling, model)
     if request.sampling.stop:
         require_tokenizer("sampling.stop", tokenizer)
     prompt_ids = await _prompt_ids(request, tokenizer, model)
-    params = _sampling_params(request.sampling, len(prompt_ids), model, default_seed)
+    params = _sampling_params(request.sampling, prompt_ids, model, default_seed)
     checked = CheckedRequest(request_id, prompt_ids, params, request.priority, request.resumable_s)
     # The engine's own check, so that the two cannot drift apart.
     engine_request = EngineRequest(request_id=request_id, prompt_ids=prompt_ids, params=params)
-    engine_request.check(model.vocab_size, model.max_model_len)
+    engine_request.check(model)
     return checked
+
+
+async def check_embed(
+    request: inference_pb2.EmbedRequest, tokenizer: Tokenizer | None, model: ServedModel
+) -> CheckedTexts:
+    """Raises FieldError."""
+    default = model.default_pooling
+    if default is None or model.encoder is None:
+        raise FieldError("inputs", "the model generates text, and gives no embeddings")
+    _check_priority(request.priority)
+    if not 1 <= len(request.inputs) <= _MAX_INPUTS:
+        raise FieldError("inputs", f"has {len(request.inputs)} entries, give 1 to {_MAX_INPUTS}")
+    pooling = pooling_from_proto(request.pooling, default.mode) if request.HasField("pooling") else default
+    most = model.encoder.max_prompt_len
+    texts = []
+    for index, entry in enumerate(request.inputs):
+        token_ids = await _input_ids(entry, f"inputs[{index}]", tokenizer, model.vocab_size, most)
+        if len(token_ids) > most and not request.truncate:
+            message = f"has {len(token_ids)} tokens, the model reads at most {most}; shorten it, or set truncate"
+            raise FieldError(f"inputs[{index}]", message)
+        texts.append(token_ids if len(token_ids) <= most else _cut(entry, token_ids, tokenizer, most))
+    return CheckedTexts(texts, pooling, request.priority)
+
+
+async def _input_ids(
+    entry: inference_pb2.EmbedInput, field: str, tokenizer: Tokenizer | None, vocab_size: int, most: int
+) -> tuple[int, ...]:
+    kind = entry.WhichOneof("input")
+    if kind == "text":
+        if len(entry.text) > _MAX_TEXT_LEN:
+            raise FieldError(f"{field}.text", f"has {len(entry.text)} characters, at most {_MAX_TEXT_LEN} are taken")
+        token_ids = await _encode(require_tokenizer(f"{field}.text", tokenizer), entry.text)
+    else:
+        token_ids = list(entry.token_ids.ids)
+        check_token_ids(f"{field}.token_ids.ids", token_ids, vocab_size)
+    if not token_ids or (kind == "text" and not entry.text):
+        raise FieldError(field, "is empty; give a text, or at least one token id")
+    return tuple(token_ids)
+
+
+def _cut(
+    entry: inference_pb2.EmbedInput, token_ids: tuple[int, ...], tokenizer: Tokenizer | None, most: int
+) -> tuple[int, ...]:
+    """A text keeps the tokens that the model expects around it."""
+    if tokenizer is None or entry.WhichOneof("input") != "text":
+        return token_ids[:most]
+    return tuple(tokenizer.encode(entry.text, max_len=most))
 
 
 def check_resume(request: inference_pb2.GenerateRequest) -> tuple[str, int, int]:
@@ -65,6 +124,11 @@ def check_resume(request: inference_pb2.GenerateRequest) -> tuple[str, int, int]
     if given:
         raise FieldError(given[0], "must be unset with resume: the request was submitted with its own")
     return request_id, request.resume.num_tokens, request.resume.num_chars
+
+
+def _check_priority(priority: int) -> None:
+    if not -_MAX_PRIORITY <= priority <= _MAX_PRIORITY:
+        raise FieldError("priority", f"{priority} is outside [{-_MAX_PRIORITY}, {_MAX_PRIORITY}]")
 
 
 def check_request_id(request_id: str) -> str:
@@ -122,8 +186,8 @@ def _check_prompt_size(request: inference_pb2.GenerateRequest, model: ServedMode
     """Refuse what cannot fit before any work is done for it: a message may have millions of entries."""
     _check_prompt_len("token_ids", len(request.token_ids.ids), model)
     for field, count, most in (
-        ("text", len(request.text), _MAX_TOKEN_LEN * model.max_request_len),
-        ("chat.messages", len(request.chat.messages), model.max_request_len),
+        ("text", len(request.text), _MAX_TOKEN_LEN * _most_prompt_tokens(model)),
+        ("chat.messages", len(request.chat.messages), _most_prompt_tokens(model)),
     ):
         if count > most:
             things = "characters" if field == "text" else "messages"
@@ -131,12 +195,15 @@ def _check_prompt_size(request: inference_pb2.GenerateRequest, model: ServedMode
 
 
 def _check_prompt_len(field: str, prompt_len: int, model: ServedModel) -> None:
-    if prompt_len >= model.max_request_len:
-        raise FieldError(
-            field,
-            f"the prompt has {prompt_len} tokens, but {_limit(model)}; "
-            f"shorten it by at least {prompt_len - model.max_request_len + 1}",
-        )
+    most = _most_prompt_tokens(model)
+    if prompt_len > most:
+        limit = _limit(model) if model.encoder is None else f"the encoder reads at most {most}"
+        message = f"the prompt has {prompt_len} tokens, but {limit}; shorten it by at least {prompt_len - most}"
+        raise FieldError(field, message)
+
+
+def _most_prompt_tokens(model: ServedModel) -> int:
+    return model.max_request_len - 1 if model.encoder is None else model.encoder.max_prompt_len
 
 
 async def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -177,12 +244,17 @@ def _check_sampling_sizes(sampling: common_pb2.SamplingParameters, model: Served
         if not 1 <= len(stop) <= _MAX_STOP_LEN:
             raise FieldError(f"sampling.stop[{index}]", f"has {len(stop)} characters, give 1 to {_MAX_STOP_LEN}")
     check_token_ids("sampling.stop_token_ids", sampling.stop_token_ids, model.vocab_size)
+    if len(sampling.forced.ids) > _MAX_FORCED_IDS:
+        raise FieldError("sampling.forced.ids", f"has {len(sampling.forced.ids)} entries, at most {_MAX_FORCED_IDS}")
+    check_token_ids("sampling.forced.ids", sampling.forced.ids, model.vocab_size)
     check_token_ids("sampling.logit_bias", list(sampling.logit_bias), model.vocab_size)
 
 
 def _sampling_params(
-    sampling: common_pb2.SamplingParameters, prompt_len: int, model: ServedModel, default_seed: int
+    sampling: common_pb2.SamplingParameters, prompt_ids: tuple[int, ...], model: ServedModel, default_seed: int
 ) -> SamplingParams:
+    forced_ids = tuple(sampling.forced.ids) if sampling.HasField("forced") else None
+    prompt_len = len(given_ids(prompt_ids, forced_ids, model.encoder))
     room = model.max_request_len - prompt_len
     if sampling.HasField("max_tokens") and sampling.max_tokens > room:
         raise FieldError(

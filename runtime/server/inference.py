@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import uuid
+from array import array
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc.aio
 
-from shardray.runtime.cluster.messages import finish_to_proto, logprob_to_proto
+from shardray.runtime.cluster.messages import encoder_to_proto, finish_to_proto, logprob_to_proto
 from shardray.runtime.driver.deltas import Delta, PositionLogprobs
 from shardray.runtime.driver.driver import Driver
+from shardray.runtime.driver.errors import UnavailableError
 from shardray.runtime.driver.stream import RequestStream
+from shardray.runtime.engine.request import SamplingParams
 from shardray.runtime.server.checks import (
+    CheckedTexts,
+    check_embed,
     check_generate,
     check_request_id,
     check_resume,
@@ -21,6 +27,7 @@ from shardray.runtime.server.checks import (
 )
 from shardray.v1 import inference_pb2, inference_pb2_grpc
 
+_EMBED_WINDOW = 64  # texts of one call that are under way at once
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -58,6 +65,32 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             checked.request_id, checked.prompt_ids, checked.params, timeout_s, checked.priority, checked.resumable_s
         )
 
+    async def Embed(self, request: inference_pb2.EmbedRequest, context: _Context) -> inference_pb2.EmbedResponse:
+        driver = self._driver
+        checked = await check_embed(request, driver.tokenizer, driver.check_available())
+        response = inference_pb2.EmbedResponse()
+        response.usage.num_prompt_tokens = sum(map(len, checked.texts))
+        for first in range(0, len(checked.texts), _EMBED_WINDOW):
+            window = checked.texts[first : first + _EMBED_WINDOW]
+            for embedding in await self._embed(window, checked, context.time_remaining()):
+                response.embeddings.add(values=array("f", embedding))
+        return response
+
+    async def _embed(
+        self, texts: Sequence[tuple[int, ...]], checked: CheckedTexts, timeout_s: float | None
+    ) -> list[bytes]:
+        driver, streams = self._driver, []
+        try:
+            for prompt_ids in texts:
+                request_id, params = f"emb-{uuid.uuid4().hex}", SamplingParams(seed=0)
+                streams.append(
+                    driver.submit(request_id, prompt_ids, params, timeout_s, checked.priority, pooling=checked.pooling)
+                )
+            return [await _embedding_of(stream) for stream in streams]
+        finally:
+            for stream in streams:
+                driver.release(stream)
+
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: _Context
     ) -> inference_pb2.TokenizeResponse:
@@ -83,10 +116,18 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             num_kv_tokens=model.num_kv_tokens,
             takes_text=tokenizer is not None,
             takes_chat=tokenizer is not None and tokenizer.has_chat_template,
+            encoder=encoder_to_proto(model.encoder),
         )
 
     async def Abort(self, request: inference_pb2.AbortRequest, context: _Context) -> inference_pb2.AbortResponse:
         return inference_pb2.AbortResponse(was_live=self._driver.abort(check_request_id(request.request_id)))
+
+
+async def _embedding_of(stream: RequestStream) -> bytes:
+    deltas = [delta async for delta in stream]
+    if deltas[-1].embedding is None:  # ended by the operator's hand
+        raise UnavailableError("the request was aborted", 0.0)
+    return deltas[-1].embedding
 
 
 def _response(request_id: str, delta: Delta, seed: int | None) -> inference_pb2.GenerateResponse:

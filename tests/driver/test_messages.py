@@ -9,15 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardray.runtime.cluster import messages
-from shardray.runtime.cluster.messages import Rejection, ServedModel
+from shardray.runtime.cluster.messages import Rejection
 from shardray.runtime.engine.request import (
+    EncoderInfo,
     EngineRequest,
     EngineStats,
     FieldError,
     FinishReason,
     SamplingParams,
+    ServedModel,
     TokenOutput,
 )
+from shardray.runtime.model.spec import Pooling
 from shardray.v1 import common_pb2, replica_pb2
 
 TOKEN_IDS = st.integers(0, 2**32 - 1)
@@ -40,7 +43,9 @@ PARAMS = st.builds(
     stop_token_ids=st.lists(TOKEN_IDS, max_size=3).map(tuple),
     stop=st.lists(st.text(min_size=1, max_size=5), max_size=3).map(tuple),
     logprobs=st.none() | st.integers(0, 20),
+    forced_token_ids=st.none() | st.lists(TOKEN_IDS, max_size=3).map(tuple),
 )
+POOLINGS = st.none() | st.builds(Pooling, st.sampled_from(["mean", "cls", "last"]), st.booleans())
 OUTPUTS = st.builds(
     TokenOutput,
     request_id=st.text(max_size=8),
@@ -49,16 +54,20 @@ OUTPUTS = st.builds(
     top_logprobs=st.lists(st.tuples(TOKEN_IDS, LOGPROBS), max_size=3).map(tuple),
     finish_reason=st.none() | st.sampled_from(FinishReason),
     error=st.none() | st.text(min_size=1, max_size=8),
+    embedding=st.none() | st.binary(min_size=4, max_size=8),
 )
 
 
-@given(params=PARAMS, prompt=st.lists(TOKEN_IDS, max_size=5), generated=st.lists(TOKEN_IDS, max_size=5))
+@given(
+    params=PARAMS, prompt=st.lists(TOKEN_IDS, max_size=5), generated=st.lists(TOKEN_IDS, max_size=5), pooling=POOLINGS
+)
 def test_a_request_arrives_at_the_engine_as_the_driver_made_it(
-    params: SamplingParams, prompt: list[int], generated: list[int]
+    params: SamplingParams, prompt: list[int], generated: list[int], pooling: Pooling | None
 ) -> None:
     request = EngineRequest(
-        request_id="a#1", prompt_ids=tuple(prompt), generated_ids=tuple(generated), params=params, priority=-3
-    )
+        request_id="a#1", prompt_ids=tuple(prompt), generated_ids=tuple(generated), params=params, priority=-3,
+        pooling=pooling,
+    )  # fmt: skip
     wire = messages.submit_command(request).SerializeToString()
     assert messages.request_from_submit(replica_pb2.ReplicaCommand.FromString(wire).submit) == request
 
@@ -74,8 +83,11 @@ def test_a_steps_outputs_arrive_in_order_with_statistics_and_rejections(outputs:
     assert messages.stats_from_proto(events.stats) == stats
 
 
-def test_the_model_of_a_replica_survives_the_way() -> None:
-    model = ServedModel(vocab_size=300, max_model_len=512, eos_token_ids=(2, 7), num_kv_tokens=100)
+@pytest.mark.parametrize(
+    "encoder", [None, EncoderInfo(64, start_ids=(2,), forced_ids=(9, 0)), EncoderInfo(64, pooling=Pooling("cls", True))]
+)
+def test_the_model_of_a_replica_survives_the_way(encoder: EncoderInfo | None) -> None:
+    model = ServedModel(300, max_model_len=512, eos_token_ids=(2, 7), num_kv_tokens=100, encoder=encoder)
     assert messages.model_from_event(messages.model_event(model)) == model
     assert model.max_request_len == 100
 

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardray.runtime.cluster.messages import ServedModel
 from shardray.runtime.driver.driver import Driver
-from shardray.runtime.engine.request import FieldError
+from shardray.runtime.engine.request import FieldError, ServedModel
 from shardray.runtime.model.tokenizer import Tokenizer
 from shardray.runtime.server.checks import CheckedRequest, check_generate
 from shardray.v1 import common_pb2, inference_pb2

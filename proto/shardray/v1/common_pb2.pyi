@@ -51,6 +51,34 @@ FINISH_REASON_ERROR: FinishReason.ValueType  # 4
 """The fleet could not finish it. Between driver and replicas only: clients get a gRPC status."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
+class _PoolingMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PoolingModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PoolingMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POOLING_MODE_UNSPECIFIED: _PoolingMode.ValueType  # 0
+    """The model's own."""
+    POOLING_MODE_MEAN: _PoolingMode.ValueType  # 1
+    """The mean of all."""
+    POOLING_MODE_CLS: _PoolingMode.ValueType  # 2
+    """The first."""
+    POOLING_MODE_LAST: _PoolingMode.ValueType  # 3
+    """The last."""
+
+class PoolingMode(_PoolingMode, metaclass=_PoolingModeEnumTypeWrapper):
+    """Which tokens of a text its embedding is made of."""
+
+POOLING_MODE_UNSPECIFIED: PoolingMode.ValueType  # 0
+"""The model's own."""
+POOLING_MODE_MEAN: PoolingMode.ValueType  # 1
+"""The mean of all."""
+POOLING_MODE_CLS: PoolingMode.ValueType  # 2
+"""The first."""
+POOLING_MODE_LAST: PoolingMode.ValueType  # 3
+"""The last."""
+Global___PoolingMode: _TypeAlias = PoolingMode  # noqa: Y015
+
 @_typing.final
 class SamplingParameters(_message.Message):
     """How the next token is chosen and when to stop. Every field may be left out.
@@ -96,6 +124,7 @@ class SamplingParameters(_message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    FORCED_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """Divides the logits, in [0, 100]. 0 is greedy. Unset: 1.0."""
     top_k: _builtins.int
@@ -132,6 +161,12 @@ class SamplingParameters(_message.Message):
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Strings that end the text; the text never contains them. At most 16, each of 1 to 256 characters."""
 
+    @_builtins.property
+    def forced(self) -> Global___TokenIds:
+        """What the output begins with: a translation's language, say. Neither sent back nor counted in max_tokens. Unset: what the
+        model's own configuration forces.
+        """
+
     def __init__(
         self,
         *,
@@ -150,10 +185,11 @@ class SamplingParameters(_message.Message):
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         stop: _abc.Iterable[_builtins.str] | None = ...,
         logprobs: _builtins.int | None = ...,
+        forced: Global___TokenIds | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "forced", b"forced", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_p", b"_top_p", "forced", b"forced", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
@@ -231,6 +267,72 @@ class TokenIds(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
+
+@_typing.final
+class Pooling(_message.Message):
+    """How the hidden states of a text become its embedding."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODE_FIELD_NUMBER: _builtins.int
+    NORMALIZE_FIELD_NUMBER: _builtins.int
+    mode: Global___PoolingMode.ValueType
+    """Which of its tokens count."""
+    normalize: _builtins.bool
+    """Whether the embedding is of length 1."""
+    def __init__(
+        self,
+        *,
+        mode: Global___PoolingMode.ValueType = ...,
+        normalize: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mode", b"mode", "normalize", b"normalize"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pooling: _TypeAlias = Pooling  # noqa: Y015
+
+@_typing.final
+class EncoderModel(_message.Message):
+    """What a model with an encoder does with prompts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_PROMPT_LEN_FIELD_NUMBER: _builtins.int
+    START_IDS_FIELD_NUMBER: _builtins.int
+    FORCED_IDS_FIELD_NUMBER: _builtins.int
+    POOLING_FIELD_NUMBER: _builtins.int
+    max_prompt_len: _builtins.int
+    """Most tokens of a prompt: it is read at once."""
+    @_builtins.property
+    def start_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """What every output begins with, before the forced ids."""
+
+    @_builtins.property
+    def forced_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """What follows, unless a request says otherwise."""
+
+    @_builtins.property
+    def pooling(self) -> Global___Pooling:
+        """How embeddings are made by default. Unset for a model that generates."""
+
+    def __init__(
+        self,
+        *,
+        max_prompt_len: _builtins.int = ...,
+        start_ids: _abc.Iterable[_builtins.int] | None = ...,
+        forced_ids: _abc.Iterable[_builtins.int] | None = ...,
+        pooling: Global___Pooling | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pooling", b"pooling"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forced_ids", b"forced_ids", "max_prompt_len", b"max_prompt_len", "pooling", b"pooling", "start_ids", b"start_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EncoderModel: _TypeAlias = EncoderModel  # noqa: Y015
 
 @_typing.final
 class EngineStats(_message.Message):

@@ -44,6 +44,11 @@ class InferenceServiceStub:
                 request_serializer=shardray_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=shardray_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/shardray.v1.InferenceService/Embed',
+                request_serializer=shardray_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=shardray_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/shardray.v1.InferenceService/Tokenize',
                 request_serializer=shardray_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -77,6 +82,13 @@ class InferenceServiceServicer:
     def Generate(self, request, context):
         """Streams the continuation of a prompt. Ending the call early, or losing the connection, frees what the request holds;
         with resumable_s it goes on for that long, and another call may resume it. Abort frees it at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """Gives the embeddings of texts. Only where an encoder is served; it does not generate.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -117,6 +129,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=shardray_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=shardray_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=shardray_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=shardray_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -171,6 +188,33 @@ class InferenceService:
             '/shardray.v1.InferenceService/Generate',
             shardray_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
             shardray_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shardray.v1.InferenceService/Embed',
+            shardray_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            shardray_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

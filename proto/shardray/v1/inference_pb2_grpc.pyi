@@ -42,6 +42,8 @@ class InferenceServiceStub:
     """Streams the continuation of a prompt. Ending the call early, or losing the connection, frees what the request holds;
     with resumable_s it goes on for that long, and another call may resume it. Abort frees it at once.
     """
+    Embed: _grpc.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]
+    """Gives the embeddings of texts. Only where an encoder is served; it does not generate."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Turns text or chat messages into the token ids that Generate would use."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
@@ -65,6 +67,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """Streams the continuation of a prompt. Ending the call early, or losing the connection, frees what the request holds;
     with resumable_s it goes on for that long, and another call may resume it. Abort frees it at once.
     """
+    Embed: _aio.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]  # type: ignore[assignment]
+    """Gives the embeddings of texts. Only where an encoder is served; it does not generate."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Turns text or chat messages into the token ids that Generate would use."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
@@ -91,6 +95,14 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         """Streams the continuation of a prompt. Ending the call early, or losing the connection, frees what the request holds;
         with resumable_s it goes on for that long, and another call may resume it. Abort frees it at once.
         """
+
+    @_abc_1.abstractmethod
+    def Embed(
+        self,
+        request: _inference_pb2.EmbedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.EmbedResponse, _abc.Awaitable[_inference_pb2.EmbedResponse]]:
+        """Gives the embeddings of texts. Only where an encoder is served; it does not generate."""
 
     @_abc_1.abstractmethod
     def Tokenize(

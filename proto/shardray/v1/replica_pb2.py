@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from shardray.v1 import common_pb2 as shardray_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19shardray/v1/replica.proto\x12\x0bshardray.v1\x1a\x18shardray/v1/common.proto\"w\n\x0eReplicaCommand\x12,\n\x06submit\x18\x01 \x01(\x0b\x32\x1a.shardray.v1.SubmitCommandH\x00\x12,\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1a.shardray.v1.CancelCommandH\x00\x42\t\n\x07\x63ommand\"\x93\x01\n\rSubmitCommand\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12\x15\n\rgenerated_ids\x18\x03 \x03(\r\x12\x31\n\x08sampling\x18\x04 \x01(\x0b\x32\x1f.shardray.v1.SamplingParameters\x12\x10\n\x08priority\x18\x05 \x01(\x11\"#\n\rCancelCommand\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xbb\x01\n\rReplicaEvents\x12(\n\x05model\x18\x01 \x01(\x0b\x32\x19.shardray.v1.ReplicaModel\x12\'\n\x06tokens\x18\x02 \x03(\x0b\x32\x17.shardray.v1.TokenEvent\x12\'\n\x05stats\x18\x03 \x01(\x0b\x32\x18.shardray.v1.EngineStats\x12.\n\x08rejected\x18\x04 \x03(\x0b\x32\x1c.shardray.v1.RejectedRequest\"E\n\x0fRejectedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x66ield\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"g\n\x0cReplicaModel\x12\x12\n\nvocab_size\x18\x01 \x01(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x15\n\reos_token_ids\x18\x03 \x03(\r\x12\x15\n\rnum_kv_tokens\x18\x04 \x01(\x04\"\xd8\x01\n\nTokenEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\x08token_id\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12/\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x19.shardray.v1.TokenLogprob\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.shardray.v1.FinishReason\x12\r\n\x05\x65rror\x18\x06 \x01(\tB\x0b\n\t_token_idB\n\n\x08_logprob2T\n\x0eReplicaService\x12\x42\n\x03Run\x12\x1b.shardray.v1.ReplicaCommand\x1a\x1a.shardray.v1.ReplicaEvents(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19shardray/v1/replica.proto\x12\x0bshardray.v1\x1a\x18shardray/v1/common.proto\"w\n\x0eReplicaCommand\x12,\n\x06submit\x18\x01 \x01(\x0b\x32\x1a.shardray.v1.SubmitCommandH\x00\x12,\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1a.shardray.v1.CancelCommandH\x00\x42\t\n\x07\x63ommand\"\xba\x01\n\rSubmitCommand\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nprompt_ids\x18\x02 \x03(\r\x12\x15\n\rgenerated_ids\x18\x03 \x03(\r\x12\x31\n\x08sampling\x18\x04 \x01(\x0b\x32\x1f.shardray.v1.SamplingParameters\x12\x10\n\x08priority\x18\x05 \x01(\x11\x12%\n\x07pooling\x18\x06 \x01(\x0b\x32\x14.shardray.v1.Pooling\"#\n\rCancelCommand\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xbb\x01\n\rReplicaEvents\x12(\n\x05model\x18\x01 \x01(\x0b\x32\x19.shardray.v1.ReplicaModel\x12\'\n\x06tokens\x18\x02 \x03(\x0b\x32\x17.shardray.v1.TokenEvent\x12\'\n\x05stats\x18\x03 \x01(\x0b\x32\x18.shardray.v1.EngineStats\x12.\n\x08rejected\x18\x04 \x03(\x0b\x32\x1c.shardray.v1.RejectedRequest\"E\n\x0fRejectedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x66ield\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\x93\x01\n\x0cReplicaModel\x12\x12\n\nvocab_size\x18\x01 \x01(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x15\n\reos_token_ids\x18\x03 \x03(\r\x12\x15\n\rnum_kv_tokens\x18\x04 \x01(\x04\x12*\n\x07\x65ncoder\x18\x05 \x01(\x0b\x32\x19.shardray.v1.EncoderModel\"\xeb\x01\n\nTokenEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\x08token_id\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12/\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x19.shardray.v1.TokenLogprob\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.shardray.v1.FinishReason\x12\r\n\x05\x65rror\x18\x06 \x01(\t\x12\x11\n\tembedding\x18\x07 \x01(\x0c\x42\x0b\n\t_token_idB\n\n\x08_logprob2T\n\x0eReplicaService\x12\x42\n\x03Run\x12\x1b.shardray.v1.ReplicaCommand\x1a\x1a.shardray.v1.ReplicaEvents(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,17 +35,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REPLICACOMMAND']._serialized_start=68
   _globals['_REPLICACOMMAND']._serialized_end=187
   _globals['_SUBMITCOMMAND']._serialized_start=190
-  _globals['_SUBMITCOMMAND']._serialized_end=337
-  _globals['_CANCELCOMMAND']._serialized_start=339
-  _globals['_CANCELCOMMAND']._serialized_end=374
-  _globals['_REPLICAEVENTS']._serialized_start=377
-  _globals['_REPLICAEVENTS']._serialized_end=564
-  _globals['_REJECTEDREQUEST']._serialized_start=566
-  _globals['_REJECTEDREQUEST']._serialized_end=635
-  _globals['_REPLICAMODEL']._serialized_start=637
-  _globals['_REPLICAMODEL']._serialized_end=740
-  _globals['_TOKENEVENT']._serialized_start=743
-  _globals['_TOKENEVENT']._serialized_end=959
-  _globals['_REPLICASERVICE']._serialized_start=961
-  _globals['_REPLICASERVICE']._serialized_end=1045
+  _globals['_SUBMITCOMMAND']._serialized_end=376
+  _globals['_CANCELCOMMAND']._serialized_start=378
+  _globals['_CANCELCOMMAND']._serialized_end=413
+  _globals['_REPLICAEVENTS']._serialized_start=416
+  _globals['_REPLICAEVENTS']._serialized_end=603
+  _globals['_REJECTEDREQUEST']._serialized_start=605
+  _globals['_REJECTEDREQUEST']._serialized_end=674
+  _globals['_REPLICAMODEL']._serialized_start=677
+  _globals['_REPLICAMODEL']._serialized_end=824
+  _globals['_TOKENEVENT']._serialized_start=827
+  _globals['_TOKENEVENT']._serialized_end=1062
+  _globals['_REPLICASERVICE']._serialized_start=1064
+  _globals['_REPLICASERVICE']._serialized_end=1148
 # @@protoc_insertion_point(module_scope)

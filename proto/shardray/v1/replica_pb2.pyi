@@ -62,6 +62,7 @@ class SubmitCommand(_message.Message):
     GENERATED_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    POOLING_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique among all requests that the driver ever sent."""
     priority: _builtins.int
@@ -78,6 +79,10 @@ class SubmitCommand(_message.Message):
     def sampling(self) -> _common_pb2.SamplingParameters:
         """Complete: every optional field that has a default is set."""
 
+    @_builtins.property
+    def pooling(self) -> _common_pb2.Pooling:
+        """Set for an embedding of the prompt instead of tokens."""
+
     def __init__(
         self,
         *,
@@ -86,10 +91,11 @@ class SubmitCommand(_message.Message):
         generated_ids: _abc.Iterable[_builtins.int] | None = ...,
         sampling: _common_pb2.SamplingParameters | None = ...,
         priority: _builtins.int = ...,
+        pooling: _common_pb2.Pooling | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pooling", b"pooling", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generated_ids", b"generated_ids", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generated_ids", b"generated_ids", "pooling", b"pooling", "priority", b"priority", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -199,6 +205,7 @@ class ReplicaModel(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     NUM_KV_TOKENS_FIELD_NUMBER: _builtins.int
+    ENCODER_FIELD_NUMBER: _builtins.int
     vocab_size: _builtins.int
     """Ids in the vocabulary are in [0, vocab_size)."""
     max_model_len: _builtins.int
@@ -209,6 +216,10 @@ class ReplicaModel(_message.Message):
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ids that end a text."""
 
+    @_builtins.property
+    def encoder(self) -> _common_pb2.EncoderModel:
+        """Set if an encoder reads the prompts."""
+
     def __init__(
         self,
         *,
@@ -216,10 +227,11 @@ class ReplicaModel(_message.Message):
         max_model_len: _builtins.int = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         num_kv_tokens: _builtins.int = ...,
+        encoder: _common_pb2.EncoderModel | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["encoder", b"encoder"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["eos_token_ids", b"eos_token_ids", "max_model_len", b"max_model_len", "num_kv_tokens", b"num_kv_tokens", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoder", b"encoder", "eos_token_ids", b"eos_token_ids", "max_model_len", b"max_model_len", "num_kv_tokens", b"num_kv_tokens", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -237,6 +249,7 @@ class TokenEvent(_message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    EMBEDDING_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     token_id: _builtins.int
@@ -247,6 +260,8 @@ class TokenEvent(_message.Message):
     """Set in the request's last event."""
     error: _builtins.str
     """What went wrong, with FINISH_REASON_ERROR."""
+    embedding: _builtins.bytes
+    """With the end of a request for an embedding: float32, little-endian."""
     @_builtins.property
     def top_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprob]:
         """The most likely tokens, most likely first, if asked for."""
@@ -260,10 +275,11 @@ class TokenEvent(_message.Message):
         top_logprobs: _abc.Iterable[_common_pb2.TokenLogprob] | None = ...,
         finish_reason: _common_pb2.FinishReason.ValueType = ...,
         error: _builtins.str = ...,
+        embedding: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "_token_id", b"_token_id", "logprob", b"logprob", "token_id", b"token_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "_token_id", b"_token_id", "error", b"error", "finish_reason", b"finish_reason", "logprob", b"logprob", "request_id", b"request_id", "token_id", b"token_id", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob", b"_logprob", "_token_id", b"_token_id", "embedding", b"embedding", "error", b"error", "finish_reason", b"finish_reason", "logprob", b"logprob", "request_id", b"request_id", "token_id", b"token_id", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprob: _TypeAlias = _typing.Literal["logprob"]  # noqa: Y015
     _WhichOneofArgType__logprob: _TypeAlias = _typing.Literal["_logprob", b"_logprob"]  # noqa: Y015

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from shardray.runtime.model.families.bart import BART
+from shardray.runtime.model.families.bert import BERT, DISTILBERT
 from shardray.runtime.model.families.bloom import BLOOM
 from shardray.runtime.model.families.cohere import COHERE, COHERE2
 from shardray.runtime.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
@@ -21,8 +23,10 @@ from shardray.runtime.model.families.gpt_oss import GPT_OSS
 from shardray.runtime.model.families.gptj import CODEGEN, GPTJ
 from shardray.runtime.model.families.granite import GRANITE
 from shardray.runtime.model.families.llama import LLAMA
+from shardray.runtime.model.families.marian import M2M100, MARIAN
 from shardray.runtime.model.families.mistral import MISTRAL
 from shardray.runtime.model.families.mixtral import MIXTRAL
+from shardray.runtime.model.families.modernbert import MODERNBERT
 from shardray.runtime.model.families.mpt import MPT
 from shardray.runtime.model.families.nemotron import NEMOTRON
 from shardray.runtime.model.families.olmo import OLMO, OLMO2
@@ -35,15 +39,19 @@ from shardray.runtime.model.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from shardray.runtime.model.families.smollm3 import SMOLLM3
 from shardray.runtime.model.families.stablelm import STABLELM
 from shardray.runtime.model.families.starcoder import GPT_BIGCODE, STARCODER2
+from shardray.runtime.model.families.t5 import T5
 from shardray.runtime.model.spec import DecoderSpec, ModelConfigError
 
 FAMILIES = (
+    BART,
+    BERT,
     BLOOM,
     CODEGEN,
     COHERE,
     COHERE2,
     DEEPSEEK_V2,
     DEEPSEEK_V3,
+    DISTILBERT,
     EXAONE4,
     FALCON,
     GEMMA,
@@ -57,8 +65,11 @@ FAMILIES = (
     GPT_OSS,
     GRANITE,
     LLAMA,
+    M2M100,
+    MARIAN,
     MISTRAL,
     MIXTRAL,
+    MODERNBERT,
     MPT,
     NEMOTRON,
     OLMO,
@@ -74,6 +85,7 @@ FAMILIES = (
     SMOLLM3,
     STABLELM,
     STARCODER2,
+    T5,
 )
 
 _BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}

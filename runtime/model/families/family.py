@@ -38,14 +38,16 @@ class Source:
     """Where a checkpoint keeps a parameter. ``{layer}`` in the name stands for the layer's index, ``{row}`` for that of
     a row, if each is a tensor of its own.
 
-    ``transposed``: stored as (in, out). ``start``: the first row (of the untransposed matrix) inside a fused tensor;
-    ``groups``: how the rows go on from there, if not one after the other.
+    ``transposed``: stored as (in, out). ``is_row``: stored with one dimension more, of size 1. ``start``: the first row
+    (of the untransposed matrix) inside a fused tensor; ``groups``: how the rows go on from there, if not one after the
+    other.
     """
 
     name: str
     transposed: bool = False
     start: int = 0
     groups: Groups | None = None
+    is_row: bool = False
 
     def rows(self, owned: slice) -> list[slice]:
         """Where rows ``owned`` of the parameter are, in as few pieces as they lie in."""
@@ -65,6 +67,8 @@ class Source:
         """The names of what holds a parameter of that shape, and the shapes that they need for it."""
         if self.has_row_tensors:
             return {self.name.format(layer=layer, row=row): shape[1:] for row in range(shape[0])}
+        if self.is_row:
+            return {self.name: (1, *shape)}
         stored = (self.rows(slice(shape[0] - 1, shape[0]))[0].stop, *shape[1:])
         return {self.name.format(layer=layer): swap_last(stored) if self.transposed else stored}
 

@@ -1,0 +1,27 @@
+"""BART and mBART: encoder and decoder, learned positions from 2 on, a norm on the embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from shardray.runtime.model.families.encoder_like import PAIR_IGNORED, Pair, pair_sources, read_pair
+from shardray.runtime.model.families.family import Family, refuse_unless, required
+from shardray.runtime.model.spec import DecoderSpec, Learned
+
+
+def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
+    refuse_unless(config, "tie_word_embeddings", True)
+    positions = Learned(required(config, "max_position_embeddings", int), offset=2)
+    is_mbart = config["model_type"] == "mbart"
+    return read_pair(config, Pair(positions, norms_before=is_mbart, norms_embeddings=True, has_logit_bias=True))
+
+
+BART = Family(
+    name="bart",
+    model_types=("bart", "mbart"),
+    read_config=_read_config,
+    sources=pair_sources,
+    ignored=PAIR_IGNORED,
+    prefixes=("model.", ""),
+)
