@@ -34,6 +34,9 @@ def command(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     logprobs: Annotated[int | None, typer.Option(help="With --json: the log-probabilities of the top n.")] = None,
+    forced: Annotated[
+        list[int] | None, typer.Option(help="Token id that the output begins with; may be given several times.")
+    ] = None,
     timeout_s: options.Timeout = None,
 ) -> None:
     """Stream one completion.
@@ -57,6 +60,7 @@ def command(
         "ignore_eos": ignore_eos,
         "stop": stop,
         "logprobs": logprobs,
+        "forced": forced,
     }
     prompt = options.text_or_stdin(text)
     chosen = SamplingOptions(**{key: value for key, value in sampling.items() if value is not None})  # type: ignore[typeddict-item]

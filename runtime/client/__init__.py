@@ -4,7 +4,7 @@ from shardray.runtime.client.aio import AsyncClient
 from shardray.runtime.client.blocking import Client
 from shardray.runtime.client.errors import ServerError
 from shardray.runtime.client.operations import Progress, ShapeOptions
-from shardray.runtime.client.requests import Prompt, SamplingOptions
+from shardray.runtime.client.requests import EmbedOptions, Prompt, SamplingOptions
 from shardray.runtime.client.results import Completion, Delta
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Client",
     "Completion",
     "Delta",
+    "EmbedOptions",
     "Progress",
     "Prompt",
     "SamplingOptions",

@@ -20,8 +20,15 @@ from shardray.runtime.client.operations import (
     scale_request,
     to_progress,
 )
-from shardray.runtime.client.requests import Prompt, SamplingOptions, generate_request, tokenize_request
-from shardray.runtime.client.results import Completion, Delta, join
+from shardray.runtime.client.requests import (
+    EmbedOptions,
+    Prompt,
+    SamplingOptions,
+    embed_request,
+    generate_request,
+    tokenize_request,
+)
+from shardray.runtime.client.results import Completion, Delta, join, to_embeddings
 from shardray.runtime.client.resuming import RESUMABLE_S, ResumingStream
 from shardray.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -105,6 +112,14 @@ class AsyncClient:
             **options,
         )
         return join([delta async for delta in deltas])
+
+    async def embed(
+        self, texts: Sequence[str | Sequence[int]], *, timeout_s: float | None = None, **options: Unpack[EmbedOptions]
+    ) -> list[list[float]]:
+        """The embedding of each text, or of its token ids; where an encoder is served."""
+        request = embed_request(texts, options)
+        with readable_errors(self.address):
+            return to_embeddings(await self._inference.Embed(request, timeout=timeout_s or self._timeout_s))
 
     async def tokenize(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
         """The token ids that ``generate`` would use for a text or for chat messages."""

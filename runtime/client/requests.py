@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias, TypedDict, cast
+from typing import Literal, TypeAlias, TypedDict, cast
 
 from google.protobuf.message import Message
 
@@ -32,6 +32,16 @@ class SamplingOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     stop: Sequence[str]
     logprobs: int | None
+    forced: Sequence[int] | None  # ids
+
+
+class EmbedOptions(TypedDict, total=False):
+    """How embeddings are made; what is left out is the model's own way."""
+
+    pooling: Literal["mean", "cls", "last"]
+    normalize: bool
+    truncate: bool
+    priority: int
 
 
 def generate_request(
@@ -49,8 +59,31 @@ def generate_request(
     for name, value in options.items():
         if name not in common_pb2.SamplingParameters.DESCRIPTOR.fields_by_name:
             raise TypeError(f"unknown sampling option {name!r}; known: {', '.join(SamplingOptions.__annotations__)}")
-        if value is not None:
+        if name == "forced" and value is not None:
+            request.sampling.forced.SetInParent()
+            set_field(request.sampling.forced, "ids", value)
+        elif value is not None:
             set_field(request.sampling, name, value)
+    return request
+
+
+def embed_request(texts: Sequence[str | Sequence[int]], options: EmbedOptions) -> inference_pb2.EmbedRequest:
+    """Raises ServerError (INVALID_ARGUMENT) for a value that no message can hold."""
+    request = inference_pb2.EmbedRequest(truncate=options.get("truncate", False), priority=options.get("priority", 0))
+    if "pooling" in options:
+        mode = f"POOLING_MODE_{str(options['pooling']).upper()}"
+        if mode not in common_pb2.PoolingMode.DESCRIPTOR.values_by_name:
+            raise _bad_field("pooling", f"{options['pooling']!r} is not known; give mean, cls or last")
+        request.pooling.mode = common_pb2.PoolingMode.Value(mode)
+    if "normalize" in options:
+        request.pooling.normalize = options["normalize"]
+    for text in texts:
+        entry = request.inputs.add()
+        if isinstance(text, str):
+            entry.text = text
+        else:
+            entry.token_ids.SetInParent()
+            set_field(entry.token_ids, "ids", text)
     return request
 
 

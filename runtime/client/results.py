@@ -44,6 +44,10 @@ class Completion:
     seed: int
 
 
+def to_embeddings(response: inference_pb2.EmbedResponse) -> list[list[float]]:
+    return [list(embedding.values) for embedding in response.embeddings]
+
+
 def to_delta(response: inference_pb2.GenerateResponse) -> Delta:
     return Delta(
         request_id=response.request_id,

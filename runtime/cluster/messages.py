@@ -33,6 +33,7 @@ _POOLING_MODES: dict[PoolingMode, common_pb2.PoolingMode.ValueType] = {
     "cls": common_pb2.POOLING_MODE_CLS,
     "last": common_pb2.POOLING_MODE_LAST,
 }
+_MEAN = Pooling()
 _POOLING_FROM_PROTO = {number: mode for mode, number in _POOLING_MODES.items()}
 _FINISH_FROM_PROTO = {number: reason for reason, number in _FINISH_TO_PROTO.items()}
 # Fields that both sides name and type alike; proto3 `optional` ones among them keep the struct's default when unset.
@@ -163,11 +164,12 @@ def pooling_to_proto(pooling: Pooling | None) -> common_pb2.Pooling | None:
     return common_pb2.Pooling(mode=_POOLING_MODES[pooling.mode], normalize=pooling.normalize)
 
 
-def pooling_from_proto(proto: common_pb2.Pooling, default: PoolingMode = "mean") -> Pooling:
-    """Raises FieldError for a mode that is not known; ``default`` stands for an unset one."""
+def pooling_from_proto(proto: common_pb2.Pooling, default: Pooling = _MEAN) -> Pooling:
+    """Raises FieldError for a mode that is not known; what is unset is that of ``default``."""
     if proto.mode and proto.mode not in _POOLING_FROM_PROTO:
         raise FieldError("pooling.mode", f"{proto.mode} is not known; one of {', '.join(_POOLING_MODES)} is")
-    return Pooling(_POOLING_FROM_PROTO.get(proto.mode, default), proto.normalize)
+    mode = _POOLING_FROM_PROTO.get(proto.mode, default.mode)
+    return Pooling(mode, proto.normalize if proto.HasField("normalize") else default.normalize)
 
 
 def events_to_proto(

@@ -6,10 +6,12 @@ that says goodbye or is just gone.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
@@ -39,17 +41,19 @@ class LocalMesh:
 def form_here(leader: ShardAssignment) -> LocalMesh:
     """Form the mesh of which ``leader`` is rank 0; ``cuda`` as its device stands for one device a rank.
 
-    Raises what ``form_shard`` does, and MeshError for a rank that could not form.
+    Several ranks on CPUs are kept on cores of their own, if there are as many. Raises what ``form_shard`` does, and
+    MeshError for a rank that could not form.
     """
     size = leader.tp_size * leader.pp_size
     if size == 1:
-        return LocalMesh(form_shard(_on_device(leader, 0)), None)
+        return LocalMesh(form_shard(_place(leader, 0)), None)
     read_plan(leader)  # before any process is started for what cannot be
     rendezvous = open_rendezvous(leader.bind_host, leader.credentials, size)
     leader = msgspec.structs.replace(leader, store_host=rendezvous.host, store_port=rendezvous.port)
-    others = _OtherRanks([_on_device(leader, rank) for rank in range(1, size)], rendezvous)
+    others = _OtherRanks([_place(leader, rank) for rank in range(1, size)], rendezvous)
     try:
-        return LocalMesh(form_shard(_on_device(leader, 0), rendezvous=rendezvous), others)
+        with ThreadPoolExecutor(1) as own:  # forming pins its thread, which may not be our caller's
+            return LocalMesh(own.submit(form_shard, _place(leader, 0), rendezvous=rendezvous).result(), others)
     except MeshAborted:
         others.close()
         raise MeshError(others.failure or "forming was aborted") from None
@@ -58,9 +62,12 @@ def form_here(leader: ShardAssignment) -> LocalMesh:
         raise
 
 
-def _on_device(place: ShardAssignment, rank: int) -> ShardAssignment:
-    device = f"cuda:{rank}" if place.device == "cuda" else place.device
-    return msgspec.structs.replace(place, rank=rank, device=device)
+def _place(leader: ShardAssignment, rank: int) -> ShardAssignment:
+    device = f"cuda:{rank}" if leader.device == "cuda" else leader.device
+    cores, size, count = sorted(os.sched_getaffinity(0)), leader.tp_size * leader.pp_size, leader.num_threads
+    has_room = device == "cpu" and size > 1 and size * count <= len(cores)
+    own = tuple(cores[rank * count : (rank + 1) * count]) if has_room else ()
+    return msgspec.structs.replace(leader, rank=rank, device=device, cpu_ids=own)
 
 
 class _OtherRanks:

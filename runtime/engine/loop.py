@@ -23,6 +23,7 @@ from shardray.runtime.engine.scheduler import Scheduler, SchedulerLimits
 from shardray.runtime.engine.step import StepPlan, StepResult
 
 Publish = Callable[[list[TokenOutput]], None]
+_IMBALANCE_PERIOD = 64  # steps between two looks at how experts are loaded
 _SMOOTHING = 0.05  # weight of the newest step in the smoothed times
 
 
@@ -44,7 +45,10 @@ class _Cancel:
 class Engine:
     """Continuous batching over one mesh. ``run`` belongs to one thread; everything else is safe from any."""
 
-    def __init__(self, limits: SchedulerLimits, executor: Executor, info: ServedModel) -> None:
+    def __init__(
+        self, limits: SchedulerLimits, executor: Executor, info: ServedModel,
+        expert_imbalance: Callable[[], float] = lambda: 0.0,
+    ) -> None:  # fmt: skip
         self.info = info
         self._limits = limits
         self._scheduler = Scheduler(limits)
@@ -53,6 +57,8 @@ class Engine:
         self._num_in_flight = 0
         self._stats = self._scheduler.stats()
         self._step_time_s = self._plan_time_s = 0.0
+        self._measure_imbalance = expert_imbalance
+        self._expert_imbalance = 0.0
         self._stopping = threading.Event()
 
     def submit(self, request: EngineRequest) -> None:
@@ -131,5 +137,12 @@ class Engine:
         self._stats = self._snapshot()
 
     def _snapshot(self) -> EngineStats:
-        times = {"step_time_s": self._step_time_s, "plan_time_s": self._plan_time_s}
-        return msgspec.structs.replace(self._scheduler.stats(), **times)
+        stats = self._scheduler.stats()
+        if stats.num_steps % _IMBALANCE_PERIOD == 0 or not self._scheduler.has_work:
+            self._expert_imbalance = self._measure_imbalance()
+        return msgspec.structs.replace(
+            stats,
+            step_time_s=self._step_time_s,
+            plan_time_s=self._plan_time_s,
+            expert_imbalance=self._expert_imbalance,
+        )

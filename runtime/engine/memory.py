@@ -27,11 +27,12 @@ class PageBudget:
     step_bytes: int  # what the activations of one step may take
     memory_utilization: float
     kv_memory_bytes: int | None
+    max_prompt_len: int = 0  # of prompts that an encoder reads, and that have pages of their own
 
     @property
     def pages_of_one(self) -> int:
         """Pages of one full-length sequence."""
-        return -(-self.max_model_len // self.block_size)
+        return -(-self.max_model_len // self.block_size) - (-self.max_prompt_len // self.block_size)
 
     @property
     def most_pages(self) -> int:

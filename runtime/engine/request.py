@@ -213,6 +213,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_output_tokens: int = 0
     step_time_s: float = 0.0  # smoothed
     plan_time_s: float = 0.0  # smoothed: scheduler, commit and publish, per step
+    expert_imbalance: float = 0.0  # tokens of the busiest expert over the mean, in the leader's layers; 0: no experts
 
     @property
     def num_full_sequences(self) -> float:

@@ -141,6 +141,10 @@ class ShardRunner:
         self._sampler = sampler
         self._mesh = mesh
 
+    def expert_imbalance(self) -> float:
+        """See ShardedDecoder."""
+        return self._decoder.expert_imbalance()
+
     def run(self, plan: StepPlan) -> StepResult | None:
         """Run one plan. Returns its tokens on the rank that samples, None on the others. Raises MeshError."""
         try:

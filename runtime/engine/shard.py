@@ -70,6 +70,7 @@ def warm_up(model_dir: str, dtype: str, device: str, num_threads: int) -> None:
     except (ModelConfigError, OSError) as error:
         _log.info("nothing to warm up for in %s: %s", model_dir, error)
         return
+    torch.set_num_threads(1)  # see _use_cores
     choose_ops(torch.device(device), kind, num_threads)
     choose_recorder(torch.device(device))
     Linear(torch.zeros(1, 2, dtype=kind, device=device))(torch.zeros(1, 2, dtype=kind, device=device))
@@ -100,7 +101,7 @@ class Shard:
             num_kv_tokens=limits.num_pages * limits.block_size,
             encoder=limits.encoder,
         )
-        return Engine(limits, self._executor, info)
+        return Engine(limits, self._executor, info, self._runner.expert_imbalance)
 
     def serve(self) -> None:
         """Run the leader's plans until it says goodbye. Raises MeshError."""
@@ -151,8 +152,9 @@ def form_shard(
             _encoder_pages(assignment, spec, plan, place.tp_rank, dtype),
             lambda fraction: progress("loading", fraction),
         )  # fmt: skip
-        pages = _allocate_pages(assignment, spec, plan, mesh, max_model_len, dtype)
-        return _assemble(assignment, spec, plan, mesh, decoder, pages, max_model_len)
+        encoder = _encoder_info(assignment, spec)
+        pages = _allocate_pages(assignment, spec, plan, mesh, max_model_len, encoder, dtype)
+        return _assemble(assignment, spec, plan, mesh, decoder, pages, max_model_len, encoder)
     except BaseException:
         mesh.close()
         raise
@@ -170,7 +172,7 @@ def read_plan(assignment: ShardAssignment) -> tuple[Family, DecoderSpec, ShardPl
 
 def _assemble(
     assignment: ShardAssignment, spec: DecoderSpec, plan: ShardPlan, mesh: Mesh, decoder: ShardedDecoder,
-    pages: KVPages, max_model_len: int,
+    pages: KVPages, max_model_len: int, encoder: EncoderInfo | None,
 ) -> Shard:  # fmt: skip
     place, device = mesh.spec, mesh.spec.device
     eos_token_ids = read_eos_token_ids(Path(assignment.model_dir))
@@ -179,7 +181,6 @@ def _assemble(
     if samples:
         suppressed_ids = read_suppressed_token_ids(Path(assignment.model_dir))
         sampler = Sampler(spec.vocab_size, eos_token_ids, device, suppressed_ids)
-    encoder = _encoder_info(assignment, spec)
     slots = SlotTable(
         assignment.max_num_seqs, max_model_len, assignment.block_size, device,
         None if encoder is None else encoder.max_prompt_len,
@@ -217,8 +218,9 @@ def _assemble(
 
 
 def _allocate_pages(
-    assignment: ShardAssignment, spec: DecoderSpec, plan: ShardPlan, mesh: Mesh, max_model_len: int, dtype: torch.dtype
-) -> KVPages:
+    assignment: ShardAssignment, spec: DecoderSpec, plan: ShardPlan, mesh: Mesh, max_model_len: int,
+    encoder: EncoderInfo | None, dtype: torch.dtype,
+) -> KVPages:  # fmt: skip
     """As many pages as every rank of the mesh has room for."""
     place, device = mesh.spec, mesh.spec.device
     num_layers, num_kv_heads = num_cached_layers(spec, plan, place.stage), len(plan.kv_heads[place.tp_rank])
@@ -235,6 +237,7 @@ def _allocate_pages(
         step_bytes=_step_bytes(assignment, spec, dtype),
         memory_utilization=assignment.memory_utilization,
         kv_memory_bytes=assignment.kv_memory_bytes,
+        max_prompt_len=0 if encoder is None else encoder.max_prompt_len,
     )
     num_pages = mesh.agree_on_minimum("pages", choose_num_pages(budget, device))
     return KVPages(num_layers, num_pages, block_size, num_kv_heads, head_dim, dtype, device)

@@ -14,7 +14,7 @@ from shardray.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from shardray.runtime.model.attention import KVPages, OwnHeads, PagedAttention, PromptsView, StepView
 from shardray.runtime.model.kernels.ops import Angles, NormWeights, Ops
 from shardray.runtime.model.latent import LatentProjections
-from shardray.runtime.model.mlp import OwnExperts, Parameters, below, mlp_block
+from shardray.runtime.model.mlp import ExpertsBlock, OwnExperts, Parameters, below, mlp_block
 from shardray.runtime.model.query_key_norm import QueryKeyNorm
 from shardray.runtime.model.spec import Attention, Layer, Norm, Norms
 
@@ -133,6 +133,7 @@ class DecoderLayer:
             self._cross = CrossAttentionBlock(layer.cross, heads, below("cross.", parameters), comm, ops)
         self._around_mlp = _Around("mlp", layer.mlp_norms, scale, parameters, ops)
         self._mlp = mlp_block(layer.mlp, experts, parameters, comm, ops)
+        self.experts = self._mlp if isinstance(self._mlp, ExpertsBlock) else None
         self._parallel = layer.parallel
         self._shares_norm = layer.mlp_norms.before is None
         self.rotary = layer.attention.rotary

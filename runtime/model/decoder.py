@@ -52,6 +52,7 @@ class ShardedDecoder:
             )
             self.num_bytes += blocks[-1].num_bytes
             progress((index - layers.start + 1) / len(layers))
+        self._experts = [block.experts for block in blocks if block.experts is not None]
         num_encoding = max(0, min(layers.stop, spec.num_encoder_layers) - layers.start)
         self.encoder: EncoderStack | None = None
         if num_encoding:
@@ -86,6 +87,12 @@ class ShardedDecoder:
             return self.head(x, delta, view)
         x = x if delta is None else x + delta
         return x if encoded is None else torch.cat((x, encoded))
+
+    def expert_imbalance(self) -> float:
+        """Tokens of the busiest expert over the mean of all, lately; the mean over layers. 0 without experts."""
+        loads = [experts.load for experts in self._experts]
+        found = [float(load.max() / load.mean()) for load in loads if load.any()]
+        return sum(found) / len(found) if found else 0.0
 
     def _encode(self, encoded: Tensor, pages: KVPages, prompts: PromptsView) -> Tensor:
         """Take prompts through the layers of the encoder, and show those of the decoder what comes out."""

@@ -104,7 +104,8 @@ class ParameterLoader:
     def _check(self, family: Family) -> None:
         """Raise CheckpointError naming all that is missing, ill-shaped or unexpected."""
         present, needed = self._checkpoint.tensors, self._needed_shapes()
-        unexpected = (name for name in present.keys() - needed.keys() if not _is_ignored(name, family))
+        ignored = [pattern.format(num_layers=self._spec.num_layers) for pattern in family.ignored]
+        unexpected = (name for name in present.keys() - needed.keys() if not _matches(name, ignored))
         problems = {
             "missing": sorted(needed.keys() - present.keys()),
             "unexpected": sorted(unexpected),
@@ -149,8 +150,8 @@ def _place(spec: DecoderSpec, index: int) -> tuple[str, int]:
     return (ENCODER, index) if index < spec.num_encoder_layers else ("", index - spec.num_encoder_layers)
 
 
-def _is_ignored(name: str, family: Family) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in family.ignored)
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def _name_some(names: list[str]) -> str:

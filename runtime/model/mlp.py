@@ -18,6 +18,7 @@ from shardray.parallel.plan import Axis, ShardPlan
 from shardray.runtime.model.kernels.ops import Ops
 from shardray.runtime.model.spec import Experts, Groups, Mlp
 
+_MEMORY = 0.99  # how much of an expert's load is left in the next step
 Parameters = Mapping[str, Tensor]
 
 
@@ -67,7 +68,10 @@ class MlpBlock:
 
 
 class ExpertsBlock:
-    """The experts, or parts of them, that this rank has; summed over ranks. Every rank routes every token."""
+    """The experts, or parts of them, that this rank has; summed over ranks. Every rank routes every token.
+
+    ``load``: (experts,) tokens of each, those of older steps counting less and less.
+    """
 
     def __init__(self, experts: Experts, own: OwnExperts, parameters: Parameters, comm: Comm, ops: Ops) -> None:
         self._spec = experts
@@ -82,12 +86,14 @@ class ExpertsBlock:
         }
         self._shared = None if experts.shared is None else MlpPart(experts.shared, shared, comm.rank == 0, ops)
         self._shared_gate = parameters.get("shared_gate.weight")
+        self.load = torch.zeros(experts.num_experts, device=self._router.device)
         parts = [*self._experts.values(), *([self._shared] if self._shared is not None else [])]
         self.num_bytes = sum(part.num_bytes for part in parts) + self._router.numel() * self._router.element_size()
 
     def __call__(self, x: Tensor) -> Tensor:
         """(T, H) -> (T, H)"""
         weights, chosen = self._route(x)
+        self.load = _MEMORY * self.load + torch.bincount(chosen.flatten(), minlength=self._spec.num_experts)
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for index, expert in self._experts.items():
             rows, places = torch.nonzero(chosen == index, as_tuple=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.kernels.ops import Angles
 from shardray.runtime.model.spec import (
     DynamicScaling,
@@ -24,7 +25,7 @@ from shardray.runtime.model.spec import (
 _DEFAULT_THETA = 10_000.0
 
 
-def read_rotary(config: Mapping[str, Any], head_dim: int) -> Rotary:
+def read_rotary(config: Config, head_dim: int) -> Rotary:
     """``rope_theta`` and ``rope_scaling``, or the newer ``rope_parameters`` that holds both.
 
     Raises ModelConfigError for a scaling that is not known or lacks a field.
@@ -32,14 +33,14 @@ def read_rotary(config: Mapping[str, Any], head_dim: int) -> Rotary:
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(parameters, Mapping):
         raise ModelConfigError(f"config.json: rope_scaling is {parameters!r}, expected an object")
-    both = {**config, **{field: value for field, value in parameters.items() if value is not None}}
+    both = config | {field: value for field, value in parameters.items() if value is not None}
     dim = int(head_dim * _number(both, "partial_rotary_factor", 1.0))
     if dim < 2 or dim % 2:
         raise ModelConfigError(f"config.json: rotary positions need an even number of elements of each head, not {dim}")
     return Rotary(_number(both, "rope_theta", _DEFAULT_THETA), dim, _read_scaling(parameters, config, dim))
 
 
-def _read_scaling(parameters: Mapping[str, Any], config: Mapping[str, Any], dim: int) -> Scaling | None:
+def _read_scaling(parameters: Mapping[str, Any], config: Config, dim: int) -> Scaling | None:
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "default":
         return None
@@ -66,7 +67,7 @@ def _read_llama3(parameters: Mapping[str, Any], trained: int) -> Llama3Scaling:
     return Llama3Scaling(_number(parameters, "factor"), low, high, trained)
 
 
-def _read_yarn(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> YarnScaling:
+def _read_yarn(parameters: Mapping[str, Any], config: Config) -> YarnScaling:
     trained = _trained_positions(parameters, config)
     stretched = (_maybe(config, "max_position_embeddings") or trained) / trained
     return YarnScaling(
@@ -81,7 +82,7 @@ def _read_yarn(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> Yarn
     )
 
 
-def _read_longrope(parameters: Mapping[str, Any], config: Mapping[str, Any], dim: int) -> LongRopeScaling:
+def _read_longrope(parameters: Mapping[str, Any], config: Config, dim: int) -> LongRopeScaling:
     trained = _trained_positions(parameters, config)
     stretched = (_maybe(config, "max_position_embeddings") or trained) / trained
     stretched = stretched if stretched != 1 else _maybe(parameters, "factor") or 1.0
@@ -102,7 +103,7 @@ def _factors(parameters: Mapping[str, Any], field: str, dim: int) -> tuple[float
     return tuple(float(factor) for factor in factors)
 
 
-def _trained_positions(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> int:
+def _trained_positions(parameters: Mapping[str, Any], config: Config) -> int:
     """The window before it was stretched."""
     field = "original_max_position_embeddings"
     trained = _maybe(config, field) or _maybe(parameters, field) or _maybe(config, "max_position_embeddings")

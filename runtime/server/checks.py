@@ -80,7 +80,7 @@ async def check_embed(
     _check_priority(request.priority)
     if not 1 <= len(request.inputs) <= _MAX_INPUTS:
         raise FieldError("inputs", f"has {len(request.inputs)} entries, give 1 to {_MAX_INPUTS}")
-    pooling = pooling_from_proto(request.pooling, default.mode) if request.HasField("pooling") else default
+    pooling = pooling_from_proto(request.pooling, default)
     most = model.encoder.max_prompt_len
     texts = []
     for index, entry in enumerate(request.inputs):

@@ -59,9 +59,11 @@ def serve(
     return {request_id: served.token_ids(request_id) for request_id in served.outputs}
 
 
-def serve_short_of_pages(pool: RankPool, folder: Path, arrivals: list[Arrival]) -> dict[str, list[int]]:
+def serve_short_of_pages(
+    pool: RankPool, folder: Path, arrivals: list[Arrival], max_model_len: int = 128, **more: int
+) -> dict[str, list[int]]:
     """On three tensor ranks, with so few pages that requests are preempted."""
-    fields = {"max_num_seqs": 5, "max_model_len": 128}
+    fields = {"max_num_seqs": 5, "max_model_len": max_model_len, **more}
     with pool.mesh(folder, 3, 1, **fields) as mesh:
         page_bytes = max(info.kv_bytes * 16 // info.num_kv_tokens for info in mesh.infos)
     with pool.mesh(folder, 3, 1, kv_memory_bytes=9 * page_bytes, **fields) as mesh:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from shardray.runtime.engine.assignment import ShardAssignment
+from shardray.runtime.engine.request import SamplingParams
 from shardray.runtime.engine.shard import form_shard
-from shardray.runtime.engine.step import PageGrant, Row, StepPlan
+from shardray.runtime.engine.step import EncoderRow, PageGrant, Row, SlotStart, StepPlan
 
 MAX_MODEL_LEN, BLOCK_SIZE, NUM_SLOTS = 128, 16, 4
 
@@ -42,24 +43,40 @@ class LogitsOf:
                 kv_memory_bytes=64 << 20,
             )
         )
+        encoder = self._shard.engine.info.encoder
+        room = MAX_MODEL_LEN + (0 if encoder is None else encoder.max_prompt_len)
+        self._num_blocks = -(-room // BLOCK_SIZE)
         self._seen = [0] * NUM_SLOTS
         self._granted = False
 
-    def step(self, rows: dict[int, Sequence[int]]) -> dict[int, Tensor]:
-        """Feed the next tokens of some slots; gives (num_tokens, vocab_size) float32 for each."""
+    def step(
+        self, rows: dict[int, Sequence[int]], prompts: dict[int, Sequence[int]] | None = None
+    ) -> dict[int, Tensor]:
+        """Feed the next tokens of some slots; gives (num_tokens, vocab_size) float32 for each.
+
+        ``prompts``: what an encoder reads in the same step, for any slots.
+        """
+        prompts = prompts or {}
         plan = StepPlan(
             step=0,
-            starts=(),
+            starts=tuple(
+                SlotStart(slot, SamplingParams(), (), (), 0, -(-len(ids) // BLOCK_SIZE))
+                for slot, ids in prompts.items()
+            ),
             grants=() if self._granted else self._scattered_pages(),
             rows=tuple(Row(slot, self._seen[slot], tuple(ids), True) for slot, ids in rows.items()),
+            encoder_rows=tuple(EncoderRow(slot, tuple(ids), None) for slot, ids in prompts.items()),
         )
         self._granted = True
         runner = self._shard._runner
         with torch.inference_mode():
+            runner._slots.start(plan.starts)
             runner._slots.grant(plan.grants)
             view = runner._slots.view(plan)
-            view = dataclasses.replace(view, sampled_tokens=torch.arange(plan.num_tokens))
+            view = dataclasses.replace(view, sampled_tokens=torch.arange(sum(map(len, rows.values()))))
             logits = runner._decoder(None, runner._pages, view)
+        if not rows:
+            return {}
         assert logits is not None
         decodes_first = sorted(rows, key=lambda slot: len(rows[slot]) > 1)
         parts = logits.split([len(rows[slot]) for slot in decodes_first])
@@ -77,7 +94,7 @@ class LogitsOf:
 
     def _scattered_pages(self) -> tuple[PageGrant, ...]:
         """Pages of the slots interleaved and out of order."""
-        blocks = range(MAX_MODEL_LEN // BLOCK_SIZE)
+        blocks = range(self._num_blocks)
         return tuple(
             PageGrant(slot, 0, tuple((len(blocks) - 1 - block) * NUM_SLOTS + slot for block in blocks))
             for slot in range(NUM_SLOTS)

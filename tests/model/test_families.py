@@ -140,7 +140,7 @@ def test_a_config_of_only_the_needed_fields_is_enough(config: dict[str, Any], tm
     [
         (
             {"model_type": "lama"},
-            "model_type 'lama' is not supported; the nearest is 'llama' (supported: bloom, codegen, ",
+            "model_type 'lama' is not supported; the nearest is 'llama' (supported: bart, bert, bloom, ",
         ),
         ({"model_type": "gpt_2"}, "model_type 'gpt_2' is not supported; the nearest is 'gpt2'"),
         ({"model_type": None}, "model_type None is not supported"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 _LLAMA: dict[str, Any] = {
     "vocab_size": 97,
@@ -173,15 +173,19 @@ WITH_EXPERTS = ("deepseek-v3", "gpt-oss", "mixtral", "olmoe", "qwen2-moe", "qwen
 def save(name: str, folder: Path) -> Path:
     """Write the checkpoint; weights are drawn so that every parameter matters."""
     model_type, fields = ZOO[name]
+    return save_drawn(AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**fields)), folder)
+
+
+def save_drawn(model: PreTrainedModel, folder: Path) -> Path:
+    """The checkpoint of a model with weights drawn anew."""
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**fields))
     for parameter_name, parameter in model.named_parameters():
         if parameter.ndim == 1 or "norm" in parameter_name:  # a constant by default
             torch.nn.init.normal_(parameter, mean=float(parameter_name.endswith("weight")), std=0.1)
         else:
             torch.nn.init.normal_(parameter, std=0.1)
     for buffer_name, buffer in model.named_buffers():
-        if buffer_name.endswith("correction_bias"):
+        if buffer_name.endswith(("correction_bias", "logits_bias")):
             torch.nn.init.normal_(buffer, std=0.1)
     model.save_pretrained(folder)
     return folder

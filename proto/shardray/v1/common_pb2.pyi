@@ -279,18 +279,20 @@ class Pooling(_message.Message):
     mode: Global___PoolingMode.ValueType
     """Which of its tokens count."""
     normalize: _builtins.bool
-    """Whether the embedding is of length 1."""
+    """Whether the embedding is of length 1. Unset: as the model's own are."""
     def __init__(
         self,
         *,
         mode: Global___PoolingMode.ValueType = ...,
-        normalize: _builtins.bool = ...,
+        normalize: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_normalize", b"_normalize", "normalize", b"normalize"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mode", b"mode", "normalize", b"normalize"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_normalize", b"_normalize", "mode", b"mode", "normalize", b"normalize"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__normalize: _TypeAlias = _typing.Literal["normalize"]  # noqa: Y015
+    _WhichOneofArgType__normalize: _TypeAlias = _typing.Literal["_normalize", b"_normalize"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__normalize) -> _WhichOneofReturnType__normalize | None: ...
 
 Global___Pooling: _TypeAlias = Pooling  # noqa: Y015
 
@@ -353,6 +355,7 @@ class EngineStats(_message.Message):
     STEP_TIME_S_FIELD_NUMBER: _builtins.int
     PLAN_TIME_S_FIELD_NUMBER: _builtins.int
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
+    EXPERT_IMBALANCE_FIELD_NUMBER: _builtins.int
     num_running: _builtins.int
     """Requests that hold a slot of the batch."""
     num_waiting: _builtins.int
@@ -379,6 +382,8 @@ class EngineStats(_message.Message):
     """Smoothed part of a step that plans, commits and publishes, in seconds."""
     max_model_len: _builtins.int
     """Tokens of the context window: num_pages * block_size / max_model_len sequences of full length fit."""
+    expert_imbalance: _builtins.float
+    """Tokens that the busiest expert of a layer lately got over the mean of all; of the leader's layers. 0 without experts."""
     def __init__(
         self,
         *,
@@ -395,10 +400,11 @@ class EngineStats(_message.Message):
         step_time_s: _builtins.float = ...,
         plan_time_s: _builtins.float = ...,
         max_model_len: _builtins.int = ...,
+        expert_imbalance: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "max_model_len", b"max_model_len", "num_cached_tokens", b"num_cached_tokens", "num_output_tokens", b"num_output_tokens", "num_pages", b"num_pages", "num_preemptions", b"num_preemptions", "num_prompt_tokens", b"num_prompt_tokens", "num_running", b"num_running", "num_steps", b"num_steps", "num_used_pages", b"num_used_pages", "num_waiting", b"num_waiting", "plan_time_s", b"plan_time_s", "step_time_s", b"step_time_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "expert_imbalance", b"expert_imbalance", "max_model_len", b"max_model_len", "num_cached_tokens", b"num_cached_tokens", "num_output_tokens", b"num_output_tokens", "num_pages", b"num_pages", "num_preemptions", b"num_preemptions", "num_prompt_tokens", b"num_prompt_tokens", "num_running", b"num_running", "num_steps", b"num_steps", "num_used_pages", b"num_used_pages", "num_waiting", b"num_waiting", "plan_time_s", b"plan_time_s", "step_time_s", b"step_time_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

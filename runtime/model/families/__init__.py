@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
 from pathlib import Path
-from typing import Any
 
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.bart import BART
 from shardray.runtime.model.families.bert import BERT, DISTILBERT
 from shardray.runtime.model.families.bloom import BLOOM
@@ -22,6 +22,7 @@ from shardray.runtime.model.families.gpt_neox import GPT_NEOX
 from shardray.runtime.model.families.gpt_oss import GPT_OSS
 from shardray.runtime.model.families.gptj import CODEGEN, GPTJ
 from shardray.runtime.model.families.granite import GRANITE
+from shardray.runtime.model.families.irrelevant import IRRELEVANT
 from shardray.runtime.model.families.llama import LLAMA
 from shardray.runtime.model.families.marian import M2M100, MARIAN
 from shardray.runtime.model.families.mistral import MISTRAL
@@ -88,6 +89,7 @@ FAMILIES = (
     T5,
 )
 
+_log = logging.getLogger(__name__)
 _BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
 
 
@@ -100,14 +102,24 @@ def read_model_config(folder: Path) -> tuple[Family, DecoderSpec]:
         raise ModelConfigError(f"{path}: cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise ModelConfigError(f"{path}: is not a JSON object")
-    family = _family_of(config)
-    quantization = config.get("quantization_config")
+    fields = Config(config)
+    family = _family_of(fields)
+    quantization = fields.get("quantization_config")
     if quantization and quantization.get("quant_method") not in family.quantizations:
         raise ModelConfigError("config.json: quantization_config: quantized checkpoints are not supported")
-    return family, family.read_config(config)
+    spec = family.read_config(fields)
+    if unknown := unknown_fields(fields, family):
+        _log.warning("%s: fields that nothing is known of, and that are ignored: %s", path, ", ".join(unknown))
+    return family, spec
 
 
-def _family_of(config: Mapping[str, Any]) -> Family:
+def unknown_fields(config: Config, family: Family) -> list[str]:
+    """Fields with a value that were neither read nor are known to be irrelevant to what a model computes."""
+    known = config.read | IRRELEVANT.keys() | family.irrelevant.keys()
+    return sorted(field for field in config if field not in known and config.has_value(field))
+
+
+def _family_of(config: Config) -> Family:
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in _BY_MODEL_TYPE:
         return _BY_MODEL_TYPE[model_type]

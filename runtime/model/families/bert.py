@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.encoder_like import as_encoder, of_encoder
 from shardray.runtime.model.families.family import (
     Family,
@@ -24,19 +23,20 @@ _DISTILBERT = Fields(
 )
 
 
-def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_config(config: Config) -> DecoderSpec:
     refuse_unless(config, "position_embedding_type", "absolute")
     refuse_unless(config, "is_decoder", False)
+    refuse_unless(config, "add_cross_attention", False)
     is_first = config["model_type"] == "bert"
     return _read(config, Fields(), offset=0 if is_first else optional(config, "pad_token_id", 1) + 1, num_types=2)
 
 
-def _read_distilbert(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_distilbert(config: Config) -> DecoderSpec:
     return _read(config, _DISTILBERT, offset=0, num_types=0)
 
 
-def _read(config: Mapping[str, Any], fields: Fields, offset: int, num_types: int) -> DecoderSpec:
-    spec = read_gpt_like({"layer_norm_eps": _EPS} | dict(config), fields, activation="gelu")
+def _read(config: Config, fields: Fields, offset: int, num_types: int) -> DecoderSpec:
+    spec = read_gpt_like({"layer_norm_eps": _EPS} | config, fields, activation="gelu")
     norm = spec.head.norm
     spec = change_every_layer(spec, attention_norms=Norms(after=norm), mlp_norms=Norms(after=norm))
     spec = replace(spec, max_positions=spec.max_positions - offset)
@@ -101,4 +101,5 @@ DISTILBERT = Family(
     sources=_distilbert_sources,
     ignored=(*_HEADS, "pre_classifier.*"),
     prefixes=("distilbert.", ""),
+    irrelevant={"sinusoidal_pos_embds": "the checkpoint holds the positions either way"},
 )

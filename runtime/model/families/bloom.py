@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import (
     Family,
     Source,
@@ -21,12 +20,12 @@ from shardray.runtime.model.spec import DecoderSpec, Embedding
 _FIELDS = Fields(num_layers="n_layer", num_heads="n_head", eps="layer_norm_epsilon", max_positions="seq_length")
 
 
-def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_config(config: Config) -> DecoderSpec:
     refuse_unless(config, "apply_residual_connection_post_layernorm", False)
     hidden = config.get("hidden_size") or config.get("n_embed")
     heads = config.get("n_head") or config.get("num_attention_heads")
     same = {"hidden_size": hidden, "n_head": heads, "seq_length": config.get("seq_length") or 2048}
-    spec = change_attention(read_gpt_like({**config, **same}, _FIELDS), alibi=1.0)
+    spec = change_attention(read_gpt_like(config | same, _FIELDS), alibi=1.0)
     return replace(spec, embedding=Embedding(norm=spec.head.norm))
 
 
@@ -54,4 +53,5 @@ BLOOM = Family(
     sources=_sources,
     ignored=GPT_IGNORED,
     prefixes=("transformer.", ""),
+    irrelevant={"pretraining_tp": "of training"},
 )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import (
     Family,
     change_attention,
@@ -18,7 +17,7 @@ from shardray.runtime.model.families.llama import LLAMA_IGNORED, llama_like_sour
 from shardray.runtime.model.spec import DecoderSpec, Norm, Norms
 
 
-def _read_cohere(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_cohere(config: Config) -> DecoderSpec:
     norm = Norm("layer", eps=optional(config, "layer_norm_eps", 1e-5))
     spec = read_llama_like(config, norm=norm, tied=True)
     rotary = replace(spec.attention.rotary, interleaved=True) if spec.attention.rotary is not None else None
@@ -29,7 +28,7 @@ def _read_cohere(config: Mapping[str, Any]) -> DecoderSpec:
     return replace(spec, head=replace(spec.head, scale=optional(config, "logit_scale", 0.0625)))
 
 
-def _read_cohere2(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_cohere2(config: Config) -> DecoderSpec:
     """Layers that see everything know no positions."""
     pattern = optional(config, "sliding_window_pattern", 4)
     spec = windowed_layers(_read_cohere(config), config, lambda index: (index + 1) % pattern != 0)

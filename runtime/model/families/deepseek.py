@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import (
     Family,
     Source,
@@ -23,14 +22,15 @@ from shardray.runtime.model.rotary import read_rotary
 from shardray.runtime.model.spec import DecoderSpec, Experts, Groups, Latent, Layer, Norm, YarnScaling
 
 
-def _read_attention(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_attention(config: Config) -> DecoderSpec:
     """Both versions' attention and sizes, with dense layers"""
     refuse_unless(config, "attention_bias", False)
+    interleaved = optional(config, "rope_interleave", True)
     plain_dim, rotary_dim = required(config, "qk_nope_head_dim", int), required(config, "qk_rope_head_dim", int)
     num_heads, dim = required(config, "num_attention_heads", int), plain_dim + rotary_dim
     sizes = {"head_dim": dim, "num_key_value_heads": num_heads, "partial_rotary_factor": rotary_dim / dim}
-    spec = read_llama_like({**config, **sizes})
-    rotary = replace(read_rotary({**config, "partial_rotary_factor": 1.0}, rotary_dim), interleaved=True)
+    spec = read_llama_like(config | sizes)
+    rotary = replace(read_rotary(config | {"partial_rotary_factor": 1.0}, rotary_dim), interleaved=interleaved)
     latent = Latent(
         query_rank=optional(config, "q_lora_rank", 0) or None,
         kv_rank=required(config, "kv_lora_rank", int),
@@ -44,7 +44,7 @@ def _read_attention(config: Mapping[str, Any]) -> DecoderSpec:
     return change_attention(spec, rotary=rotary, latent=latent, scale=scale)
 
 
-def _with_experts(spec: DecoderSpec, config: Mapping[str, Any], experts: Experts) -> DecoderSpec:
+def _with_experts(spec: DecoderSpec, config: Config, experts: Experts) -> DecoderSpec:
     """The first layers are dense. ``experts`` has the family's routing; sizes come from the config."""
     first = config.get("first_k_dense_replace") or 0
     size = required(config, "moe_intermediate_size", int)
@@ -59,7 +59,7 @@ def _with_experts(spec: DecoderSpec, config: Mapping[str, Any], experts: Experts
     return change_layers(spec, change)
 
 
-def _read_experts(config: Mapping[str, Any], spec: DecoderSpec, judges: int) -> Experts:
+def _read_experts(config: Config, spec: DecoderSpec, judges: int) -> Experts:
     num_groups = optional(config, "n_group", 1)
     return Experts(
         num_experts=read_num_experts(config, "n_routed_experts"),
@@ -71,7 +71,7 @@ def _read_experts(config: Mapping[str, Any], spec: DecoderSpec, judges: int) -> 
     )
 
 
-def _read_v2(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_v2(config: Config) -> DecoderSpec:
     spec = _read_attention(config)
     experts = replace(_read_experts(config, spec, judges=1), normalized=False)
     if config.get("topk_method", "greedy") == "greedy":
@@ -79,9 +79,9 @@ def _read_v2(config: Mapping[str, Any]) -> DecoderSpec:
     return _with_experts(spec, config, experts)
 
 
-def _read_v3(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_v3(config: Config) -> DecoderSpec:
     spec = _read_attention(config)
-    experts = _read_experts({"norm_topk_prob": True, **config}, spec, judges=2)
+    experts = _read_experts({"norm_topk_prob": True} | config, spec, judges=2)
     return _with_experts(spec, config, replace(experts, scores="sigmoid", has_correction=True))
 
 
@@ -96,5 +96,16 @@ def _sources(spec: DecoderSpec) -> dict[str, Source]:
     return moe_sources(spec, shared="shared_experts") | attention | correction
 
 
-DEEPSEEK_V2 = Family("deepseek-v2", ("deepseek_v2",), _read_v2, _sources, LLAMA_IGNORED)
-DEEPSEEK_V3 = Family("deepseek-v3", ("deepseek_v3",), _read_v3, _sources, LLAMA_IGNORED)
+_IRRELEVANT = {
+    "head_dim": "follows from those of the rotated and the plain elements",
+    "qk_head_dim": "follows from those of the rotated and the plain elements",
+    "num_key_value_heads": "latent attention makes a key and a value for every head",
+    "pretraining_tp": "of training",
+    "num_nextn_predict_layers": "layers that predict further tokens; they are not run",
+}
+
+DEEPSEEK_V2 = Family("deepseek-v2", ("deepseek_v2",), _read_v2, _sources, LLAMA_IGNORED, irrelevant=_IRRELEVANT)
+DEEPSEEK_V3 = Family(
+    "deepseek-v3", ("deepseek_v3",), _read_v3, _sources, (*LLAMA_IGNORED, "model.layers.{num_layers}.*"),
+    irrelevant=_IRRELEVANT,
+)  # fmt: skip

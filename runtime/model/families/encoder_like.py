@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import Source, optional, read_activation, required, sources
 from shardray.runtime.model.spec import (
     Attention,
@@ -44,7 +45,7 @@ class Pair(NamedTuple):
     activation: str = "gelu"
 
 
-def read_pair(config: Mapping[str, Any], pair: Pair) -> DecoderSpec:
+def read_pair(config: Config, pair: Pair) -> DecoderSpec:
     """Encoder and decoder with LayerNorm and biases everywhere, and embeddings shared by all three ends."""
     hidden_size = required(config, "d_model", int)
     num_heads = required(config, "decoder_attention_heads", int)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import (
     Family,
     change_attention,
@@ -17,8 +15,8 @@ from shardray.runtime.model.families.llama import LLAMA_IGNORED, llama_like_sour
 from shardray.runtime.model.spec import DecoderSpec, Norms
 
 
-def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
-    spec = read_llama_like({"rms_norm_eps": 1e-5, **config})
+def _read_config(config: Config) -> DecoderSpec:
+    spec = read_llama_like({"rms_norm_eps": 1e-5} | config)
     norms = Norms(inner=spec.head.norm)
     spec = change_every_layer(spec, attention_norms=norms, mlp_norms=norms)
     spec = change_attention(spec, q_norm=spec.head.norm, k_norm=spec.head.norm)
@@ -29,4 +27,14 @@ def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
     return without_positions(spec, lambda _, layer: layer.attention.window is None)
 
 
-EXAONE4 = Family("exaone4", ("exaone4",), _read_config, llama_like_sources, LLAMA_IGNORED)
+EXAONE4 = Family(
+    "exaone4",
+    ("exaone4",),
+    _read_config,
+    llama_like_sources,
+    LLAMA_IGNORED,
+    irrelevant={
+        "layer_types": "used with sliding_window alone",
+        "sliding_window_pattern": "used without layer_types alone",
+    },
+)

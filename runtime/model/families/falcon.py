@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import (
     Family,
     Source,
@@ -22,10 +20,10 @@ from shardray.runtime.model.spec import DecoderSpec, Norms
 _FIELDS = Fields(mlp_size="ffn_hidden_size", eps="layer_norm_epsilon", activation="activation")
 
 
-def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_config(config: Config) -> DecoderSpec:
     is_new = optional(config, "new_decoder_architecture", False)
     bias = optional(config, "bias", False)  # of the matrices; norms have theirs
-    spec = read_gpt_like({"max_position_embeddings": 2048, **config}, _FIELDS, activation="gelu")
+    spec = read_gpt_like({"max_position_embeddings": 2048} | config, _FIELDS, activation="gelu")
     spec = change_mlp(spec, up_bias=bias, down_bias=bias)
     attention, num_kv_heads = spec.attention, spec.attention.num_heads
     if is_new:
@@ -73,4 +71,10 @@ FALCON = Family(
     sources=_sources,
     ignored=("lm_head.weight",),
     prefixes=("transformer.", ""),
+    irrelevant={
+        "multi_query": "used by the first generation alone",
+        "parallel_attn": "used by the first generation alone",
+        "num_kv_heads": "used by the second generation alone",
+        "rope_parameters": "used without ALiBi alone",
+    },
 )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.spec import Activation, DecoderSpec, Layer, ModelConfigError
 
 T = TypeVar("T")
@@ -84,15 +85,20 @@ def swap_last(items: tuple[T, ...]) -> tuple[T, ...]:
 
 @dataclass(frozen=True)
 class Family:
-    """``sources`` maps the names of runtime/model/parameters.py; tensors matching ``ignored`` are not parameters."""
+    """``sources`` maps the names of runtime/model/parameters.py; tensors matching ``ignored`` are not parameters.
+
+    ``{num_layers}`` in a pattern stands for their number. ``irrelevant``: fields of the config that make no difference,
+    and why; those of all families are in irrelevant.py.
+    """
 
     name: str
     model_types: tuple[str, ...]
-    read_config: Callable[[Mapping[str, Any]], DecoderSpec]
+    read_config: Callable[[Config], DecoderSpec]
     sources: Callable[[DecoderSpec], dict[str, Source]]
     ignored: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ("",)  # what checkpoints of this family put before every name
     quantizations: tuple[str, ...] = ()  # quant_method of checkpoints that are dequantized as they are read
+    irrelevant: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 def sources(modules: Mapping[str, str], parts: Iterable[str] = ("weight", "bias")) -> dict[str, Source]:
@@ -141,7 +147,7 @@ def change_mlp(spec: DecoderSpec, **changes: Any) -> DecoderSpec:
     return change_layers(spec, lambda _, layer: replace(layer, mlp=replace(layer.dense, **changes)))
 
 
-def windowed_layers(spec: DecoderSpec, config: Mapping[str, Any], is_windowed: Callable[[int], bool]) -> DecoderSpec:
+def windowed_layers(spec: DecoderSpec, config: Config, is_windowed: Callable[[int], bool]) -> DecoderSpec:
     """``spec`` with ``sliding_window`` on the layers that ``layer_types`` names, or else those that ``is_windowed``."""
     window = required(config, "sliding_window", int)
     kinds = config.get("layer_types") or [_SLIDING if is_windowed(index) else "" for index in range(spec.num_layers)]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import (
     Family,
     Source,
@@ -13,6 +12,7 @@ from shardray.runtime.model.families.family import (
     change_every_layer,
     change_layers,
     optional,
+    refuse_unless,
     required,
     windowed_layers,
 )
@@ -21,15 +21,17 @@ from shardray.runtime.model.rotary import read_rotary
 from shardray.runtime.model.spec import DecoderSpec, Embedding, Norm, Norms
 
 
-def _read_gemma(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_gemma(config: Config) -> DecoderSpec:
     """What all three share. Their norms multiply by 1 + weight."""
-    activation = config.get("hidden_activation") or "gelu_pytorch_tanh"  # hidden_act of the first ones means this too
+    activation = config.get("hidden_activation") or config.get("hidden_act")
+    if activation in (None, "gelu"):  # as the first ones called it
+        activation = "gelu_pytorch_tanh"
     norm = Norm("rms", eps=optional(config, "rms_norm_eps", 1e-6), offset=1.0)
-    spec = read_llama_like({**config, "hidden_act": activation}, norm=norm, tied=True)
+    spec = read_llama_like(config | {"hidden_act": activation}, norm=norm, tied=True)
     return replace(spec, embedding=Embedding(scale=spec.hidden_size**0.5))
 
 
-def _read_sandwich(config: Mapping[str, Any], pattern: int) -> DecoderSpec:
+def _read_sandwich(config: Config, pattern: int) -> DecoderSpec:
     """Gemma 2 and 3: every ``pattern``-th layer sees everything, the others a window."""
     spec = _read_gemma(config)
     norms = Norms(before=spec.head.norm, inner=spec.head.norm)
@@ -43,12 +45,13 @@ def _read_sandwich(config: Mapping[str, Any], pattern: int) -> DecoderSpec:
     return windowed_layers(replace(spec, head=head), config, lambda index: (index + 1) % pattern != 0)
 
 
-def _read_gemma2(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_gemma2(config: Config) -> DecoderSpec:
     return _read_sandwich(config, pattern=2)
 
 
-def _read_gemma3(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_gemma3(config: Config) -> DecoderSpec:
     """Windowed layers have rotary frequencies of their own."""
+    refuse_unless(config, "use_bidirectional_attention", False)
     everywhere, local = _rotary_configs(config)
     spec = _read_sandwich(everywhere, pattern=optional(config, "sliding_window_pattern", 6))
     spec = change_attention(spec, q_norm=spec.head.norm, k_norm=spec.head.norm)
@@ -63,14 +66,14 @@ def _read_gemma3(config: Mapping[str, Any]) -> DecoderSpec:
     )
 
 
-def _rotary_configs(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+def _rotary_configs(config: Config) -> tuple[Config, Config]:
     """The config as layers that see everything read it, and as windowed layers do."""
     kinds = config.get("rope_parameters") or {}
     if "full_attention" in kinds:
-        both = [{**config, "rope_parameters": kinds[kind]} for kind in ("full_attention", "sliding_attention")]
+        both = [config | {"rope_parameters": kinds[kind]} for kind in ("full_attention", "sliding_attention")]
         return both[0], both[1]
-    everywhere = {**config, "rope_theta": optional(config, "rope_theta", 1e6)}
-    return everywhere, {"rope_theta": optional(config, "rope_local_base_freq", 1e4)}
+    everywhere = config | {"rope_theta": optional(config, "rope_theta", 1e6)}
+    return everywhere, Config({"rope_theta": optional(config, "rope_local_base_freq", 1e4)})
 
 
 def _sandwich_sources(spec: DecoderSpec) -> dict[str, Source]:
@@ -79,4 +82,11 @@ def _sandwich_sources(spec: DecoderSpec) -> dict[str, Source]:
 
 GEMMA = Family("gemma", ("gemma",), _read_gemma, llama_like_sources, LLAMA_IGNORED)
 GEMMA2 = Family("gemma2", ("gemma2",), _read_gemma2, _sandwich_sources, LLAMA_IGNORED)
-GEMMA3 = Family("gemma3", ("gemma3_text",), _read_gemma3, _sandwich_sources, LLAMA_IGNORED)
+GEMMA3 = Family(
+    "gemma3",
+    ("gemma3_text",),
+    _read_gemma3,
+    _sandwich_sources,
+    LLAMA_IGNORED,
+    irrelevant={"_sliding_window_pattern": "used without layer_types alone"},
+)

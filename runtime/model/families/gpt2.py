@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import (
     Family,
     Source,
@@ -18,7 +16,7 @@ from shardray.runtime.model.families.gpt_like import OLD, read_gpt_like
 from shardray.runtime.model.spec import DecoderSpec
 
 
-def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_config(config: Config) -> DecoderSpec:
     refuse_unless(config, "scale_attn_by_inverse_layer_idx", False)
     refuse_unless(config, "add_cross_attention", False)
     spec = read_gpt_like(config, OLD, positions=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import optional, read_activation, required
 from shardray.runtime.model.spec import (
     Attention,
@@ -36,7 +36,7 @@ OLD = Fields("n_embd", "n_layer", "n_head", "n_inner", "n_positions", "activatio
 
 
 def read_gpt_like(
-    config: Mapping[str, Any], fields: Fields, bias: bool = True, tied: bool = True, positions: bool = False,
+    config: Config, fields: Fields, bias: bool = True, tied: bool = True, positions: bool = False,
     activation: str = "gelu_new",
 ) -> DecoderSpec:  # fmt: skip
     """A decoder of the config's sizes, with ``bias`` everywhere or nowhere. The rest are the family's defaults."""

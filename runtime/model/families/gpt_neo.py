@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import Family, Source, change_attention, required, sources, windowed_layers
 from shardray.runtime.model.families.gpt2 import GPT_IGNORED, gpt_sources
 from shardray.runtime.model.families.gpt_like import Fields, read_gpt_like
@@ -15,13 +13,13 @@ _FIELDS = Fields(
 )
 
 
-def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_config(config: Config) -> DecoderSpec:
     spec = change_attention(read_gpt_like(config, _FIELDS, positions=True), scale=1.0, qkv_bias=False)
     kinds = config.get("attention_layers")
     if kinds is None:  # [[kinds that take turns, how often], ...]
         kinds = [kind for turns, count in config.get("attention_types") or [] for kind in turns * count]
-    window = {"sliding_window": required(config, "window_size", int)}
-    return windowed_layers(spec, window, lambda index: kinds[index] == "local")
+    config = config | {"sliding_window": required(config, "window_size", int)}
+    return windowed_layers(spec, config, lambda index: kinds[index] == "local")
 
 
 def _sources(spec: DecoderSpec) -> dict[str, Source]:
@@ -36,4 +34,5 @@ GPT_NEO = Family(
     sources=_sources,
     ignored=GPT_IGNORED,
     prefixes=("transformer.", ""),
+    irrelevant={"attention_types": "used without attention_layers alone"},
 )

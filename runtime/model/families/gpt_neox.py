@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import (
     Family,
     Source,
@@ -20,11 +18,11 @@ from shardray.runtime.model.rotary import read_rotary
 from shardray.runtime.model.spec import DecoderSpec
 
 
-def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_config(config: Config) -> DecoderSpec:
     spec = read_gpt_like(config, Fields(), tied=False, activation="gelu")
     bias = optional(config, "attention_bias", True)
     share = {"partial_rotary_factor": optional(config, "rotary_pct", 0.25), "rope_theta": config.get("rotary_emb_base")}
-    rotary = read_rotary({**share, **config}, spec.attention.head_dim)
+    rotary = read_rotary(share | config, spec.attention.head_dim)
     spec = change_attention(spec, rotary=rotary, qkv_bias=bias, out_bias=bias)
     return change_every_layer(spec, parallel=optional(config, "use_parallel_residual", True))
 
@@ -51,4 +49,5 @@ GPT_NEOX = Family(
     read_config=_read_config,
     sources=_sources,
     ignored=(*GPT_IGNORED, "*.rotary_emb.inv_freq", "embed_out.weight"),
+    irrelevant={"num_key_value_heads": "every head has its own"},
 )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import (
     Family,
     Source,
@@ -20,12 +18,12 @@ from shardray.runtime.model.families.llama import LAYER, LLAMA_IGNORED, llama_li
 from shardray.runtime.model.spec import DecoderSpec, Experts, Mlp
 
 
-def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_config(config: Config) -> DecoderSpec:
     refuse_unless(config, "swiglu_limit", 7.0)
     refuse_unless(config, "swiglu_alpha", 1.702)
-    spec = read_llama_like({"rms_norm_eps": 1e-5, "attention_bias": True, **config})
+    spec = read_llama_like({"rms_norm_eps": 1e-5, "attention_bias": True} | config)
     spec = change_attention(spec, has_sinks=True)
-    spec = windowed_layers(spec, {"sliding_window": 128, **config}, lambda index: index % 2 == 0)
+    spec = windowed_layers(spec, {"sliding_window": 128} | config, lambda index: index % 2 == 0)
     size = required(config, "intermediate_size", int)
     mlp = Mlp(size, "clamped_swiglu", gated=True, up_bias=True, down_bias=True, interleaved=True)
     count, top_k = required(config, "num_local_experts", int), optional(config, "num_experts_per_tok", 4)

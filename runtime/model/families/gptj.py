@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import (
     Family,
     Groups,
@@ -22,7 +21,7 @@ from shardray.runtime.model.spec import DecoderSpec, ModelConfigError, Norms, Ro
 _CODEGEN_BLOCKS = 4  # the fused projection was cut for as many devices: q, v, k of each after one another
 
 
-def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_config(config: Config) -> DecoderSpec:
     spec = read_gpt_like(config, OLD, tied=False)
     dim = optional(config, "rotary_dim", 64)
     rotary = Rotary(10_000.0, dim, interleaved=True)
@@ -31,7 +30,7 @@ def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
     return replace(spec, head=replace(spec.head, bias=True))
 
 
-def _read_codegen(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_codegen(config: Config) -> DecoderSpec:
     spec = _read_config(config)
     if spec.attention.num_heads % _CODEGEN_BLOCKS:
         raise ModelConfigError(f"config.json: n_head {spec.attention.num_heads} is not a multiple of {_CODEGEN_BLOCKS}")
@@ -70,4 +69,5 @@ CODEGEN = Family(
     sources=_codegen_sources,
     ignored=GPT_IGNORED,
     prefixes=("transformer.", ""),
+    irrelevant={"n_ctx": "the window is n_positions"},
 )

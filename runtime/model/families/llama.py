@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import (
     Family,
     Source,
@@ -21,7 +19,7 @@ from shardray.runtime.model.spec import Attention, DecoderSpec, Embedding, Head,
 LAYER = "model.layers.{layer}."
 
 
-def read_llama_like(config: Mapping[str, Any], norm: Norm | None = None, tied: bool = False) -> DecoderSpec:
+def read_llama_like(config: Config, norm: Norm | None = None, tied: bool = False) -> DecoderSpec:
     """A Llama of the config's sizes. ``norm`` replaces its RMSNorm; ``tied`` is the family's default."""
     attention_bias, mlp_bias = optional(config, "attention_bias", False), optional(config, "mlp_bias", False)
     num_heads = required(config, "num_attention_heads", int)
@@ -88,7 +86,7 @@ def llama_like_sources(spec: DecoderSpec, **modules: str) -> dict[str, Source]:
     )
 
 
-def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_config(config: Config) -> DecoderSpec:
     refuse_unless(config, "pretraining_tp", 1)
     return read_llama_like(config)
 

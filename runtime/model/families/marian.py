@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.encoder_like import PAIR_IGNORED, Pair, pair_sources, read_pair
 from shardray.runtime.model.families.family import Family, refuse_unless, required
 from shardray.runtime.model.spec import DecoderSpec, Sinusoidal
@@ -12,7 +10,7 @@ from shardray.runtime.model.spec import DecoderSpec, Sinusoidal
 _POSITIONS = ("*embed_positions.weight", "*embed_positions.weights")
 
 
-def _read_marian(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_marian(config: Config) -> DecoderSpec:
     refuse_unless(config, "share_encoder_decoder_embeddings", True)
     refuse_unless(config, "decoder_vocab_size", config.get("vocab_size"))
     refuse_unless(config, "normalize_before", False)
@@ -23,7 +21,7 @@ def _read_marian(config: Mapping[str, Any]) -> DecoderSpec:
     return read_pair(config, Pair(positions, has_logit_bias=True))
 
 
-def _read_m2m100(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_m2m100(config: Config) -> DecoderSpec:
     refuse_unless(config, "tie_word_embeddings", True)
     most = required(config, "max_position_embeddings", int)
     positions = Sinusoidal(most, offset=2, in_halves=True, reaches_end=True)

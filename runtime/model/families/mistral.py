@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import Family, change_attention, optional
 from shardray.runtime.model.families.llama import LLAMA_IGNORED, llama_like_sources, read_llama_like
 from shardray.runtime.model.spec import DecoderSpec
 
 
-def read_mistral(config: Mapping[str, Any]) -> DecoderSpec:
+def read_mistral(config: Config) -> DecoderSpec:
     """A Llama of the config's sizes, with its window."""
     return change_attention(read_llama_like(config), window=optional(config, "sliding_window", 0) or None)
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import Family, Source, change_every_layer, required
 from shardray.runtime.model.families.llama import LLAMA_IGNORED, llama_like_sources
 from shardray.runtime.model.families.mistral import read_mistral
 from shardray.runtime.model.spec import DecoderSpec, Experts
 
 
-def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
-    spec = read_mistral({"rms_norm_eps": 1e-5, **config})
+def _read_config(config: Config) -> DecoderSpec:
+    spec = read_mistral({"rms_norm_eps": 1e-5} | config)
     count, top_k = required(config, "num_local_experts", int), required(config, "num_experts_per_tok", int)
     return change_every_layer(spec, mlp=Experts(count, top_k, spec.layers[0].dense, normalized=True))
 

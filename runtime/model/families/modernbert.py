@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.encoder_like import as_encoder, of_encoder
 from shardray.runtime.model.families.family import (
     Family,
@@ -27,7 +26,7 @@ _SLIDING, _FULL = "sliding_attention", "full_attention"
 _OLD_THETAS = {_SLIDING: ("local_rope_theta", 10_000.0), _FULL: ("global_rope_theta", 160_000.0)}
 
 
-def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_config(config: Config) -> DecoderSpec:
     spec = read_gpt_like(config, _FIELDS, bias=False, activation="gelu")
     norm = Norm("layer", optional(config, "norm_eps", 1e-5), has_bias=optional(config, "norm_bias", False))
     mlp_bias, attention_bias = optional(config, "mlp_bias", False), optional(config, "attention_bias", False)
@@ -52,11 +51,11 @@ def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
     return as_encoder(change_layers(spec, change), Embedding(norm=norm), norm)
 
 
-def _rope_config(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def _rope_config(config: Config, kind: str) -> Config:
     """The config as it would be if all layers were of one kind."""
     field, default = _OLD_THETAS[kind]
     given = (config.get("rope_parameters") or {}).get(kind) or {"rope_theta": optional(config, field, default)}
-    return {**config, "rope_parameters": {"rope_theta": default, "rope_type": "default", **given}}
+    return config | {"rope_parameters": {"rope_theta": default, "rope_type": "default", **given}}
 
 
 def _sources(spec: DecoderSpec) -> dict[str, Source]:

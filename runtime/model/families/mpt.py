@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import (
     Family,
     Source,
@@ -21,7 +19,7 @@ from shardray.runtime.model.spec import DecoderSpec
 _FIELDS = Fields("d_model", "n_layers", "n_heads", "", "max_seq_len", "", "layer_norm_epsilon")
 
 
-def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_config(config: Config) -> DecoderSpec:
     attention = config.get("attn_config") or {}
     refuse_unless(config, "no_bias", True)
     refuse_unless(config, "logit_scale", None)
@@ -56,4 +54,9 @@ MPT = Family(
     sources=_sources,
     ignored=("lm_head.weight",),
     prefixes=("transformer.", ""),
+    irrelevant={
+        "embedding_fraction": "of training",
+        "learned_pos_emb": "has no effect where ALiBi is used",
+        "norm_type": "says in which precision LayerNorm was trained",
+    },
 )

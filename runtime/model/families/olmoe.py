@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import Family, change_attention, change_every_layer, optional, required
 from shardray.runtime.model.families.llama import LLAMA_IGNORED, read_llama_like
 from shardray.runtime.model.families.qwen_moe import moe_sources, read_num_experts
 from shardray.runtime.model.spec import DecoderSpec, Experts
 
 
-def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
-    spec = read_llama_like({"rms_norm_eps": 1e-5, **config})
+def _read_config(config: Config) -> DecoderSpec:
+    spec = read_llama_like({"rms_norm_eps": 1e-5} | config)
     norm, clip = spec.head.norm, optional(config, "clip_qkv", 0.0) or None
     spec = change_attention(spec, q_norm=norm, k_norm=norm, norm_over="all", clip=clip)
     count, top_k = read_num_experts(config), required(config, "num_experts_per_tok", int)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import Family, Source, change_every_layer, optional, refuse_unless, sources
 from shardray.runtime.model.families.gpt_like import Fields, read_gpt_like
 from shardray.runtime.model.spec import DecoderSpec, Embedding, Learned, Norms
@@ -13,7 +12,7 @@ from shardray.runtime.model.spec import DecoderSpec, Embedding, Learned, Norms
 _FIELDS = Fields(mlp_size="ffn_dim", activation="activation_function")
 
 
-def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_config(config: Config) -> DecoderSpec:
     refuse_unless(config, "layer_norm_elementwise_affine", True)
     spec = read_gpt_like(config, _FIELDS, activation="relu")
     refuse_unless(config, "enable_bias", True)
@@ -57,4 +56,5 @@ OPT = Family(
     sources=_sources,
     ignored=("lm_head.weight",),
     prefixes=("model.", ""),
+    irrelevant={"_remove_final_layer_norm": "used with do_layer_norm_before alone"},
 )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import (
     Family,
     Source,
@@ -18,10 +17,10 @@ from shardray.runtime.model.families.llama import LLAMA_IGNORED, llama_like_sour
 from shardray.runtime.model.spec import DecoderSpec, Norm, Norms
 
 
-def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_config(config: Config) -> DecoderSpec:
     norm = Norm("layer", eps=optional(config, "layer_norm_eps", 1e-5), has_bias=True)
     defaults = {"hidden_act": "gelu_new", "partial_rotary_factor": 0.5}
-    spec = read_llama_like({**defaults, **config}, norm=norm)
+    spec = read_llama_like(defaults | config, norm=norm)
     spec = change_attention(spec, qkv_bias=True, out_bias=True)
     if optional(config, "qk_layernorm", False):
         spec = change_attention(spec, q_norm=norm, k_norm=norm)

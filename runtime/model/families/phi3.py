@@ -15,4 +15,11 @@ def _sources(spec: DecoderSpec) -> dict[str, Source]:
     return found | {"gate.weight": gate, "up.weight": up}
 
 
-PHI3 = Family("phi3", ("phi3",), read_mistral, _sources, LLAMA_IGNORED)
+PHI3 = Family(
+    "phi3",
+    ("phi3",),
+    read_mistral,
+    _sources,
+    LLAMA_IGNORED,
+    irrelevant={"original_max_position_embeddings": "used with a scaling alone"},
+)

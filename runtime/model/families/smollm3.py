@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import Family, optional, windowed_layers, without_positions
 from shardray.runtime.model.families.llama import LLAMA_IGNORED, llama_like_sources, read_llama_like
 from shardray.runtime.model.spec import DecoderSpec
 
 
-def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_config(config: Config) -> DecoderSpec:
     spec = read_llama_like(config, tied=True)
     interval = optional(config, "no_rope_layer_interval", 4)
     rotated = config.get("no_rope_layers") or [(index + 1) % interval != 0 for index in range(spec.num_layers)]
@@ -19,4 +17,15 @@ def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
     return without_positions(spec, lambda index, _: not rotated[index])
 
 
-SMOLLM3 = Family("smollm3", ("smollm3",), _read_config, llama_like_sources, LLAMA_IGNORED)
+SMOLLM3 = Family(
+    "smollm3",
+    ("smollm3",),
+    _read_config,
+    llama_like_sources,
+    LLAMA_IGNORED,
+    irrelevant={
+        "layer_types": "used with use_sliding_window alone",
+        "max_window_layers": "used with use_sliding_window alone",
+        "sliding_window": "used with use_sliding_window alone",
+    },
+)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import Family, Source, change_attention, change_every_layer, optional
 from shardray.runtime.model.families.llama import LAYER, LLAMA_IGNORED, llama_like_sources, read_llama_like
 from shardray.runtime.model.spec import DecoderSpec, Norm, Norms
 
 
-def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_config(config: Config) -> DecoderSpec:
     norm = Norm("layer", eps=optional(config, "layer_norm_eps", 1e-5), has_bias=True)
-    spec = read_llama_like({"partial_rotary_factor": 0.25, **config}, norm=norm)
+    spec = read_llama_like({"partial_rotary_factor": 0.25} | config, norm=norm)
     spec = change_attention(spec, qkv_bias=optional(config, "use_qkv_bias", False), out_bias=False)
     if optional(config, "qk_layernorm", False):
         head_norm = replace(norm, has_bias=False)

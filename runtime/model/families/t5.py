@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.encoder_like import of_encoder
 from shardray.runtime.model.families.family import Family, Source, choice, optional, required, sources
 from shardray.runtime.model.spec import (
@@ -32,7 +31,7 @@ _MLPS: dict[str, tuple[Activation, bool]] = {
 }
 
 
-def _read_config(config: Mapping[str, Any]) -> DecoderSpec:
+def _read_config(config: Config) -> DecoderSpec:
     is_first = config["model_type"] == "t5"
     hidden_size, num_heads = required(config, "d_model", int), required(config, "num_heads", int)
     norm = Norm("rms", eps=optional(config, "layer_norm_epsilon", 1e-6))
@@ -95,4 +94,5 @@ T5 = Family(
         "lm_head.weight",
         "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.*",
     ),
+    irrelevant={"dense_act_fn": "follows from feed_forward_proj", "is_gated_act": "follows from feed_forward_proj"},
 )

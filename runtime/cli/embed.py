@@ -1,0 +1,32 @@
+"""``shardray embed``: the embeddings of texts."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from shardray.runtime.cli import options
+
+
+def command(
+    texts: Annotated[list[str], typer.Argument(help="The texts; a single - reads them from stdin, one a line.")],
+    server: options.Server = options.DEFAULT_SERVER,
+    pooling: Annotated[str | None, typer.Option(help="mean, cls or last; left out: the model's own way.")] = None,
+    normalize: Annotated[
+        bool | None, typer.Option("--normalize/--no-normalize", help="Of length 1; left out: the model's own way.")
+    ] = None,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts that are too long for the model.")] = False,
+    timeout_s: options.Timeout = None,
+) -> None:
+    """Print the embedding of each text, one JSON list a line."""
+    from shardray.runtime.client import Client
+    from shardray.runtime.client.requests import EmbedOptions
+
+    given = {"pooling": pooling, "normalize": normalize, "truncate": truncate}
+    chosen = EmbedOptions(**{key: value for key, value in given.items() if value is not None})  # type: ignore[typeddict-item]
+    lines = options.text_or_stdin("-").splitlines() if texts == ["-"] else texts
+    with Client(server) as client:
+        for embedding in client.embed(lines, timeout_s=timeout_s, **chosen):
+            print(json.dumps(embedding))
