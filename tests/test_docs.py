@@ -27,3 +27,8 @@ def test_every_command_of_the_makefile_is_in_its_help() -> None:
     (targets,) = re.findall(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)
     explained = set(re.findall(r"make ([\w-]+) ", makefile))
     assert set(targets.split()) - explained == {"help", "clean"}
+
+
+def test_the_family_that_is_shown_is_the_one_that_runs() -> None:
+    shown = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert (ROOT / "runtime/model/families/nemotron.py").read_text(encoding="utf-8") in shown
