@@ -14,7 +14,14 @@ from shardray.runtime.config import config_schema, load_config
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
 EXAMPLES = sorted((DEPLOY / "examples").glob("*.yaml"))
-NUM_HOSTS = {"cpu-demo": 2, "one-gpu": 1, "tensor-8": 8, "three-unlike-gpus": 3, "two-nodes-pipeline": 16}
+NUM_HOSTS = {
+    "cpu-demo": 2,
+    "embeddings": 1,
+    "one-gpu": 1,
+    "tensor-8": 8,
+    "three-unlike-gpus": 3,
+    "two-nodes-pipeline": 16,
+}
 
 
 def test_every_example_is_known_here() -> None:

@@ -52,10 +52,14 @@ def choose_num_pages(budget: PageBudget, device: torch.device) -> int:
         room = max(0, num_pages) * budget.block_size
         raise MemoryError(
             f"the KV cache of {max(0, memory_bytes) / _GIB:.2f} GiB holds {room} tokens, less than one sequence of "
-            f"max_model_len {budget.max_model_len}; lower model.max_model_len, raise engine.memory_utilization or "
-            f"engine.kv_memory_bytes, or use more shards"
+            f"max_model_len {budget.max_model_len}{_and_prompt(budget)}; lower model.max_model_len, raise "
+            f"engine.memory_utilization or engine.kv_memory_bytes, or use more shards"
         )
     return num_pages
+
+
+def _and_prompt(budget: PageBudget) -> str:
+    return f" and a prompt of {budget.max_prompt_len} tokens" if budget.max_prompt_len else ""
 
 
 def _free_bytes(budget: PageBudget, device: torch.device) -> int:

@@ -58,12 +58,10 @@ class Sequence:
     def start(self, slot: int) -> SlotStart:
         """Take a slot. Ids travel only when the sampler needs them."""
         self.slot = slot
-        given_ids, generated_ids = tuple(self.token_ids[: self.num_given]), tuple(self.token_ids[self.num_given :])
-        if not self.request.params.penalizes:
-            given_ids = generated_ids = ()
-        return SlotStart(
-            slot, self.request.params, given_ids, generated_ids, self.num_generated, self.num_prompt_blocks
-        )
+        params = self.request.params
+        seen = self.token_ids if params.penalizes else []
+        given_ids, generated_ids = tuple(seen[: self.num_given]), tuple(seen[self.num_given :])
+        return SlotStart(slot, params, given_ids, generated_ids, self.num_generated, self.num_prompt_blocks)
 
     def encode(self) -> EncoderRow:
         """The prompt as a row for the encoder; one that is pooled yields its embedding."""
