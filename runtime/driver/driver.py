@@ -49,7 +49,6 @@ from shardray.runtime.engine.request import (
 from shardray.runtime.model.spec import Pooling
 from shardray.runtime.model.tokenizer import Tokenizer
 
-_RETRY_UNAVAILABLE_S = 2.0
 _SHUTDOWN = "the server is shutting down"
 
 
@@ -85,18 +84,13 @@ class Driver:
         self.on_link_lost: Callable[[int], None] = lambda replica_id: None
         self._refusal: str | None = None
 
-    @staticmethod
-    def choose_seed() -> int:
-        """A seed for a request whose client gave none; 64 bits."""
-        return secrets.randbits(64)
-
     def check_available(self) -> ServedModel:
         """The model, if requests can be taken now. Raises UnavailableError with the reason."""
         if self._refusal is not None:
-            raise UnavailableError(self._refusal, _RETRY_UNAVAILABLE_S)
+            raise UnavailableError(self._refusal)
         if self.model is None or not self.fleet.takes_requests:
             status = self.fleet.snapshot()
-            raise UnavailableError(f"the model is {status.state}: {status.reason}", _RETRY_UNAVAILABLE_S)
+            raise UnavailableError(f"the model is {status.state}: {status.reason}")
         return self.model
 
     def submit(
@@ -151,8 +145,7 @@ class Driver:
 
     def abort(self, request_id: str) -> bool:
         """End a request; its stream ends with ABORTED. Returns whether it was in flight."""
-        live = self._live.get(request_id)
-        if live is None:
+        if (live := self._live.get(request_id)) is None:
             self.journal.close(request_id)  # its end need not be retained
             return False
         self._abort(live)
@@ -208,7 +201,7 @@ class Driver:
         self.fleet.set_failed(replica_id, reason)
         if not self.fleet.has_hope:
             for live in list(self._live.values()):
-                live.stream.fail(UnavailableError(f"replica {replica_id} failed: {reason}", _RETRY_UNAVAILABLE_S))
+                live.stream.fail(UnavailableError(f"replica {replica_id} failed: {reason}"))
                 self._end(live)
 
     def refuse_new(self, reason: str) -> None:
@@ -233,7 +226,7 @@ class Driver:
             if live.entry.resumable_s and self.journal.outlives_driver:
                 live.stream.fail(SuspendedError(f"{_SHUTDOWN}; the request goes on when it is started again"))
             else:
-                live.stream.fail(UnavailableError(_SHUTDOWN, _RETRY_UNAVAILABLE_S))
+                live.stream.fail(UnavailableError(_SHUTDOWN))
             self._cancel(live)
         links, self._links = self._links, {}
         await asyncio.gather(*(link.close() for link in links.values()), *self._closing)
@@ -305,10 +298,8 @@ class Driver:
 
     def _on_output(self, live: LiveRequest, output: TokenOutput) -> None:
         if output.finish_reason is FinishReason.ERROR:
-            reason = output.error or "the replica could not finish the request"
-            live.stream.fail(UnavailableError(reason, _RETRY_UNAVAILABLE_S))
-            self._end(live)
-            return
+            live.stream.fail(UnavailableError(output.error or "the replica could not finish the request"))
+            return self._end(live)
         if output.token_id is not None:
             self.journal.append(live.request_id, output)
         live.stream.push(output)

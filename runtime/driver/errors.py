@@ -46,6 +46,9 @@ class QueueFullError(RetryableError):
 class UnavailableError(RetryableError):
     """No replica takes requests, or the one that ran this request was lost."""
 
+    def __init__(self, message: str, retry_after_s: float = 2.0) -> None:
+        super().__init__(message, retry_after_s)
+
 
 class BrokenRequestError(RequestError):
     """The request breaks the step that runs it, also when it runs alone; to send it again is of no use."""

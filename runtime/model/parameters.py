@@ -20,17 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shardray.parallel.plan import Axis, ModelSizes, ShardPlan
-from shardray.runtime.model.spec import (
-    Attention,
-    DecoderSpec,
-    Embedding,
-    Experts,
-    Latent,
-    Layer,
-    Learned,
-    Mlp,
-    Norm,
-)
+from shardray.runtime.model.positions import Learned
+from shardray.runtime.model.spec import Attention, DecoderSpec, Embedding, Experts, Latent, Layer, Mlp, Norm
 
 ENCODER, CROSS = "encoder.", "cross."  # what the names of such parameters begin with
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from shardray.runtime.model.spec import Relative
+from shardray.runtime.model.positions import Relative
 
 
 def bias_by_distance(relative: Relative, causal: bool, weight: Tensor) -> Tensor:

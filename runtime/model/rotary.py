@@ -11,16 +11,16 @@ from torch import Tensor
 
 from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.kernels.ops import Angles
-from shardray.runtime.model.spec import (
+from shardray.runtime.model.positions import (
     DynamicScaling,
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
-    ModelConfigError,
     Rotary,
     Scaling,
     YarnScaling,
 )
+from shardray.runtime.model.spec import ModelConfigError
 
 _DEFAULT_THETA = 10_000.0
 

@@ -20,8 +20,8 @@ from shardray.runtime.model.attention import KVPages, PromptsView, StepView
 from shardray.runtime.model.blocks import DecoderLayer, Pending
 from shardray.runtime.model.kernels import choose_recorder
 from shardray.runtime.model.kernels.ops import Angles, NormWeights
+from shardray.runtime.model.positions import Rotary
 from shardray.runtime.model.rotary import rotary_angles
-from shardray.runtime.model.spec import Rotary
 
 if TYPE_CHECKING:
     from shardray.parallel.kernels.program import Program

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import uuid
 from array import array
 from collections.abc import AsyncIterator, Sequence
@@ -60,7 +61,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def _submit(self, request: inference_pb2.GenerateRequest, timeout_s: float | None) -> RequestStream:
         driver = self._driver
         model = driver.check_available()
-        checked = await check_generate(request, driver.tokenizer, model, driver.choose_seed())
+        checked = await check_generate(request, driver.tokenizer, model, secrets.randbits(64))
         return driver.submit(
             checked.request_id, checked.prompt_ids, checked.params, timeout_s, checked.priority, checked.resumable_s
         )

@@ -11,19 +11,8 @@ from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families import FAMILIES
 from shardray.runtime.model.families.family import Family
 from shardray.runtime.model.families.irrelevant import IRRELEVANT
-from shardray.runtime.model.spec import (
-    Attention,
-    DecoderSpec,
-    Experts,
-    Latent,
-    Layer,
-    Learned,
-    Mlp,
-    Norm,
-    Norms,
-    Rotary,
-    Sinusoidal,
-)
+from shardray.runtime.model.positions import Learned, Rotary, Sinusoidal
+from shardray.runtime.model.spec import Attention, DecoderSpec, Experts, Latent, Layer, Mlp, Norm, Norms
 from tests.model.encoder_zoo import ENCODERS, PAIRS
 from tests.model.zoo import ZOO
 

@@ -14,18 +14,8 @@ from torch import Tensor
 from shardray.runtime.model import families
 from shardray.runtime.model.families.family import Family, Source
 from shardray.runtime.model.parameters import ENCODER, embedding_parameters, layer_parameters
-from shardray.runtime.model.spec import (
-    Attention,
-    DecoderSpec,
-    Embedding,
-    Encoder,
-    Head,
-    Layer,
-    Mlp,
-    Norm,
-    Norms,
-    Sinusoidal,
-)
+from shardray.runtime.model.positions import Sinusoidal
+from shardray.runtime.model.spec import Attention, DecoderSpec, Embedding, Encoder, Head, Layer, Mlp, Norm, Norms
 from tests.model.logits import LogitsOf
 from tests.model.test_families import distance
 

@@ -14,17 +14,8 @@ from shardray.runtime.model.parameters import (
     layer_parameters,
     model_sizes,
 )
-from shardray.runtime.model.spec import (
-    Attention,
-    DecoderSpec,
-    Embedding,
-    Head,
-    Layer,
-    Learned,
-    Mlp,
-    Norm,
-    Norms,
-)
+from shardray.runtime.model.positions import Learned
+from shardray.runtime.model.spec import Attention, DecoderSpec, Embedding, Head, Layer, Mlp, Norm, Norms
 
 
 @st.composite

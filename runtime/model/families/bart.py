@@ -5,7 +5,8 @@ from __future__ import annotations
 from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.encoder_like import PAIR_IGNORED, Pair, pair_sources, read_pair
 from shardray.runtime.model.families.family import Family, refuse_unless, required
-from shardray.runtime.model.spec import DecoderSpec, Learned
+from shardray.runtime.model.positions import Learned
+from shardray.runtime.model.spec import DecoderSpec
 
 
 def _read_config(config: Config) -> DecoderSpec:

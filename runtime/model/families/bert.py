@@ -15,7 +15,8 @@ from shardray.runtime.model.families.family import (
     sources,
 )
 from shardray.runtime.model.families.gpt_like import Fields, read_gpt_like
-from shardray.runtime.model.spec import DecoderSpec, Embedding, Learned, Norms
+from shardray.runtime.model.positions import Learned
+from shardray.runtime.model.spec import DecoderSpec, Embedding, Norms
 
 _EPS = 1e-12
 _DISTILBERT = Fields(

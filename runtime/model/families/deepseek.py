@@ -18,8 +18,9 @@ from shardray.runtime.model.families.family import (
 )
 from shardray.runtime.model.families.llama import LAYER, LLAMA_IGNORED, read_llama_like
 from shardray.runtime.model.families.qwen_moe import moe_sources, read_num_experts
+from shardray.runtime.model.positions import YarnScaling
 from shardray.runtime.model.rotary import read_rotary
-from shardray.runtime.model.spec import DecoderSpec, Experts, Groups, Latent, Layer, Norm, YarnScaling
+from shardray.runtime.model.spec import DecoderSpec, Experts, Groups, Latent, Layer, Norm
 
 
 def _read_attention(config: Config) -> DecoderSpec:

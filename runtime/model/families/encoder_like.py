@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import Source, optional, read_activation, required, sources
+from shardray.runtime.model.positions import Positions
 from shardray.runtime.model.spec import (
     Attention,
     DecoderSpec,
@@ -19,7 +20,6 @@ from shardray.runtime.model.spec import (
     ModelConfigError,
     Norm,
     Norms,
-    Positions,
 )
 
 

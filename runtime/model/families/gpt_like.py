@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import optional, read_activation, required
+from shardray.runtime.model.positions import Learned
 from shardray.runtime.model.spec import (
     Attention,
     DecoderSpec,
     Embedding,
     Head,
     Layer,
-    Learned,
     Mlp,
     ModelConfigError,
     Norm,

@@ -16,7 +16,8 @@ from shardray.runtime.model.families.family import (
 )
 from shardray.runtime.model.families.gpt2 import GPT_IGNORED, gpt_sources
 from shardray.runtime.model.families.gpt_like import OLD, read_gpt_like
-from shardray.runtime.model.spec import DecoderSpec, ModelConfigError, Norms, Rotary
+from shardray.runtime.model.positions import Rotary
+from shardray.runtime.model.spec import DecoderSpec, ModelConfigError, Norms
 
 _CODEGEN_BLOCKS = 4  # the fused projection was cut for as many devices: q, v, k of each after one another
 

@@ -8,8 +8,8 @@ _FIELDS = {
         decoder_layerdrop dropout dropout_rate emb_pdrop embd_pdrop embed_dropout embedding_dropout encoder_layerdrop
         gradient_checkpointing hidden_dropout hidden_dropout_prob init_device init_std initializer_cutoff_factor
         initializer_factor initializer_range layerdrop mlp_dropout output_router_logits qa_dropout resid_dropout
-        resid_pdrop residual_dropout router_aux_loss_coef router_jitter_noise seq_classif_dropout sparse_pred_ignore_index
-        sparse_prediction""",
+        resid_pdrop residual_dropout router_aux_loss_coef router_jitter_noise seq_classif_dropout
+        sparse_pred_ignore_index sparse_prediction""",
     "Of what is built upon a model, and not served": """
         classifier_activation classifier_bias classifier_pooling decoder_bias finetuning_task id2label label2id
         num_labels problem_type summary_activation summary_first_dropout summary_proj_to_labels summary_type

@@ -5,7 +5,8 @@ from __future__ import annotations
 from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.encoder_like import PAIR_IGNORED, Pair, pair_sources, read_pair
 from shardray.runtime.model.families.family import Family, refuse_unless, required
-from shardray.runtime.model.spec import DecoderSpec, Sinusoidal
+from shardray.runtime.model.positions import Sinusoidal
+from shardray.runtime.model.spec import DecoderSpec
 
 _POSITIONS = ("*embed_positions.weight", "*embed_positions.weights")
 

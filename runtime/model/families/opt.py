@@ -7,7 +7,8 @@ from dataclasses import replace
 from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import Family, Source, change_every_layer, optional, refuse_unless, sources
 from shardray.runtime.model.families.gpt_like import Fields, read_gpt_like
-from shardray.runtime.model.spec import DecoderSpec, Embedding, Learned, Norms
+from shardray.runtime.model.positions import Learned
+from shardray.runtime.model.spec import DecoderSpec, Embedding, Norms
 
 _FIELDS = Fields(mlp_size="ffn_dim", activation="activation_function")
 

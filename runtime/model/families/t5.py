@@ -7,6 +7,7 @@ from dataclasses import replace
 from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.encoder_like import of_encoder
 from shardray.runtime.model.families.family import Family, Source, choice, optional, required, sources
+from shardray.runtime.model.positions import Relative
 from shardray.runtime.model.spec import (
     Activation,
     Attention,
@@ -18,7 +19,6 @@ from shardray.runtime.model.spec import (
     Mlp,
     Norm,
     Norms,
-    Relative,
 )
 
 _TRAINED_LEN = 512  # of those published; their configs of today do not say
