@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
@@ -44,3 +45,9 @@ class _Joined(Config):
 
     def __getitem__(self, field: str) -> Any:
         return self._fields[field]
+
+
+def nearest_of(value: object, accepted: Iterable[str]) -> str:
+    """What to try instead of ``value``."""
+    nearest = difflib.get_close_matches(str(value), accepted, n=1, cutoff=0.0)[0]
+    return f"the nearest is {nearest!r} (supported: {', '.join(sorted(accepted))})"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardray.runtime.model.config_json import Config
+from shardray.runtime.model.config_json import Config, nearest_of
 from shardray.runtime.model.kernels.ops import Angles
 from shardray.runtime.model.positions import (
     DynamicScaling,
@@ -23,6 +23,7 @@ from shardray.runtime.model.positions import (
 from shardray.runtime.model.spec import ModelConfigError
 
 _DEFAULT_THETA = 10_000.0
+_KINDS = ("default", "dynamic", "linear", "llama3", "longrope", "yarn")
 
 
 def read_rotary(config: Config, head_dim: int) -> Rotary:
@@ -54,10 +55,7 @@ def _read_scaling(parameters: Mapping[str, Any], config: Config, dim: int) -> Sc
         return DynamicScaling(_number(parameters, "factor"), _trained_positions(parameters, config))
     if kind in ("longrope", "su"):  # as Phi 3 called it first
         return _read_longrope(parameters, config, dim)
-    raise ModelConfigError(
-        f"config.json: rope_type {kind!r} is not supported "
-        "(supported: default, dynamic, linear, llama3, longrope, yarn)"
-    )
+    raise ModelConfigError(f"config.json: rope_type {kind!r} is not supported; {nearest_of(kind, _KINDS)}")
 
 
 def _read_llama3(parameters: Mapping[str, Any], trained: int) -> Llama3Scaling:

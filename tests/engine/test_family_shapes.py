@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from shardray import LLM, SamplingParams
 from tests.engine.test_same_tokens import make_arrivals
 from tests.model.zoo import WITH_EXPERTS, ZOO, save
 from tests.ranks import Arrival, RankPool
 from tests.tiny_models import Reference
 
-SHAPES = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2)]
+SHAPES = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 3)]
 QUICK_SHAPES = [(2, 2)]
 MAX_TOKENS = 24
 PROMPT_LENS = [1, 30, 9, 17, 41]
@@ -38,6 +39,19 @@ def test_a_family_gives_the_tokens_of_transformers(
     for shape in shapes:
         assert serve(pool, tmp_path, shape, arrivals) == expected, shape
     assert serve_short_of_pages(pool, tmp_path, arrivals) == expected
+
+
+def test_how_unevenly_experts_are_loaded_is_told(tmp_path: Path) -> None:
+    """Between all alike and everything on the two that each token gets."""
+    save("mixtral", tmp_path)
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    with LLM(tmp_path, device="cpu", dtype="float32") as llm:
+        llm.generate([arrival.request.prompt_ids for arrival in make_arrivals(97, PROMPT_LENS, MAX_TOKENS)], params)
+        assert 1.0 < llm.stats().expert_imbalance <= 5 / 2
+    save("llama", tmp_path / "llama")
+    with LLM(tmp_path / "llama", device="cpu", dtype="float32") as llm:
+        llm.generate([(5, 6, 7)], params)
+        assert llm.stats().expert_imbalance == 0.0
 
 
 @pytest.mark.parametrize("name", WITH_EXPERTS)

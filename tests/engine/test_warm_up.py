@@ -12,6 +12,8 @@ from tests.tiny_models import save_llama
 _COUNT = """
 import os, sys, torch
 from shardray.runtime.engine.shard import warm_up
+from shardray.runtime.model.kernels import choose_ops
+choose_ops(torch.device("cpu"), torch.bfloat16, 2)  # numba imports scipy where it is, whose BLAS has threads of its own
 before = len(os.listdir("/proc/self/task"))
 warm_up(sys.argv[1], "bfloat16", "cpu", 2)
 print(len(os.listdir("/proc/self/task")) - before)

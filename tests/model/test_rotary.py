@@ -120,7 +120,10 @@ def test_scalings_by_length_are_those_of_the_longest_context(parameters: dict[st
 
 
 def test_an_unknown_type_is_refused_with_its_name() -> None:
-    with pytest.raises(ModelConfigError, match=r"rope_type 'mrope' is not supported .*linear, llama3, longrope, yarn"):
+    with pytest.raises(
+        ModelConfigError,
+        match=r"rope_type 'mrope' is not supported; the nearest is '\w+' .*linear, llama3, longrope, yarn",
+    ):
         read_rotary({"rope_scaling": {"rope_type": "mrope", "factor": 2.0}}, 64)
 
 

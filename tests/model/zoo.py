@@ -10,20 +10,20 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 _LLAMA: dict[str, Any] = {
     "vocab_size": 97,
-    "hidden_size": 60,
+    "hidden_size": 72,
     "intermediate_size": 84,
     "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
     "max_position_embeddings": 128,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_GPT: dict[str, Any] = {"vocab_size": 97, "n_embd": 60, "n_layer": 3, "n_head": 6, "n_inner": 84, "n_positions": 128}
-_BLOOM: dict[str, Any] = {"vocab_size": 97, "hidden_size": 60, "num_hidden_layers": 3, "num_attention_heads": 6}
+_GPT: dict[str, Any] = {"vocab_size": 97, "n_embd": 60, "n_layer": 3, "n_head": 5, "n_inner": 84, "n_positions": 128}
+_BLOOM: dict[str, Any] = {"vocab_size": 97, "hidden_size": 60, "num_hidden_layers": 3, "num_attention_heads": 5}
 _DEEPSEEK: dict[str, Any] = _LLAMA | {
-    "num_key_value_heads": 6,
+    "num_key_value_heads": 9,
     "q_lora_rank": 28,
     "kv_lora_rank": 20,
     "qk_nope_head_dim": 10,
@@ -39,8 +39,8 @@ _WINDOW = {"sliding_window": 11}
 
 # name -> (model_type, config): what differs from the base is what the family, or its variant, brings
 ZOO: dict[str, tuple[str, dict[str, Any]]] = {
-    "bloom": ("bloom", {"vocab_size": 97, "hidden_size": 60, "n_layer": 3, "n_head": 6}),
-    "bloom, 5 heads": ("bloom", {"vocab_size": 97, "hidden_size": 60, "n_layer": 3, "n_head": 5}),
+    "bloom": ("bloom", {"vocab_size": 97, "hidden_size": 60, "n_layer": 3, "n_head": 5}),
+    "bloom, 6 heads": ("bloom", {"vocab_size": 97, "hidden_size": 60, "n_layer": 3, "n_head": 6}),
     "codegen": ("codegen", _GPT | {"n_embd": 48, "n_head": 4, "rotary_dim": 4}),
     "cohere": ("cohere", _LLAMA),
     "cohere, norms": ("cohere", _LLAMA | {"use_qk_norm": True, "logit_scale": 0.25}),
@@ -75,10 +75,14 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
         "falcon",
         _BLOOM | {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "ffn_hidden_size": 84},
     ),
-    "falcon, new": ("falcon", _BLOOM | {"num_kv_heads": 2, "new_decoder_architecture": True, "ffn_hidden_size": 84}),
+    "falcon, new": (
+        "falcon",
+        _BLOOM | {"num_attention_heads": 6, "num_kv_heads": 2, "new_decoder_architecture": True, "ffn_hidden_size": 84},
+    ),
     "falcon, new, one norm": (
         "falcon",
-        _BLOOM | {"num_kv_heads": 2, "new_decoder_architecture": True, "num_ln_in_parallel_attn": 1},
+        _BLOOM
+        | {"num_attention_heads": 6, "num_kv_heads": 2, "new_decoder_architecture": True, "num_ln_in_parallel_attn": 1},
     ),
     "gemma": ("gemma", _LLAMA | {"head_dim": 12}),
     "gemma2": ("gemma2", _LLAMA | _WINDOW | {"head_dim": 12, "query_pre_attn_scalar": 10}),
@@ -93,13 +97,13 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
             "hidden_size": 60,
             "num_layers": 4,
             "attention_types": [[["global", "local"], 2]],
-            "num_heads": 6,
+            "num_heads": 5,
             "window_size": 11,
             "max_position_embeddings": 128,
             "intermediate_size": 84,
         },
     ),
-    "gpt-neox": ("gpt_neox", _LLAMA | {"rotary_pct": 0.4}),
+    "gpt-neox": ("gpt_neox", _LLAMA | {"rotary_pct": 0.5}),
     "gpt-neox, one after the other": ("gpt_neox", _LLAMA | {"use_parallel_residual": False}),
     "gpt-oss": (
         "gpt_oss",
@@ -114,7 +118,7 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _LLAMA),
     "mixtral": ("mixtral", _LLAMA | {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "mistral": ("mistral", _LLAMA | _WINDOW),
-    "mpt": ("mpt", {"vocab_size": 97, "d_model": 60, "n_heads": 6, "n_layers": 3, "max_seq_len": 128}),
+    "mpt": ("mpt", {"vocab_size": 97, "d_model": 60, "n_heads": 5, "n_layers": 3, "max_seq_len": 128}),
     "nemotron": ("nemotron", _LLAMA | {"head_dim": 12}),
     "olmo": ("olmo", _LLAMA | {"clip_qkv": 0.05}),
     "olmo2": ("olmo2", _LLAMA),
@@ -126,13 +130,13 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
             "hidden_size": 60,
             "ffn_dim": 84,
             "num_hidden_layers": 3,
-            "num_attention_heads": 6,
+            "num_attention_heads": 5,
             "max_position_embeddings": 128,
             "word_embed_proj_dim": 60,
         },
     ),
-    "phi": ("phi", _LLAMA | {"hidden_size": 72}),
-    "phi, norms": ("phi", _LLAMA | {"hidden_size": 72, "qk_layernorm": True}),
+    "phi": ("phi", _LLAMA),
+    "phi, norms": ("phi", _LLAMA | {"qk_layernorm": True}),
     "phi3": ("phi3", _LLAMA),
     "qwen2": ("qwen2", _LLAMA),
     "qwen2, windows": ("qwen2", _LLAMA | _WINDOW | {"use_sliding_window": True, "max_window_layers": 1}),

@@ -6,7 +6,7 @@ import json
 import logging
 from pathlib import Path
 
-from shardray.runtime.model.config_json import Config
+from shardray.runtime.model.config_json import Config, nearest_of
 from shardray.runtime.model.families.bart import BART
 from shardray.runtime.model.families.bert import BERT, DISTILBERT
 from shardray.runtime.model.families.bloom import BLOOM
@@ -14,7 +14,7 @@ from shardray.runtime.model.families.cohere import COHERE, COHERE2
 from shardray.runtime.model.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from shardray.runtime.model.families.exaone4 import EXAONE4
 from shardray.runtime.model.families.falcon import FALCON
-from shardray.runtime.model.families.family import Family, nearest_of
+from shardray.runtime.model.families.family import Family
 from shardray.runtime.model.families.gemma import GEMMA, GEMMA2, GEMMA3
 from shardray.runtime.model.families.gpt2 import GPT2
 from shardray.runtime.model.families.gpt_neo import GPT_NEO

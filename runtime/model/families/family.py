@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from shardray.runtime.model.config_json import Config
+from shardray.runtime.model.config_json import Config, nearest_of
 from shardray.runtime.model.spec import Activation, DecoderSpec, Layer, ModelConfigError
 
 T = TypeVar("T")
@@ -194,12 +193,6 @@ def choice(config: Mapping[str, Any], field: str, default: str, accepted: Mappin
     if not isinstance(value, str) or value not in accepted:
         raise ModelConfigError(f"config.json: {field} {value!r} is not supported; {nearest_of(value, accepted)}")
     return accepted[value]
-
-
-def nearest_of(value: object, accepted: Iterable[str]) -> str:
-    """What to try instead of ``value``."""
-    nearest = difflib.get_close_matches(str(value), accepted, n=1, cutoff=0.0)[0]
-    return f"the nearest is {nearest!r} (supported: {', '.join(sorted(accepted))})"
 
 
 def refuse_unless(config: Mapping[str, Any], field: str, expected: Any) -> None:
