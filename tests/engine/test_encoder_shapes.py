@@ -51,7 +51,7 @@ def test_a_pair_gives_the_tokens_of_transformers(
         assert found[request.request_id] == reference.greedy(request.prompt_ids, 60)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (1, 3), (5, 1)], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 1)], ids=str)
 @pytest.mark.parametrize("name", ENCODERS)
 def test_an_encoder_gives_the_embeddings_of_transformers(
     pool: RankPool, name: str, shape: tuple[int, int], tmp_path: Path
