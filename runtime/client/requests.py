@@ -54,14 +54,12 @@ def generate_request(
     elif prompt and isinstance(prompt[0], Mapping):
         request.chat.CopyFrom(chat_messages(cast(Sequence[Mapping[str, str]], prompt)))
     else:
-        request.token_ids.SetInParent()
-        set_field(request.token_ids, "ids", prompt)
+        _set_ids(request.token_ids, cast(Sequence[int], prompt))
     for name, value in options.items():
         if name not in common_pb2.SamplingParameters.DESCRIPTOR.fields_by_name:
             raise TypeError(f"unknown sampling option {name!r}; known: {', '.join(SamplingOptions.__annotations__)}")
         if name == "forced" and value is not None:
-            request.sampling.forced.SetInParent()
-            set_field(request.sampling.forced, "ids", value)
+            _set_ids(request.sampling.forced, cast(Sequence[int], value))
         elif value is not None:
             set_field(request.sampling, name, value)
     return request
@@ -82,8 +80,7 @@ def embed_request(texts: Sequence[str | Sequence[int]], options: EmbedOptions) -
         if isinstance(text, str):
             entry.text = text
         else:
-            entry.token_ids.SetInParent()
-            set_field(entry.token_ids, "ids", text)
+            _set_ids(entry.token_ids, text)
     return request
 
 
@@ -102,6 +99,12 @@ def chat_messages(messages: Sequence[Mapping[str, str]]) -> inference_pb2.ChatMe
             raise _bad_field(f"chat.messages[{index}].{missing[0]}", "is missing or no text")
         chat.messages.add(role=message["role"], content=message["content"])
     return chat
+
+
+def _set_ids(message: common_pb2.TokenIds, ids: Sequence[int]) -> None:
+    """Also no ids are given ids."""
+    message.SetInParent()
+    set_field(message, "ids", ids)
 
 
 def set_field(message: Message, name: str, value: object) -> None:

@@ -194,15 +194,13 @@ class Scheduler:
     def _admit(self, draft: _Draft, budget: int) -> None:
         """Start waiting sequences in their order, as far as slots, budget and pages go. Never preempts."""
         num_spare = self._num_spare_pages() if self._waiting and self._free_slots else 0
+        room = self._limits.max_num_batched_tokens - draft.num_tokens if self._limits.encoder is not None else 0
         while budget > 0 and self._waiting and self._free_slots:
             sequence = self._waiting.first
             num_pages = self._num_pages_for(sequence, len(sequence.token_ids))
             if sequence.num_unresolved or num_pages > num_spare:
                 return
-            if (
-                sequence.encoder_ids
-                and len(sequence.encoder_ids) > self._limits.max_num_batched_tokens - draft.num_tokens
-            ):
+            if len(sequence.encoder_ids) > room:
                 return
             self._waiting.remove(sequence)
             self._running.add(sequence)
@@ -210,6 +208,7 @@ class Scheduler:
             num_spare -= num_pages + 1
             if sequence.encoder_ids:
                 self._encode(draft, sequence)
+                room -= len(sequence.encoder_ids)
                 budget -= len(sequence.encoder_ids)
                 continue
             num_tokens = min(sequence.num_uncomputed, budget)

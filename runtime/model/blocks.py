@@ -55,7 +55,11 @@ def _projections(attention: Attention, parameters: Parameters) -> ColumnParallel
     """What makes a token's queries, keys and values of this rank's heads, in this order."""
     if attention.latent is not None:
         return LatentProjections(attention, attention.latent, parameters)
-    names = ("q", "k", "v")
+    return _merged(attention, parameters, "q", "k", "v")
+
+
+def _merged(attention: Attention, parameters: Parameters, *names: str) -> ColumnParallelLinear:
+    """Several projections of one input"""
     biases = [parameters[f"{name}.bias"] for name in names] if attention.qkv_bias else None
     return ColumnParallelLinear.merged([parameters[f"{name}.weight"] for name in names], biases)
 
@@ -64,13 +68,10 @@ class CrossAttentionBlock:
     """Queries of a decoder's tokens, against keys and values of what the encoder gave, in pages of the prompt."""
 
     def __init__(self, attention: Attention, heads: OwnHeads, parameters: Parameters, comm: Comm, ops: Ops) -> None:
-        def merged(*names: str) -> ColumnParallelLinear:
-            biases = [parameters[f"{name}.bias"] for name in names] if attention.qkv_bias else None
-            return ColumnParallelLinear.merged([parameters[f"{name}.weight"] for name in names], biases)
-
         self._ops = ops
         self._head_dim = attention.head_dim
-        self._queries, self._keys_and_values = merged("q"), merged("k", "v")
+        self._queries = _merged(attention, parameters, "q")
+        self._keys_and_values = _merged(attention, parameters, "k", "v")
         self._out = RowParallelLinear(parameters["o.weight"], parameters.get("o.bias"), comm)
         self._attention = PagedAttention(attention, heads, parameters["o.weight"].device)
         linears = self._queries, self._keys_and_values, self._out

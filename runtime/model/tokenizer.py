@@ -67,12 +67,11 @@ class Tokenizer:
 
         A text that has more than ``max_len`` of them is cut, and these are still around it.
         """
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        if max_len is not None and len(ids) > max_len:
-            num_added = self._backend.num_special_tokens_to_add(False) if add_special_tokens else 0
-            inner = self._backend.encode(text, add_special_tokens=False)
-            inner.truncate(max_len - num_added)
-            ids = self._backend.post_process(inner, None, add_special_tokens).ids
+        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens and max_len is None)
+        if max_len is not None:
+            encoding.truncate(max_len - (self._backend.num_special_tokens_to_add(False) if add_special_tokens else 0))
+            encoding = self._backend.post_process(encoding, None, add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -9,7 +9,7 @@ import asyncio
 import dataclasses
 import math
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from shardray.runtime.cluster.messages import DEFAULT_MAX_TOKENS, params_from_proto, pooling_from_proto
 from shardray.runtime.engine.request import EngineRequest, FieldError, SamplingParams, ServedModel, given_ids
@@ -82,39 +82,35 @@ async def check_embed(
         raise FieldError("inputs", f"has {len(request.inputs)} entries, give 1 to {_MAX_INPUTS}")
     pooling = pooling_from_proto(request.pooling, default)
     most = model.encoder.max_prompt_len
-    texts = []
-    for index, entry in enumerate(request.inputs):
-        token_ids = await _input_ids(entry, f"inputs[{index}]", tokenizer, model.vocab_size, most)
-        if len(token_ids) > most and not request.truncate:
+    texts = await _texts(request, tokenizer, model.vocab_size, most)
+    for index, token_ids in enumerate(texts):
+        if not token_ids:
+            raise FieldError(f"inputs[{index}]", "is empty; give a text, or at least one token id")
+        if len(token_ids) > most:
             message = f"has {len(token_ids)} tokens, the model reads at most {most}; shorten it, or set truncate"
             raise FieldError(f"inputs[{index}]", message)
-        texts.append(token_ids if len(token_ids) <= most else _cut(entry, token_ids, tokenizer, most))
     return CheckedTexts(texts, pooling, request.priority)
 
 
-async def _input_ids(
-    entry: inference_pb2.EmbedInput, field: str, tokenizer: Tokenizer | None, vocab_size: int, most: int
-) -> tuple[int, ...]:
-    kind = entry.WhichOneof("input")
-    if kind == "text":
-        if len(entry.text) > _MAX_TEXT_LEN:
-            raise FieldError(f"{field}.text", f"has {len(entry.text)} characters, at most {_MAX_TEXT_LEN} are taken")
-        token_ids = await _encode(require_tokenizer(f"{field}.text", tokenizer), entry.text)
-    else:
-        token_ids = list(entry.token_ids.ids)
-        check_token_ids(f"{field}.token_ids.ids", token_ids, vocab_size)
-    if not token_ids or (kind == "text" and not entry.text):
-        raise FieldError(field, "is empty; give a text, or at least one token id")
-    return tuple(token_ids)
-
-
-def _cut(
-    entry: inference_pb2.EmbedInput, token_ids: tuple[int, ...], tokenizer: Tokenizer | None, most: int
-) -> tuple[int, ...]:
-    """A text keeps the tokens that the model expects around it."""
-    if tokenizer is None or entry.WhichOneof("input") != "text":
-        return token_ids[:most]
-    return tuple(tokenizer.encode(entry.text, max_len=most))
+async def _texts(
+    request: inference_pb2.EmbedRequest, tokenizer: Tokenizer | None, vocab_size: int, most: int
+) -> list[tuple[int, ...]]:
+    """The ids of all inputs, in their order, cut if that is asked for. None for an empty text."""
+    max_len = most if request.truncate else None
+    found = [tuple(entry.token_ids.ids[:max_len]) for entry in request.inputs]
+    written = [index for index, entry in enumerate(request.inputs) if entry.WhichOneof("input") == "text"]
+    for index, token_ids in enumerate(found):
+        check_token_ids(f"inputs[{index}].token_ids.ids", token_ids, vocab_size)
+    texts = [request.inputs[index].text for index in written]
+    for index, text in zip(written, texts, strict=True):
+        if len(text) > _MAX_TEXT_LEN:
+            message = f"has {len(text)} characters, at most {_MAX_TEXT_LEN} are taken"
+            raise FieldError(f"inputs[{index}].text", message)
+    if texts:
+        encoded = await _encode(require_tokenizer(f"inputs[{written[0]}].text", tokenizer), texts, max_len)
+        for index, text, ids in zip(written, texts, encoded, strict=True):
+            found[index] = tuple(ids) if text else ()
+    return found
 
 
 def check_resume(request: inference_pb2.GenerateRequest) -> tuple[str, int, int]:
@@ -160,7 +156,7 @@ async def tokenize(
     """Ids of a text or of a conversation. Raises FieldError."""
     kind = prompt.WhichOneof("prompt")
     if kind == "text":
-        return await _encode(require_tokenizer("text", tokenizer), prompt.text)
+        return (await _encode(require_tokenizer("text", tokenizer), [prompt.text]))[0]
     if kind == "chat":
         return await _render_chat(require_tokenizer("chat", tokenizer), prompt.chat)
     raise FieldError("prompt", "is missing; set one of its fields")
@@ -206,10 +202,13 @@ def _most_prompt_tokens(model: ServedModel) -> int:
     return model.max_request_len - 1 if model.encoder is None else model.encoder.max_prompt_len
 
 
-async def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    if len(text) < _LONG_TEXT_LEN:
-        return list(tokenizer.encode(text))
-    return list(await asyncio.to_thread(tokenizer.encode, text))
+async def _encode(tokenizer: Tokenizer, texts: Sequence[str], max_len: int | None = None) -> list[list[int]]:
+    def encode() -> list[list[int]]:
+        return [tokenizer.encode(text, max_len=max_len) for text in texts]
+
+    if sum(map(len, texts)) < _LONG_TEXT_LEN:
+        return encode()
+    return await asyncio.to_thread(encode)
 
 
 async def _render_chat(tokenizer: Tokenizer, chat: inference_pb2.ChatMessages) -> list[int]:

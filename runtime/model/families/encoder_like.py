@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from shardray.runtime.model.config_json import Config
-from shardray.runtime.model.families.family import Source, optional, read_activation, required, sources
+from shardray.runtime.model.families.family import Source, optional, read_activation, refuse_unless, required, sources
 from shardray.runtime.model.positions import Positions
 from shardray.runtime.model.spec import (
     Attention,
@@ -47,6 +47,10 @@ class Pair(NamedTuple):
 
 def read_pair(config: Config, pair: Pair) -> DecoderSpec:
     """Encoder and decoder with LayerNorm and biases everywhere, and embeddings shared by all three ends."""
+    refuse_unless(config, "tie_word_embeddings", True)
+    refuse_unless(config, "normalize_before", pair.norms_before)
+    refuse_unless(config, "add_final_layer_norm", pair.norms_before)
+    refuse_unless(config, "normalize_embedding", pair.norms_embeddings)
     hidden_size = required(config, "d_model", int)
     num_heads = required(config, "decoder_attention_heads", int)
     if required(config, "encoder_attention_heads", int) != num_heads or hidden_size % num_heads:
@@ -121,5 +125,5 @@ def _end_sources(end: str) -> dict[str, Source]:
     return sources(modules)
 
 
-# Copies of the shared embeddings, and positions that are computed
+# Copies of the shared embeddings
 PAIR_IGNORED = ("*embed_tokens.weight", "lm_head.weight")

@@ -14,16 +14,11 @@ _POSITIONS = ("*embed_positions.weight", "*embed_positions.weights")
 def _read_marian(config: Config) -> DecoderSpec:
     refuse_unless(config, "share_encoder_decoder_embeddings", True)
     refuse_unless(config, "decoder_vocab_size", config.get("vocab_size"))
-    refuse_unless(config, "normalize_before", False)
-    refuse_unless(config, "add_final_layer_norm", False)
-    refuse_unless(config, "normalize_embedding", False)
-    refuse_unless(config, "tie_word_embeddings", True)
     positions = Sinusoidal(required(config, "max_position_embeddings", int), in_halves=True)
     return read_pair(config, Pair(positions, has_logit_bias=True))
 
 
 def _read_m2m100(config: Config) -> DecoderSpec:
-    refuse_unless(config, "tie_word_embeddings", True)
     most = required(config, "max_position_embeddings", int)
     positions = Sinusoidal(most, offset=2, in_halves=True, reaches_end=True)
     return read_pair(config, Pair(positions, norms_before=True, scales=True, activation="relu"))
