@@ -17,7 +17,8 @@ import msgspec
 
 from shardray.parallel.credentials import Credentials
 from shardray.parallel.errors import CollectiveTimeout, MeshError, PeerLost
-from shardray.parallel.link import LENGTH, Link
+from shardray.parallel.frames import LENGTH
+from shardray.parallel.link import Link
 from shardray.parallel.place import Member
 from shardray.parallel.strangers import Strangers
 from shardray.parallel.tls import TlsError, TlsFiles
@@ -90,16 +91,18 @@ class Door:
 
     def enter(self, missing: dict[int, Member], send_timeout_s: float, deadline: float) -> Iterator[tuple[int, Link]]:
         """Each rank of ``missing`` as it comes, with a link to it; all else is refused. Ends when nobody is missing,
-        at the deadline, or when the door is closed."""
+        at the deadline, or when the door is closed. Who may come again is put back before the next one is asked for.
+        """
         with selectors.DefaultSelector() as selector:
             selector.register(self._socket, selectors.EVENT_READ)
             try:
                 while missing and self._is_open and time.monotonic() < deadline:
                     for guest in self._hear(selector, deadline):
                         if (rank := self._rank_of(selector, guest, missing)) is not None:
-                            link = Link(guest.sock, missing.pop(rank), send_timeout_s)
-                            link.send(_WELCOME)
-                            yield rank, link
+                            link = Link(guest.sock, missing[rank], send_timeout_s)
+                            if _welcomed(link):
+                                del missing[rank]
+                                yield rank, link
             finally:
                 for guest in _guests(selector):
                     guest.sock.close()
@@ -196,6 +199,11 @@ class LinkListener:
         self._door.close()
 
 
+def hello(credentials: Credentials, rank: int) -> bytes:
+    """What whoever connects to a door says first; an empty frame comes back."""
+    return msgspec.json.encode(_Hello(credentials.epoch, credentials.secret, rank))
+
+
 def connect(
     address: tuple[str, int],
     credentials: Credentials,
@@ -213,7 +221,7 @@ def connect(
         raise PeerLost(where, str(error), [leader]) from error
     try:
         link = Link(_secured(sock, credentials.tls), leader, timeout_s)
-        link.send(msgspec.json.encode(_Hello(credentials.epoch, credentials.secret, rank)))
+        link.send(hello(credentials, rank))
         link.recv(form_timeout_s)
     except (MeshError, TlsError):
         sock.close()
@@ -223,6 +231,16 @@ def connect(
 
 def _secured(sock: socket.socket, tls: TlsFiles | None) -> socket.socket | TlsSocket:
     return sock if tls is None else TlsSocket(sock, tls.client_context(), is_server=False)
+
+
+def _welcomed(link: Link) -> bool:
+    """False if the peer has gone again."""
+    try:
+        link.send(_WELCOME)
+    except MeshError:
+        link.close()
+        return False
+    return True
 
 
 def _family(bind_host: str) -> socket.AddressFamily:

@@ -29,7 +29,7 @@ class TlsSocket:
         self._lock = threading.Lock()  # of everything above
         self._sending = threading.Lock()  # keeps records in order; taken before the other one
 
-    def setsockopt(self, level: int, option: int, value: int) -> None:
+    def setsockopt(self, level: int, option: int, value: int | bytes) -> None:
         self._socket.setsockopt(level, option, value)
 
     def settimeout(self, timeout_s: float | None) -> None:

@@ -83,7 +83,7 @@ def describe(fleet: control_pb2.Fleet) -> Group:
 
 
 def _replica_line(replica: control_pb2.Replica) -> str:
-    from shardray.runtime.cluster.messages import stats_from_proto
+    from shardray.runtime.server.messages import stats_from_proto
 
     line = f"replica {replica.replica_id}: {_word(replica)}"
     if replica.reason:

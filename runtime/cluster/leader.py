@@ -1,44 +1,33 @@
-"""The leader's side of the link to the driver: commands go into the engine, its tokens come out on one stream.
+"""The leader's side of its driver's connection: commands go into the engine, its tokens come out.
 
-The gRPC server has a thread and an asyncio loop of its own; the engine runs in another thread and hands over one list
-of outputs a step. Nothing here waits for the driver: what it has not read yet is merged into the next message.
+A thread per driver waits for commands. Tokens are sent by the engine's own thread, between two steps: nothing has to
+wake up for them. It never waits for a driver: what one has not taken yet is merged into the next message.
 """
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
-import contextlib
-import hmac
+import logging
+import math
 import threading
-from collections.abc import AsyncIterator
-from typing import Any, Protocol
+import time
+from collections.abc import Callable
+from typing import Protocol
 
-import grpc
-import grpc.aio
+import msgspec
 
 from shardray.parallel.credentials import Credentials
-from shardray.parallel.tls import NAME, TlsFiles
-from shardray.runtime.cluster import messages
-from shardray.runtime.cluster.messages import SECRET_METADATA_KEY, Rejection
-from shardray.runtime.cluster.port_watch import PortWatch
+from shardray.parallel.errors import MeshError
+from shardray.parallel.greeting import Door
+from shardray.parallel.link import Link
+from shardray.parallel.place import Member
+from shardray.runtime.cluster.messages import DRIVER_RANK, Cancel, Command, Events, Rejection, Submit
 from shardray.runtime.engine.request import EngineRequest, EngineStats, FieldError, ServedModel, TokenOutput
-from shardray.v1 import replica_pb2, replica_pb2_grpc
 
 STATS_INTERVAL_S = 0.5
 _STOP_TIMEOUT_S = 2.0
-_OPTIONS = [
-    ("grpc.so_reuseport", 0),
-    ("grpc.server_handshake_timeout_ms", 5_000),  # of a connection that says nothing
-    ("grpc.max_connection_idle_ms", 10_000),  # of one that makes no call
-    ("grpc.max_receive_message_length", -1),  # a long prompt is the driver's to bound
-    ("grpc.max_send_message_length", -1),
-    # A driver whose machine vanished says nothing; ping it, so that its requests are cancelled.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-]
+_SEND_TIMEOUT_S = 30.0  # of a driver that takes nothing
+_SMALL_BYTES = 32 << 10
+_log = logging.getLogger(__name__)
 
 
 class LinkedEngine(Protocol):
@@ -54,225 +43,177 @@ class LinkedEngine(Protocol):
 class LeaderServer:
     """Serves one engine to its driver. Between start and stop, its owner runs ``engine.run(server.publish)``."""
 
+    def __init__(self) -> None:
+        self._door: Door | None = None
+        self._drivers: set[_DriverLink] = set()
+        self._owners: dict[str, _DriverLink] = {}  # by request id
+        self._told_s = 0.0  # when statistics were sent last
+        self._end: str | None = None  # why it was stopped
+        self._lock = threading.Lock()  # of the above
+
     def start(self, bind_host: str, engine: LinkedEngine, credentials: Credentials) -> int:
-        """Listen on a free port of ``bind_host`` and return the port. Only calls that carry the secret are served,
-        and with ``credentials.tls`` only over connections with a certificate for the cluster's name.
+        """Listen on a free port of ``bind_host`` and return the port. Only who says the mesh's secret is served, and
+        with ``credentials.tls`` only over connections with a certificate for the cluster's name.
 
         Raises RuntimeError if nothing can listen on that host, TlsError.
         """
         if not credentials.secret:
             raise ValueError("secret is empty: anyone could send requests to the engine")
-        tls = None if credentials.tls is None else _server_credentials(credentials.tls)
-        started: concurrent.futures.Future[int] = concurrent.futures.Future()
-        self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._serve(bind_host, engine, credentials.secret, tls, started)),
-            name="leader-grpc",
-            daemon=True,
-        )
-        self._thread.start()
-        return started.result()
+        try:
+            self._door = Door(bind_host, credentials, "driver")
+        except OSError as error:
+            raise RuntimeError(f"the leader cannot listen on {bind_host}: {error}") from None
+        self._engine = engine
+        self._welcomer = threading.Thread(target=self._welcome, args=(self._door,), name="leader-door", daemon=True)
+        self._welcomer.start()
+        return self._door.port
 
     def publish(self, outputs: list[TokenOutput]) -> None:
-        """Send one step's outputs. Thread-safe; does not block; outputs after stop are dropped."""
-        self._call(self._service.deliver, outputs)
+        """Send one step's outputs. Does not block; call it from one thread. Outputs after stop are dropped."""
+        batches: dict[_DriverLink, list[TokenOutput]] = {}
+        with self._lock:
+            for output in outputs:
+                if (driver := self._owners.get(output.request_id)) is not None:
+                    batches.setdefault(driver, []).append(output)
+                    if output.finish_reason is not None:
+                        del self._owners[output.request_id]
+            stats = self._due_stats()
+            drivers = batches if stats is None else tuple(self._drivers)
+        for driver in drivers:
+            driver.send(Events(batches.get(driver, []), stats=stats))
 
     def stop(self, reason: str = "the replica was stopped") -> None:
-        """End every stream with ``reason``, after what is pending; then close the port. Thread-safe and idempotent."""
-        self._call(self._service.close, reason)
-        self._thread.join(_STOP_TIMEOUT_S * 2)
+        """Tell every driver ``reason``, after what is pending, and stop listening. Thread-safe and idempotent."""
+        if self._door is not None:
+            self._door.close()
+            self._welcomer.join(_STOP_TIMEOUT_S)
+        with self._lock:
+            self._end = self._end or reason
+            drivers = tuple(self._drivers)
+        for driver in drivers:
+            driver.send(Events(end=self._end))
+        deadline = time.monotonic() + _STOP_TIMEOUT_S
+        for driver in drivers:
+            driver.close(max(0.0, deadline - time.monotonic()))
 
-    def _call(self, function: Any, argument: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is left to tell
-            self._loop.call_soon_threadsafe(function, argument)
+    def _welcome(self, door: Door) -> None:
+        awaited = {DRIVER_RANK: Member(DRIVER_RANK, 0, 0)}
+        for rank, link in door.enter(awaited, _SEND_TIMEOUT_S, math.inf):
+            awaited[rank] = Member(rank, 0, 0)  # the next one, when this one is gone
+            driver = _DriverLink(link, self._run)
+            driver.greet(self._engine.info, self._engine.stats())
+            with self._lock:
+                self._drivers.add(driver)
+                end = self._end
+            driver.start()
+            if end is not None:  # it came while the server stopped
+                driver.send(Events(end=end))
 
-    async def _serve(
-        self,
-        bind_host: str,
-        engine: LinkedEngine,
-        secret: str,
-        tls: grpc.ServerCredentials | None,
-        started: concurrent.futures.Future[int],
-    ) -> None:
-        self._loop = asyncio.get_running_loop()
-        server = grpc.aio.server(options=_OPTIONS)
-        address = f"[{bind_host}]:0" if ":" in bind_host else f"{bind_host}:0"
+    def _run(self, driver: _DriverLink) -> None:
+        """Do what a driver asks for until it is gone; then free what it had asked for."""
         try:
-            port = server.add_insecure_port(address) if tls is None else server.add_secure_port(address, tls)
-            watch = PortWatch(port)
-            self._service = _ReplicaService(engine, secret, watch, tls is not None)
-            replica_pb2_grpc.add_ReplicaServiceServicer_to_server(self._service, server)
-            await server.start()
-        except RuntimeError as error:
-            started.set_exception(RuntimeError(f"the leader cannot listen on {bind_host}: {error}"))
-            return
-        watching = asyncio.create_task(watch.run())
-        started.set_result(port)
-        await self._service.closed.wait()
-        await server.stop(_STOP_TIMEOUT_S)
-        watching.cancel()
-
-
-class _Stream:
-    """What one driver has yet to be sent."""
-
-    def __init__(self) -> None:
-        self.live: set[str] = set()
-        self._outputs: list[TokenOutput] = []
-        self._rejections: list[Rejection] = []
-        self._stats: EngineStats | None = None
-        self._news = asyncio.Event()
-        self._ended = False
-
-    def add(self, outputs: list[TokenOutput]) -> None:
-        self._outputs += outputs
-        self._news.set()
-
-    def reject(self, rejection: Rejection) -> None:
-        self._rejections.append(rejection)
-        self._news.set()
-
-    def set_stats(self, stats: EngineStats) -> None:
-        self._stats = stats
-        self._news.set()
-
-    def end(self) -> None:
-        self._ended = True
-        self._news.set()
-
-    async def messages(self) -> AsyncIterator[replica_pb2.ReplicaEvents]:
-        """All that is pending, as often as there is something, until the stream has ended."""
-        while True:
-            await self._news.wait()
-            self._news.clear()
-            if self._outputs or self._rejections or self._stats is not None:
-                events = messages.events_to_proto(self._outputs, self._rejections, self._stats)
-                self._outputs, self._rejections, self._stats = [], [], None
-                yield events
-            elif self._ended:
-                return
-            if self._ended:
-                self._news.set()
-
-
-class _ReplicaService(replica_pb2_grpc.ReplicaServiceServicer):
-    """All methods run in the leader's loop."""
-
-    def __init__(self, engine: LinkedEngine, secret: str, watch: PortWatch, has_tls: bool) -> None:
-        self.closed = asyncio.Event()
-        self._engine = engine
-        self._secret = secret.encode()
-        self._watch = watch
-        self._has_tls = has_tls
-        self._close_reason = ""
-        self._streams: set[_Stream] = set()
-        self._owners: dict[str, _Stream] = {}
-        self._stats_timer: asyncio.TimerHandle | None = None
-
-    async def Run(
-        self,
-        request_iterator: AsyncIterator[replica_pb2.ReplicaCommand],
-        context: grpc.aio.ServicerContext[Any, Any],
-    ) -> AsyncIterator[replica_pb2.ReplicaEvents]:
-        address = self._watch.know(context.peer())
-        if (why := self._objection(context)) is not None:
-            self._watch.strangers.refuse(address, why)
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, why)
-        stream = _Stream()
-        self._streams.add(stream)
-        commands = asyncio.create_task(self._read(request_iterator, stream))
-        context.add_done_callback(lambda _: self._drop(stream, commands))  # type: ignore[arg-type]
-        yield messages.model_event(self._engine.info)
-        stream.set_stats(self._engine.stats())
-        async for events in stream.messages():
-            yield events
-        if self.closed.is_set():
-            await context.abort(grpc.StatusCode.ABORTED, self._close_reason)
-
-    def deliver(self, outputs: list[TokenOutput]) -> None:
-        """Hand each output to the stream that its request came from."""
-        batches: dict[_Stream, list[TokenOutput]] = {}
-        for output in outputs:
-            stream = self._owners.get(output.request_id)
-            if stream is not None:
-                batches.setdefault(stream, []).append(output)
-            if output.finish_reason is not None and stream is not None:
-                self._forget(output.request_id, stream)
-        for stream, batch in batches.items():
-            stream.add(batch)
-        if self._owners:
-            self._arm_stats_timer()
-        elif batches:
-            self._send_stats()
-
-    def close(self, reason: str) -> None:
-        if not self.closed.is_set():
-            self._close_reason = reason
-            self.closed.set()
-        for stream in self._streams:
-            stream.end()
-
-    async def _read(self, commands: AsyncIterator[replica_pb2.ReplicaCommand], stream: _Stream) -> None:
-        try:
-            async for command in commands:
-                if command.WhichOneof("command") == "submit":
-                    self._submit(command.submit, stream)
-                else:
-                    self._engine.cancel(command.cancel.request_id)
+            while True:
+                match driver.recv():
+                    case Submit(request):
+                        self._submit(request, driver)
+                    case Cancel(request_id):
+                        self._engine.cancel(request_id)
+        except (MeshError, msgspec.MsgspecError) as error:
+            _log.debug("a driver is gone: %s", error)
         finally:
-            stream.end()
+            driver.drop()
+            with self._lock:
+                self._drivers.discard(driver)
+                left = [request_id for request_id, owner in self._owners.items() if owner is driver]
+                for request_id in left:
+                    del self._owners[request_id]
+            for request_id in left:
+                self._engine.cancel(request_id)
 
-    def _objection(self, context: grpc.aio.ServicerContext[Any, Any]) -> str | None:
-        """Why this is not the mesh's driver."""
-        if self._has_tls and NAME.encode() not in context.auth_context().get("x509_subject_alternative_name", ()):
-            return f"its certificate is not valid for the name {NAME}"
-        return None if hmac.compare_digest(_secret_of(context), self._secret) else f"wrong {SECRET_METADATA_KEY}"
-
-    def _submit(self, submit: replica_pb2.SubmitCommand, stream: _Stream) -> None:
-        request_id = submit.request_id
+    def _submit(self, request: EngineRequest, driver: _DriverLink) -> None:
         # Before the engine knows of it: its first token may be on its way before submit returns.
-        self._owners[request_id] = stream
-        stream.live.add(request_id)
+        with self._lock:
+            self._owners[request.request_id] = driver
         try:
-            self._engine.submit(messages.request_from_submit(submit))
+            self._engine.submit(request)
         except FieldError as error:
-            self._forget(request_id, stream)
-            stream.reject(Rejection(request_id, error.field, error.message))
-        else:
-            self._arm_stats_timer()
+            with self._lock:
+                del self._owners[request.request_id]
+            driver.send(Events(rejections=[Rejection(request.request_id, error.field, error.message)]))
 
-    def _forget(self, request_id: str, stream: _Stream) -> None:
-        self._owners.pop(request_id, None)
-        stream.live.discard(request_id)
-
-    def _drop(self, stream: _Stream, commands: asyncio.Task[None]) -> None:
-        """Free what a driver that is gone had asked for."""
-        commands.cancel()
-        self._streams.discard(stream)
-        for request_id in list(stream.live):
-            self._engine.cancel(request_id)
-            self._forget(request_id, stream)
-
-    def _arm_stats_timer(self) -> None:
-        if self._stats_timer is None:
-            self._stats_timer = asyncio.get_running_loop().call_later(STATS_INTERVAL_S, self._send_stats)
-
-    def _send_stats(self) -> None:
-        if self._stats_timer is not None:
-            self._stats_timer.cancel()
-            self._stats_timer = None
-        stats = self._engine.stats()
-        for stream in self._streams:
-            stream.set_stats(stats)
-        if stats.num_running or stats.num_waiting:  # until the engine is seen idle; then no timer runs
-            self._arm_stats_timer()
+    def _due_stats(self) -> EngineStats | None:
+        now = time.monotonic()
+        if self._owners and now - self._told_s < STATS_INTERVAL_S:
+            return None
+        self._told_s = now
+        return self._engine.stats()
 
 
-def _server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
-    ca, cert, key = tls.read()
-    return grpc.ssl_server_credentials([(key, cert)], ca, require_client_auth=True)
+class _DriverLink:
+    """One driver's connection. ``send`` may be called from any thread, ``recv`` from one."""
 
+    def __init__(self, link: Link, serve: Callable[[_DriverLink], None]) -> None:
+        self._link = link
+        self._decoder = msgspec.msgpack.Decoder(Command)
+        self._pending: Events | None = None
+        self._writes = False  # a thread sends what is pending
+        self._lock = threading.Lock()  # of what is pending, and of sending
+        self._reader = threading.Thread(target=serve, args=(self,), name="leader-driver", daemon=True)
 
-def _secret_of(context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
-    metadata = dict(context.invocation_metadata() or ())
-    secret = metadata.get(SECRET_METADATA_KEY, "")
-    return secret.encode() if isinstance(secret, str) else secret
+    def greet(self, model: ServedModel, stats: EngineStats) -> None:
+        """Tell the driver what is served; before anything else."""
+        self._send(msgspec.msgpack.encode(model))
+        self.send(Events(stats=stats))
+
+    def start(self) -> None:
+        """Do what the driver asks for, in a thread."""
+        self._reader.start()
+
+    def recv(self) -> Command:
+        """The next command. Raises MeshError when the driver is gone."""
+        command: Command = self._decoder.decode(self._link.recv())
+        return command
+
+    def send(self, events: Events) -> None:
+        """In this thread if that needs no waiting; else in one that waits, together with what comes meanwhile."""
+        with self._lock:
+            if self._pending is not None:
+                self._pending.merge(events)
+            else:
+                self._pending = events
+            if self._writes:
+                return
+            payload = msgspec.msgpack.encode(self._pending)
+            if len(payload) <= _SMALL_BYTES and self._link.has_room():
+                self._pending = None
+                self._send(payload)
+            else:
+                self._writes = True
+                threading.Thread(target=self._write, name="leader-writer", daemon=True).start()
+
+    def close(self, timeout_s: float) -> None:
+        """The end was sent: wait until the driver has gone by itself, then end the connection."""
+        self._reader.join(timeout_s)
+        self._link.abort()
+
+    def drop(self) -> None:
+        """The driver is gone."""
+        self._link.abort()
+        with self._lock:
+            self._link.close()
+
+    def _write(self) -> None:
+        while True:
+            with self._lock:
+                events, self._pending = self._pending, None
+                self._writes = events is not None
+            if events is None:
+                return
+            self._send(msgspec.msgpack.encode(events))
+
+    def _send(self, payload: bytes) -> None:
+        try:
+            self._link.send(payload)
+        except MeshError as error:
+            _log.debug("a driver takes nothing more: %s", error)
+            self._link.abort()  # wakes ``recv``, which tells

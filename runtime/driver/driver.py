@@ -167,6 +167,7 @@ class Driver:
         self.model = dataclasses.replace(model, num_kv_tokens=smallest)
         link.closed.add_done_callback(lambda closed: self._on_link_closed(replica_id, link, closed.result()))
         self.fleet.set_ready(replica_id, shards)
+        self._on_stats(replica_id, link, link.stats)  # those that came with the model
         self._dispatch()
         if before is not None:
             await before.close()

@@ -1,40 +1,33 @@
-"""The driver's side of the stream to one replica's leader."""
+"""The driver's side of the connection to one replica's leader."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import os
+import ssl
+from collections.abc import Callable
+from typing import cast
 
-import grpc
-import grpc.aio
+import msgspec
 
 from shardray.parallel.credentials import Credentials
-from shardray.parallel.tls import NAME, TlsError, TlsFiles
-from shardray.runtime.cluster import messages
-from shardray.runtime.cluster.messages import SECRET_METADATA_KEY, Rejection
+from shardray.parallel.frames import FrameReader, framed
+from shardray.parallel.greeting import hello
+from shardray.parallel.link import set_options
+from shardray.parallel.tls import NAME, TlsError, reason_of
+from shardray.runtime.cluster.messages import DRIVER_RANK, Cancel, Command, Events, Rejection, Submit
 from shardray.runtime.engine.request import EngineRequest, EngineStats, ServedModel, TokenOutput
-from shardray.v1 import replica_pb2, replica_pb2_grpc
-
-_OPTIONS = [
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.enable_http_proxy", 0),  # hosts of one cluster reach each other directly
-]
-_Call = grpc.aio.StreamStreamCall[replica_pb2.ReplicaCommand, replica_pb2.ReplicaEvents]
 
 
 class LinkError(ConnectionError):
     """A replica's leader cannot be reached or refuses the driver."""
 
 
-class ReplicaLink:
-    """One stream to one leader; use it in the loop that made it.
+class ReplicaLink(asyncio.Protocol):
+    """One connection to one leader; use it in the loop that made it.
 
     ``on_events(outputs, rejections)`` is called in that loop, once for each message. ``closed`` resolves to the reason
-    when the stream has ended, whoever ended it.
+    when the connection has ended, whoever ended it.
     """
 
     def __init__(
@@ -42,77 +35,99 @@ class ReplicaLink:
         on_events: Callable[[list[TokenOutput], list[Rejection]], None],
         on_stats: Callable[[EngineStats], None] = lambda stats: None,
     ) -> None:
+        loop = asyncio.get_running_loop()
         self.stats = EngineStats()
-        self.closed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.closed: asyncio.Future[str] = loop.create_future()
         self._on_events = on_events
         self._on_stats = on_stats
-        self._commands: asyncio.Queue[replica_pb2.ReplicaCommand | None] = asyncio.Queue()
-        self._reader: asyncio.Task[None] | None = None
+        self._frames = FrameReader()
+        self._is_welcome = False
+        self._model: asyncio.Future[ServedModel] = loop.create_future()
+        self._decoder = msgspec.msgpack.Decoder(Events)
+        self._transport: asyncio.Transport | None = None
+        self._end: str | None = None
 
     async def connect(self, address: str, credentials: Credentials, timeout_s: float = 10.0) -> ServedModel:
-        """Open the stream; returns what the replica serves. Raises LinkError with the reason in one line."""
-        self._channel = _open_channel(address, credentials.tls)
-        stub = replica_pb2_grpc.ReplicaServiceStub(self._channel)
-        call = stub.Run(self._outgoing(), metadata=((SECRET_METADATA_KEY, credentials.secret),))
-        events = aiter(call)
+        """Open the connection; returns what the replica serves. Raises LinkError with the reason in one line."""
         try:
             async with asyncio.timeout(timeout_s):
-                hello = await anext(events)
+                await self._open(address, credentials)
+                return await self._model
         except TimeoutError:
-            await self._channel.close()
+            self._abort()
             raise LinkError(f"the leader at {address} did not answer within {timeout_s:g} s") from None
-        except grpc.aio.AioRpcError as error:
-            await self._channel.close()
-            raise LinkError(f"the leader at {address} refused: {error.details()}") from None
-        except StopAsyncIteration:
-            await self._channel.close()
-            raise LinkError(f"the leader at {address} ended the stream at once") from None
-        self._reader = asyncio.create_task(self._read(call, events))
-        return messages.model_from_event(hello)
+        except TlsError as error:
+            raise LinkError(str(error)) from error
+        except OSError as error:
+            raise LinkError(f"the leader at {address} cannot be reached: {_reason(error)}") from None
 
     def submit(self, request: EngineRequest) -> None:
-        self._commands.put_nowait(messages.submit_command(request))
+        self._send(Submit(request))
 
     def cancel(self, request_id: str) -> None:
-        self._commands.put_nowait(messages.cancel_command(request_id))
+        self._send(Cancel(request_id))
 
     async def close(self) -> None:
-        """End the stream; the leader cancels what is left. Idempotent."""
-        if self._reader is not None:
-            self._reader.cancel()
-            await asyncio.wait([self._reader])
-            await self._channel.close()
+        """End the connection; the leader cancels what is left. Idempotent."""
+        if self._transport is not None:
+            self._end = self._end or "the driver closed the link"
+            self._abort()
+            await asyncio.wait([self.closed])
 
-    async def _outgoing(self) -> AsyncIterator[replica_pb2.ReplicaCommand]:
-        while (command := await self._commands.get()) is not None:
-            yield command
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by name
+        set_options(transport.get_extra_info("socket").setsockopt)
 
-    async def _read(self, call: _Call, stream: AsyncIterator[replica_pb2.ReplicaEvents]) -> None:
-        reason = "the driver closed the link"
-        try:
-            async for events in stream:
-                if events.HasField("stats"):
-                    self.stats = messages.stats_from_proto(events.stats)
-                    self._on_stats(self.stats)
-                if events.tokens or events.rejected:
-                    self._on_events(messages.outputs_from_events(events), messages.rejections_from_events(events))
-            reason = "the leader ended the stream"
-        except grpc.aio.AioRpcError as error:
-            told = error.code() is grpc.StatusCode.ABORTED
-            reason = error.details() or error.code().name
-            reason = reason if told else f"the connection to its leader was lost ({reason})"
-        finally:
-            self._commands.put_nowait(None)  # ends the outgoing side, which would be left waiting otherwise
-            call.cancel()
-            self.closed.set_result(reason)
+    def data_received(self, data: bytes) -> None:
+        for payload in self._frames.feed(data):
+            if self._model.done():
+                self._take(self._decoder.decode(payload))
+            elif self._is_welcome:
+                self._model.set_result(msgspec.msgpack.decode(payload, type=ServedModel))
+            else:
+                self._is_welcome = True
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self._model.done():
+            self._model.set_exception(error if isinstance(error, OSError) else ConnectionResetError(_TURNED_AWAY))
+        lost = "the connection to its leader was lost"
+        self.closed.set_result(self._end or (lost if error is None else f"{lost} ({error})"))
+
+    async def _open(self, address: str, credentials: Credentials) -> None:
+        host, _, port = address.rpartition(":")
+        tls = None if credentials.tls is None else credentials.tls.client_context()
+        await asyncio.get_running_loop().create_connection(
+            lambda: self, host.strip("[]"), int(port), ssl=tls, server_hostname=None if tls is None else NAME
+        )
+        self._write(hello(credentials, DRIVER_RANK))
+
+    def _take(self, events: Events) -> None:
+        if events.stats is not None:
+            self.stats = events.stats
+            self._on_stats(events.stats)
+        if events.outputs or events.rejections:
+            self._on_events(events.outputs, events.rejections)
+        if events.end is not None:
+            self._end = self._end or events.end
+            self._abort()
+
+    def _send(self, command: Command) -> None:
+        self._write(msgspec.msgpack.encode(command))
+
+    def _write(self, payload: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(framed(payload))
+
+    def _abort(self) -> None:
+        """What has not been sent is of no use any more."""
+        if self._transport is not None:
+            self._transport.abort()
 
 
-def _open_channel(address: str, tls: TlsFiles | None) -> grpc.aio.Channel:
-    if tls is None:
-        return grpc.aio.insecure_channel(address, options=_OPTIONS)
-    try:
-        ca, cert, key = tls.read()
-    except TlsError as error:
-        raise LinkError(str(error)) from error
-    credentials = grpc.ssl_channel_credentials(ca, key, cert)
-    return grpc.aio.secure_channel(address, credentials, [*_OPTIONS, ("grpc.ssl_target_name_override", NAME)])
+_TURNED_AWAY = "it closed the connection: its mesh is another one, or has another secret; its log says why"
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, ssl.SSLError):
+        return f"TLS: {reason_of(error)}"
+    return os.strerror(error.errno) if error.errno else str(error)

@@ -81,7 +81,8 @@ class Engine:
         return self._stats
 
     def run(self, publish: Publish) -> None:
-        """Run until ``stop``; ``publish`` gets each step's tokens. Raises what broke the mesh. Idle costs nothing."""
+        """Run until ``stop``; ``publish`` gets each step's tokens, also none. Raises what broke the mesh. Idle costs
+        nothing."""
         while not self._stopping.is_set():
             outputs = self._receive()
             began = time.perf_counter()
@@ -93,8 +94,8 @@ class Engine:
                 self._num_in_flight -= 1
                 outputs += self._scheduler.commit(result)
                 self._measure(began, planned, ran)
-            if outputs:
-                publish(outputs)
+            self._stats = self._snapshot()
+            publish(outputs)
         self._stopping.clear()
 
     def _receive(self) -> list[TokenOutput]:
@@ -104,7 +105,6 @@ class Engine:
             idle = not self._scheduler.has_work and not outputs
             if idle:
                 self._scheduler.check_integrity()
-                self._stats = self._snapshot()
             try:
                 message = self._inbox.get(block=idle)
             except queue.Empty:
@@ -134,7 +134,6 @@ class Engine:
         control_s = planned - began + time.perf_counter() - ran
         self._step_time_s += _SMOOTHING * (ran - began - self._step_time_s)
         self._plan_time_s += _SMOOTHING * (control_s - self._plan_time_s)
-        self._stats = self._snapshot()
 
     def _snapshot(self) -> EngineStats:
         stats = self._scheduler.stats()

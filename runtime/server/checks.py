@@ -11,10 +11,10 @@ import math
 import uuid
 from collections.abc import Collection, Sequence
 
-from shardray.runtime.cluster.messages import DEFAULT_MAX_TOKENS, params_from_proto, pooling_from_proto
 from shardray.runtime.engine.request import EngineRequest, FieldError, SamplingParams, ServedModel, given_ids
 from shardray.runtime.model.spec import Pooling
 from shardray.runtime.model.tokenizer import Tokenizer
+from shardray.runtime.server.messages import DEFAULT_MAX_TOKENS, params_from_proto, pooling_from_proto
 from shardray.v1 import common_pb2, inference_pb2
 
 _MAX_REQUEST_ID_LEN = 128

@@ -9,10 +9,10 @@ import grpc
 import grpc.aio
 import msgspec
 
-from shardray.runtime.cluster.messages import stats_to_proto
 from shardray.runtime.driver.fleet import FailureStatus, Fleet, FleetState, FleetStatus, ReplicaStatus
 from shardray.runtime.driver.operations import FleetOperator
 from shardray.runtime.engine.request import FieldError
+from shardray.runtime.server.messages import stats_to_proto
 from shardray.runtime.server.operations import OperationRunner, check_drain_timeout, check_scale, check_source
 from shardray.v1 import control_pb2, control_pb2_grpc
 

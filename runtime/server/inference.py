@@ -10,7 +10,6 @@ from typing import Any
 
 import grpc.aio
 
-from shardray.runtime.cluster.messages import encoder_to_proto, finish_to_proto, logprob_to_proto
 from shardray.runtime.driver.deltas import Delta, PositionLogprobs
 from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.errors import UnavailableError
@@ -26,6 +25,7 @@ from shardray.runtime.server.checks import (
     require_tokenizer,
     tokenize,
 )
+from shardray.runtime.server.messages import encoder_to_proto, finish_to_proto, logprob_to_proto
 from shardray.v1 import inference_pb2, inference_pb2_grpc
 
 _EMBED_WINDOW = 64  # texts of one call that are under way at once

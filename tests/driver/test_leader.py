@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from shardray.parallel.credentials import Credentials
 from shardray.runtime.cluster.leader import LeaderServer
-from shardray.runtime.engine.request import TokenOutput
+from shardray.runtime.driver.link import ReplicaLink
+from shardray.runtime.engine.request import EngineRequest, SamplingParams, TokenOutput
+from shardray.runtime.server.loop import run
+from tests.certificates import make_tls
+from tests.serving import eventually
 from tests.stub_engine import StubEngine
 from tests.stub_replica import SECRET
 
@@ -31,3 +37,24 @@ def test_stop_and_publish_are_harmless_after_the_end() -> None:
     server.stop("again")
     server.publish([TokenOutput("a", 1)])
     assert threading.active_count() < num_threads
+
+
+@pytest.mark.parametrize("has_tls", [False, True], ids=["plain", "tls"])
+def test_the_loop_that_the_server_runs_on_speaks_with_leaders(has_tls: bool, tmp_path: Path) -> None:
+    known = replace(SECRET, tls=make_tls(tmp_path) if has_tls else None)
+    server, engine = LeaderServer(), StubEngine()
+    address = f"127.0.0.1:{server.start('127.0.0.1', engine, known)}"
+    threading.Thread(target=engine.run, args=(server.publish,), daemon=True).start()
+
+    async def drive() -> list[int | None]:
+        outputs: list[TokenOutput] = []
+        link = ReplicaLink(lambda new, rejections: outputs.extend(new))
+        assert await link.connect(address, known) == engine.info
+        link.submit(EngineRequest(request_id="r", prompt_ids=(7, 8), params=SamplingParams(max_tokens=3)))
+        await eventually(lambda: len(outputs) == 3)
+        threading.Thread(target=server.stop, args=("over",)).start()
+        assert await link.closed == "over"
+        return [output.token_id for output in outputs]
+
+    assert run(drive()) == [7, 8, 7]
+    engine.stop()
