@@ -10,7 +10,7 @@ from typing import Any, Self, Unpack
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from shardray.runtime.client.channel import DEFAULT_ADDRESS, channel_options
+from shardray.runtime.client.channel import DEFAULT_ADDRESS, Access, open_channel
 from shardray.runtime.client.errors import ServerError, readable_errors
 from shardray.runtime.client.operations import (
     Progress,
@@ -38,13 +38,16 @@ _ABORT_TIMEOUT_S = 1.0
 class Client:
     """Calls one server; safe to share between threads. All methods raise ServerError.
 
-    ``timeout_s`` bounds every call that is not given its own; None leaves it to the server.
+    ``timeout_s`` bounds every call that is not given its own; None leaves it to the server. ``access`` has certificates
+    and the token; None takes what the environment says (SHARDRAY_CA, SHARDRAY_TOKEN_FILE, ...). Raises AccessError.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_s: float | None = None) -> None:
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, *, timeout_s: float | None = None, access: Access | None = None
+    ) -> None:
         self.address = address
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(address, options=channel_options(address))
+        self._channel = open_channel(address, access)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._control = control_pb2_grpc.ControlServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
