@@ -28,6 +28,7 @@ from shardray.runtime.server.checks import (
     require_tokenizer,
     tokenize,
 )
+from shardray.runtime.server.request_log import RequestLog
 from shardray.v1 import inference_pb2, inference_pb2_grpc
 
 _EMBED_WINDOW = 64  # texts of one call that are under way at once
@@ -37,8 +38,9 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     """Handlers raise the errors of the layers below; an interceptor turns them into statuses."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, log_prompts: bool = False) -> None:
         self._driver = driver
+        self._log = RequestLog(driver.tokenizer, log_prompts)
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: _Context
@@ -61,6 +63,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 seed = None
         finally:  # cancel, deadline, lost connection, a client that does not read, last token
             driver.release(stream)
+            self._log.left(stream.entry)
 
     async def _submit(self, request: inference_pb2.GenerateRequest, timeout_s: float | None) -> RequestStream:
         driver = self._driver
@@ -69,9 +72,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         checked = await check_generate(request, driver.tokenizer, model, secrets.randbits(64))
         driver.admission.check(CALLER.get())  # others may have come meanwhile
         request_id = _own_id(checked.request_id)
-        return driver.submit(
+        stream = driver.submit(
             request_id, checked.prompt_ids, checked.params, timeout_s, checked.priority, checked.resumable_s
         )
+        self._log.accepted(stream.entry)
+        return stream
 
     async def Embed(self, request: inference_pb2.EmbedRequest, context: _Context) -> inference_pb2.EmbedResponse:
         driver = self._driver

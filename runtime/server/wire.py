@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from google.protobuf import descriptor_pool, empty_pb2
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError
@@ -11,7 +13,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 def request_type(method: str) -> Descriptor:
     """Of ``/package.Service/Method``."""
     service, _, name = method.strip("/").partition("/")
-    found = descriptor_pool.Default().FindServiceByName(service)  # type: ignore[no-untyped-call]
+    found = descriptor_pool.Default().FindServiceByName(service)
     request: Descriptor = found.methods_by_name[name].input_type
     return request
 
@@ -19,7 +21,7 @@ def request_type(method: str) -> Descriptor:
 def text_that_is_no_utf8(data: bytes, message: Descriptor) -> str | None:
     """Dotted path of the first such field, ``sampling.stop`` say; None if there is none, or the rest is broken too."""
     try:
-        fields = UnknownFieldSet(empty_pb2.Empty.FromString(data))
+        fields: Any = UnknownFieldSet(empty_pb2.Empty.FromString(data))
     except DecodeError:
         return None
     for one in fields:
@@ -28,7 +30,7 @@ def text_that_is_no_utf8(data: bytes, message: Descriptor) -> str | None:
             continue
         if field.type == FieldDescriptor.TYPE_STRING and not _is_utf8(one.data):
             return str(field.name)
-        if field.type == FieldDescriptor.TYPE_MESSAGE and (inner := text_that_is_no_utf8(one.data, field.message_type)):
+        if field.message_type is not None and (inner := text_that_is_no_utf8(one.data, field.message_type)) is not None:
             return f"{field.name}.{inner}"
     return None
 
