@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import ipaddress
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ import grpc
 import grpc.aio
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
-_LOOPBACK = ("127.", "localhost", "[::1]", "unix:")
 _Metadata = tuple[tuple[str, str], ...]
 
 
@@ -61,7 +61,7 @@ class Access:
     def check(self, address: str) -> None:
         """Raises AccessError if the token would cross a network in plain text."""
         has_token = self.token is not None or self.token_file is not None
-        if has_token and not (self.uses_tls or self.plaintext_token or address.startswith(_LOOPBACK)):
+        if has_token and not (self.uses_tls or self.plaintext_token or _is_this_machine(address)):
             fix = "use TLS (--tls, --ca FILE), or allow it (--plaintext-token)"
             raise AccessError(f"the token would go to {address} in plain text; {fix}")
 
@@ -103,9 +103,20 @@ def channel_options(address: str) -> list[tuple[str, int]]:
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1_000),
     ]
-    if address.startswith(_LOOPBACK):
+    if _is_this_machine(address):
         options.append(("grpc.enable_http_proxy", 0))
     return options
+
+
+def _is_this_machine(address: str) -> bool:
+    """Whether what is sent to ``address`` stays here; a name but localhost may be anywhere, 127.example.org too."""
+    host = address.removeprefix("ipv4:").removeprefix("ipv6:").rpartition(":")[0].strip("[]")
+    if address.startswith("unix:") or host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class _TokenChannel:

@@ -66,6 +66,12 @@ def to_server_error(error: grpc.RpcError, address: str) -> ServerError:
     return ServerError(code.name, message, fields, retry_after_s, reason)
 
 
+def not_ready(address: str, timeout_s: float, last: ServerError | None) -> ServerError:
+    """Of a client that waited; what it last heard tells a server that loads from one that cannot be reached."""
+    why = f"; {last}" if last is not None and last.code == "UNAVAILABLE" else ""
+    return ServerError("DEADLINE_EXCEEDED", f"{address} was not ready within {timeout_s:g} s{why}")
+
+
 def _unreachable(address: str, details: str) -> str:
     """Why there is no connection, as far as gRPC's words for it tell."""
     for words, told in _TLS_FAILURES.items():

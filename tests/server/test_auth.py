@@ -203,7 +203,10 @@ async def test_the_blocking_client_reads_its_token_from_a_file_with_every_call(
 
 
 async def test_a_token_does_not_leave_the_machine_in_plain_text_unless_told_to() -> None:
-    with pytest.raises(AccessError, match=r"would go to 192\.0\.2\.1:1 in plain text; use TLS"):
-        AsyncClient("192.0.2.1:1", access=Access(token="x" * 16))
+    for away in ("192.0.2.1:1", "localhost.example:1", "127.0.0.1.example:1", "[2001:db8::1]:1", "127.0.0.1"):
+        with pytest.raises(AccessError, match=r"would go to .* in plain text; use TLS"):
+            AsyncClient(away, access=Access(token="x" * 16))
+    for here in ("127.0.0.1:1", "127.1.2.3:1", "[::1]:1", "localhost:1", "unix:/run/x", "ipv4:127.0.0.1:1"):
+        await AsyncClient(here, access=Access(token="x" * 16)).close()
     for allowed in (Access(token="x" * 16, tls=True), Access(token="x" * 16, plaintext_token=True), Access()):
         await AsyncClient("192.0.2.1:1", access=allowed).close()

@@ -77,6 +77,9 @@ async def test_a_client_that_cannot_connect_is_told_why(tokenizer: Tokenizer, tm
         assert "does it ask for TLS (--tls, --ca)" in await why_not(up, Access())
         assert "not signed by an authority that is trusted here" in await why_not(up, trusting(tmp_path / "other"))
         assert "not signed by an authority" in await why_not(up, Access(tls=True)), "of the machine"
+        async with AsyncClient(up.address, access=Access(tls=True)) as client:
+            with pytest.raises(ServerError, match=r"was not ready within 0\.3 s; the certificate of .* is not signed"):
+                await client.wait_ready(0.3)
     async with serving(tokenizer) as up:
         assert "does not speak TLS; leave out --tls and --ca" in await why_not(up, trusting(tmp_path))
     with pytest.raises(AccessError, match="absent cannot be read: No such file"):
