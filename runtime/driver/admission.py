@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 
 from shardray.runtime.config import LimitsSettings
 from shardray.runtime.driver.caller import Caller
@@ -18,11 +18,13 @@ class Admission:
         self,
         limits: LimitsSettings,
         live: Mapping[str, LiveRequest],
+        waiting: Sized,
         pace: QueuePace,
         has_place: Callable[[], object],
     ) -> None:
         self._limits = limits
         self._live = live
+        self._waiting = waiting
         self._pace = pace
         self._has_place = has_place  # whether a replica would take a request at once
 
@@ -32,10 +34,10 @@ class Admission:
             self._check_caller(caller)
         if self._has_place():
             return
-        waiting = [live for live in self._live.values() if live.replica_id is None]
-        if len(waiting) >= self._limits.max_queued_requests:
-            self._refuse(f"{len(waiting)} requests are waiting", "max_queued_requests")
-        num_tokens = sum(len(live.entry.prompt_ids) + len(live.entry.sent_ids) for live in waiting)
+        if len(self._waiting) >= self._limits.max_queued_requests:
+            self._refuse(f"{len(self._waiting)} requests are waiting", "max_queued_requests")
+        waiting = [live.entry for live in self._live.values() if live.replica_id is None]
+        num_tokens = sum(len(entry.prompt_ids) + len(entry.sent_ids) for entry in waiting)
         if num_tokens >= self._limits.max_queued_tokens:
             self._refuse(f"requests of {num_tokens} tokens are waiting", "max_queued_tokens")
 

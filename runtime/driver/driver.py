@@ -76,7 +76,7 @@ class Driver:
         self._pace = QueuePace()
         self._trials = Trials()
         self._live = Register(self.journal, on_deadline=self._expire, on_given_up=self._abort)
-        self.admission = Admission(limits, self._live, self._pace, has_place=self._candidates)
+        self.admission = Admission(limits, self._live, self._waiting, self._pace, self._candidates)
         self._dispatched: dict[str, LiveRequest] = {}
         self._dispatches = itertools.count()
         self._driver_id = secrets.token_hex(4)  # a replica may not have ended yet what an earlier driver dispatched

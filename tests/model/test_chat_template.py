@@ -78,7 +78,6 @@ _ENDS = "{% endfor %}{% endfor %}"
         (f"{_MANY}spam{_ENDS}", "more than 1000 characters"),
         (f"{_MANY}{_ENDS}", "more than 0.3 s of processor time"),
         ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "recursion|processor time"),
-        ("{{ 9**(9**9) }}", "processor time"),
         ("{% set n = messages | length %}{{ 9**(9**(9 * n)) }}", "processor time"),
         ("{{ 'a' * 10**10 }}", "MemoryError"),
         ("{% set x = messages[0].content * 9**9 * 9 %}{{ x }}", "MemoryError"),

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from shardray.runtime.client import Access, AccessError, AsyncClient, Client, ServerError
 from shardray.runtime.config import GrpcAuthSettings, GrpcSettings
 from shardray.runtime.model.tokenizer import Tokenizer
+from shardray.runtime.server import secret_files
 from shardray.v1 import control_pb2, inference_pb2
 from tests.server.test_server import services
 from tests.serving import Serving, eventually, serving
@@ -29,14 +31,14 @@ few inference          {TOKENS["few"]} max_requests=3 max_queued=1
 
 @contextlib.asynccontextmanager
 async def guarded(
-    tokenizer: Tokenizer, folder: Path, max_num_seqs: int = 8, reflection: bool | None = None, **options: float
+    tokenizer: Tokenizer, folder: Path, num_replicas: int = 1, reflection: bool | None = None, **options: Any
 ) -> AsyncIterator[Serving]:
     (folder / "tokens").write_text(FILE)
     (folder / "tokens").chmod(0o600)
     auth = GrpcAuthSettings(tokens=str(folder / "tokens"))
     settings = GrpcSettings(listen="127.0.0.1:0", auth=auth, reflection=reflection)
     access = Access(token=TOKENS["ci"])
-    async with serving(tokenizer, grpc=settings, access=access, max_num_seqs=max_num_seqs, **options) as up:
+    async with serving(tokenizer, grpc=settings, access=access, num_replicas=num_replicas, **options) as up:
         yield up
 
 
@@ -102,9 +104,9 @@ async def test_reflection_is_there_only_when_asked_for_and_asks_for_a_token(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     method = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
-    async with guarded(tokenizer, tmp_path) as up:
+    async with guarded(tokenizer, tmp_path, num_replicas=0) as up:
         assert await code_of(up, method, f"Bearer {TOKENS['ci']}") == "UNIMPLEMENTED"
-    async with guarded(tokenizer, tmp_path, reflection=True) as up:
+    async with guarded(tokenizer, tmp_path, num_replicas=0, reflection=True) as up:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await services(up)
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
@@ -160,10 +162,11 @@ async def test_a_callers_share_of_the_queue_is_bounded(tokenizer: Tokenizer, tmp
 
 
 async def test_a_token_that_is_taken_out_of_the_file_ends_and_a_new_one_begins(
-    tokenizer: Tokenizer, tmp_path: Path
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(secret_files, "_LOOK_EVERY_S", 0.05)
     async with guarded(tokenizer, tmp_path, step_time_s=0.01) as up:
-        stream = up.client.stream("abc", max_tokens=150)
+        stream = up.client.stream("abc", max_tokens=100)
         await anext(stream)
         (tmp_path / "tokens").write_text("new inference token-of-new-0001")
         async with AsyncClient(up.address, access=Access(token="token-of-new-0001")) as new:
@@ -171,7 +174,7 @@ async def test_a_token_that_is_taken_out_of_the_file_ends_and_a_new_one_begins(
                 while not await _is_let_in(new):
                     await asyncio.sleep(0.05)
         assert not await _is_let_in(up.client)
-        assert [delta async for delta in stream][-1].usage.num_output_tokens == 150, "what runs goes on"
+        assert [delta async for delta in stream][-1].usage.num_output_tokens == 100, "what runs goes on"
 
 
 async def _is_let_in(client: AsyncClient) -> bool:

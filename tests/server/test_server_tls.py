@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from shardray.runtime.client import Access, AccessError, AsyncClient, Client, ServerError
 from shardray.runtime.config import GrpcAuthSettings, GrpcSettings, GrpcTlsSettings
 from shardray.runtime.model.tokenizer import Tokenizer
+from shardray.runtime.server import secret_files
 from shardray.runtime.server.secret_files import SecretsError
 from shardray.runtime.server.tls import ServerTls
 from tests.certificates import make_tls
@@ -107,12 +108,13 @@ async def test_with_a_client_ca_only_its_certificates_get_in(tokenizer: Tokenize
 
 
 async def test_a_renewed_certificate_is_shown_to_new_connections_while_old_streams_go_on(
-    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(secret_files, "_LOOK_EVERY_S", 0.05)
     caplog.set_level(logging.WARNING)
     async with serving(tokenizer, grpc=settings(tmp_path), access=trusting(tmp_path), step_time_s=0.02) as up:
         before = await asyncio.to_thread(serial_number, up, tmp_path)
-        stream = up.client.stream("abc", max_tokens=200, ignore_eos=True)
+        stream = up.client.stream("abc", max_tokens=100, ignore_eos=True)
         tokens = list((await anext(stream)).token_ids)
         (tmp_path / "cert.pem").write_text("half of a certific")
         async with asyncio.timeout(5):
@@ -133,7 +135,7 @@ async def test_a_renewed_certificate_is_shown_to_new_connections_while_old_strea
             assert (await new.generate("abc", max_tokens=3)).text == "abc"
         async for delta in stream:
             tokens += delta.token_ids
-        assert tokens == tokenizer.encode("abc") * 66 + tokenizer.encode("ab")
+        assert tokens == tokenizer.encode("abc") * 33 + tokenizer.encode("a")
 
 
 async def test_probes_need_neither_certificate_nor_token_and_reach_nothing_else(
