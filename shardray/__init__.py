@@ -9,15 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shardray.runtime.client import AsyncClient, Client
+    from shardray.runtime.client import Access, AsyncClient, Client
     from shardray.runtime.engine.llm import LLM
     from shardray.runtime.engine.request import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "AsyncClient", "Client", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Access", "AsyncClient", "Client", "SamplingParams", "__version__"]
 
 _HOME = {
     "LLM": "shardray.runtime.engine.llm",
+    "Access": "shardray.runtime.client",
     "Client": "shardray.runtime.client",
     "AsyncClient": "shardray.runtime.client",
     "SamplingParams": "shardray.runtime.engine.request",

@@ -8,7 +8,7 @@ import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable
 
-from shardray.runtime.client import AsyncClient
+from shardray.runtime.client import Access, AsyncClient
 from shardray.runtime.config import GrpcSettings, LimitsSettings
 from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.operations import FleetOperator
@@ -52,6 +52,7 @@ async def serving(
     max_num_seqs: int = 8,
     grpc: GrpcSettings | None = None,
     operator: Callable[[Driver], FleetOperator] | None = None,
+    access: Access | None = None,
     **options: float,
 ) -> AsyncIterator[Serving]:
     """``options`` are those of the stub replicas."""
@@ -62,7 +63,7 @@ async def serving(
         address = f"127.0.0.1:{await server.start()}"
         for replica_id, replica in enumerate(replicas):
             await driver.attach(replica_id, replica.address, SECRET, [SHARD])
-        async with AsyncClient(address, timeout_s=120) as client:
+        async with AsyncClient(address, timeout_s=120, access=access) as client:
             yield Serving(driver, server, client, address, replicas)
     finally:
         await server.stop(0)

@@ -130,13 +130,35 @@ def test_a_problem_names_key_value_and_what_would_be_accepted(override: str, exp
     assert problems(override) == (expected,)
 
 
-@pytest.mark.parametrize("key", ["tls", "auth"])
-def test_tls_and_auth_are_refused_with_the_way_round(key: str) -> None:
-    (problem,) = problems(f"grpc.{key}={{cert: server.pem}}")
-    assert problem.startswith(
-        f'grpc.{key}: {{"cert": "server.pem"}} is not accepted; give null (Only null: this version'
+@pytest.mark.parametrize("listen", ["0.0.0.0:50051", "[::]:50051", "10.0.0.1:1", "node-1.lan:0"])
+def test_who_lets_everyone_in_has_to_say_so(listen: str) -> None:
+    (problem,) = problems(f"grpc.listen='{listen}'", "grpc.tls={cert: c.pem, key: k.pem}")
+    assert problem == (
+        f'grpc.listen: "{listen}" is reached by other machines and lets everyone in; set grpc.auth.tokens or '
+        "grpc.tls.client_ca, or listen on 127.0.0.1, or say grpc.allow_unauthenticated: true"
     )
-    assert "proxy" in problem
+    for closed in (
+        "grpc.auth.tokens=tokens",
+        "grpc.tls={cert: c.pem, key: k.pem, client_ca: ca.pem}",
+        "grpc.allow_unauthenticated=true",
+    ):
+        assert load_config(None, [MODEL, f"grpc.listen='{listen}'", closed]).grpc.listen == listen
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:1", "127.1.2.3:1", "[::1]:1", "localhost:1"])
+def test_this_machine_alone_needs_no_tokens(listen: str) -> None:
+    assert not load_config(None, [MODEL, f"grpc.listen='{listen}'"]).grpc.asks_who_calls
+
+
+def test_reflection_is_off_where_callers_are_asked_unless_it_is_asked_for() -> None:
+    tokens = "grpc.auth.tokens=tokens"
+    assert load_config(None, [MODEL]).grpc.reflects
+    assert not load_config(None, [MODEL, tokens]).grpc.reflects
+    assert load_config(None, [MODEL, tokens, "grpc.reflection=true"]).grpc.reflects
+
+
+def test_a_certificate_needs_its_key() -> None:
+    assert problems("grpc.tls={cert: server.pem}") == ("grpc.tls.key: missing; give a text that is not empty",)
 
 
 def test_certificates_are_three_absolute_paths() -> None:

@@ -18,6 +18,7 @@ NUM_HOSTS = {
     "cpu-demo": 2,
     "embeddings": 1,
     "one-gpu": 1,
+    "secure": 2,
     "tensor-8": 8,
     "three-unlike-gpus": 3,
     "two-nodes-pipeline": 16,

@@ -13,6 +13,7 @@ import typer
 
 from shardray import __version__
 from shardray.runtime.cli import chat, demo, drain, embed, generate, pull, reload, restart, scale, schema, serve, status
+from shardray.runtime.cli.access import connecting
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -27,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for module in (pull, serve, generate, chat, embed, status, scale, reload, restart, drain, schema, demo):
-    app.command(module.__name__.rpartition(".")[2])(module.command)
+    app.command(module.__name__.rpartition(".")[2])(connecting(module.command))
 
 
 @app.callback(invoke_without_command=True)

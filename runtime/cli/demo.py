@@ -63,11 +63,11 @@ async def _demo(settings: Config, folder: Path, question: str, max_tokens: int) 
 
 
 async def _ask(address: str, question: str, max_tokens: int) -> None:
-    from shardray.runtime.client import AsyncClient
+    from shardray.runtime.client import Access, AsyncClient
 
     print(f"> {question}")
     messages = [{"role": "user", "content": question}]
-    async with AsyncClient(address) as client:
+    async with AsyncClient(address, access=Access()) as client:
         async for delta in client.stream(messages, max_tokens=max_tokens, temperature=0.0):
             print(delta.text, end="", flush=True)
             if delta.usage is not None and delta.timing is not None:

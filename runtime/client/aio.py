@@ -10,8 +10,8 @@ from typing import Any, Self, Unpack
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from shardray.runtime.client.channel import DEFAULT_ADDRESS, channel_options
-from shardray.runtime.client.errors import ServerError, readable_errors
+from shardray.runtime.client.channel import DEFAULT_ADDRESS, Access, open_aio_channel
+from shardray.runtime.client.errors import ServerError, not_ready, readable_errors, to_server_error
 from shardray.runtime.client.operations import (
     Progress,
     ShapeOptions,
@@ -38,13 +38,16 @@ _ABORT_TIMEOUT_S = 1.0
 class AsyncClient:
     """Calls one server; make and use it in one event loop. All methods raise ServerError.
 
-    ``timeout_s`` bounds every call that is not given its own; None leaves it to the server.
+    ``timeout_s`` bounds every call that is not given its own; None leaves it to the server. ``access`` has certificates
+    and the token; None takes what the environment says (SHARDRAY_CA, SHARDRAY_TOKEN_FILE, ...). Raises AccessError.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_s: float | None = None) -> None:
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, *, timeout_s: float | None = None, access: Access | None = None
+    ) -> None:
         self.address = address
         self._timeout_s = timeout_s
-        self._channel = grpc.aio.insecure_channel(address, options=channel_options(address))
+        self._channel = open_aio_channel(address, access)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._control = control_pb2_grpc.ControlServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
@@ -182,12 +185,13 @@ class AsyncClient:
 
     async def wait_ready(self, timeout_s: float = 600.0) -> None:
         """Until the server takes requests; it need not have been started yet."""
+        failure: ServerError | None = None
         try:
             async with asyncio.timeout(timeout_s):
-                while not await self._watch_until_serving():
+                while (failure := await self._watch_until_serving()) is not None:
                     await asyncio.sleep(0.1)
         except TimeoutError:
-            raise ServerError("DEADLINE_EXCEEDED", f"{self.address} was not ready within {timeout_s:g} s") from None
+            raise not_ready(self.address, timeout_s, failure) from None
 
     async def close(self) -> None:
         """End what is running and close the connection."""
@@ -213,15 +217,15 @@ class AsyncClient:
         with contextlib.suppress(grpc.aio.AioRpcError, grpc.aio.UsageError):  # UsageError: the channel is closed
             await self._inference.Abort(inference_pb2.AbortRequest(request_id=request_id), timeout=_ABORT_TIMEOUT_S)
 
-    async def _watch_until_serving(self) -> bool:
-        """False if the server went away first."""
-        call = self._health.Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True)
+    async def _watch_until_serving(self) -> ServerError | None:
+        """Why not, if the server cannot be reached or went away."""
+        call = self._health.Watch(health_pb2.HealthCheckRequest())
         try:
             async for response in call:
                 if response.status == health_pb2.HealthCheckResponse.SERVING:
-                    return True
-        except grpc.aio.AioRpcError:
-            return False
+                    return None
+        except grpc.aio.AioRpcError as error:
+            return to_server_error(error, self.address)
         finally:
             call.cancel()
-        return False
+        return ServerError("UNAVAILABLE", f"{self.address} ended the call")

@@ -10,8 +10,8 @@ from typing import Any, Self, Unpack
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from shardray.runtime.client.channel import DEFAULT_ADDRESS, channel_options
-from shardray.runtime.client.errors import ServerError, readable_errors
+from shardray.runtime.client.channel import DEFAULT_ADDRESS, Access, open_channel
+from shardray.runtime.client.errors import ServerError, not_ready, readable_errors, to_server_error
 from shardray.runtime.client.operations import (
     Progress,
     ShapeOptions,
@@ -38,13 +38,16 @@ _ABORT_TIMEOUT_S = 1.0
 class Client:
     """Calls one server; safe to share between threads. All methods raise ServerError.
 
-    ``timeout_s`` bounds every call that is not given its own; None leaves it to the server.
+    ``timeout_s`` bounds every call that is not given its own; None leaves it to the server. ``access`` has certificates
+    and the token; None takes what the environment says (SHARDRAY_CA, SHARDRAY_TOKEN_FILE, ...). Raises AccessError.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_s: float | None = None) -> None:
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, *, timeout_s: float | None = None, access: Access | None = None
+    ) -> None:
         self.address = address
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(address, options=channel_options(address))
+        self._channel = open_channel(address, access)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._control = control_pb2_grpc.ControlServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
@@ -164,12 +167,12 @@ class Client:
 
     def wait_ready(self, timeout_s: float = 600.0) -> None:
         """Until the server takes requests; it need not have been started yet."""
-        deadline = time.monotonic() + timeout_s
+        deadline, failure = time.monotonic() + timeout_s, None
         while (remaining_s := deadline - time.monotonic()) > 0:
-            if self._watch_until_serving(remaining_s):
+            if (failure := self._watch_until_serving(remaining_s)) is None:
                 return
             time.sleep(min(0.1, max(0.0, deadline - time.monotonic())))
-        raise ServerError("DEADLINE_EXCEEDED", f"{self.address} was not ready within {timeout_s:g} s")
+        raise not_ready(self.address, timeout_s, failure)
 
     def close(self) -> None:
         """End what is running and close the connection."""
@@ -219,12 +222,14 @@ class Client:
             finally:
                 call.cancel()
 
-    def _watch_until_serving(self, timeout_s: float) -> bool:
-        """False if the server went away or said nothing in time."""
-        call = self._health.Watch(health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=True)
+    def _watch_until_serving(self, timeout_s: float) -> ServerError | None:
+        """Why not, if the server cannot be reached, went away or said nothing in time."""
+        call = self._health.Watch(health_pb2.HealthCheckRequest(), timeout=timeout_s)
         try:
-            return any(response.status == health_pb2.HealthCheckResponse.SERVING for response in call)
-        except grpc.RpcError:
-            return False
+            if any(response.status == health_pb2.HealthCheckResponse.SERVING for response in call):
+                return None
+        except grpc.RpcError as error:
+            return to_server_error(error, self.address)
         finally:
             call.cancel()
+        return ServerError("UNAVAILABLE", f"{self.address} ended the call")

@@ -24,6 +24,7 @@ from shardray.runtime.config.units import (
     Positive,
     RayAddress,
     Text,
+    is_loopback,
 )
 
 _STRICT_KEYS = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -107,19 +108,62 @@ class EngineSettings:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class GrpcTlsSettings:
+    """PEM files of the public port. They are read again when they change; streams that run go on."""
+
+    cert: Text
+    """Certificate that clients are shown, for the names that they connect to, with what lies below its authority."""
+    key: Text
+    """Its private key, not encrypted; a file that other users may read is refused."""
+    client_ca: Text | None = None
+    """Authority that has to have signed the certificate that each client shows; null asks clients for none."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class GrpcAuthSettings:
+    """Who may call. Health is exempt."""
+
+    tokens: Text
+    """File with a line for each token: name, roles, token, limits (docs/security.md); read again when it changes."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class GrpcSettings:
     """The public gRPC port."""
 
     listen: Listen = "127.0.0.1:50051"
     """Address to listen on; 0.0.0.0 accepts other machines, port 0 takes a free port."""
-    tls: None = None
-    """Only null: this version listens in plain text; end TLS in a proxy before it."""
-    auth: None = None
-    """Only null: this version checks no credentials; put a proxy that does before it."""
-    reflection: Flag = True
-    """Whether tools such as grpcurl may list the services."""
+    tls: GrpcTlsSettings | None = None
+    """Certificates; null listens in plain text."""
+    auth: GrpcAuthSettings | None = None
+    """Tokens that clients show; null lets everyone in who can connect."""
+    allow_unauthenticated: Flag = False
+    """Whether an address that other machines reach may go without auth and without tls.client_ca."""
+    probe_listen: Listen | None = None
+    """Second address, in plain text, that answers health checks and nothing else; null: there is none."""
+    reflection: Flag | None = None
+    """Whether tools such as grpcurl may list the services; null: only where everyone is let in."""
     max_message_bytes: Bytes = 4 * 1024 * 1024
     """Largest message that a client may send."""
+    log_prompts: Flag = False
+    """Whether prompts and outputs are written to the log, for debugging; otherwise it has request ids only."""
+
+    def __post_init__(self) -> None:
+        if not (self.asks_who_calls or self.allow_unauthenticated or is_loopback(self.listen)):
+            message = (
+                "is reached by other machines and lets everyone in; set grpc.auth.tokens or grpc.tls.client_ca, "
+                "or listen on 127.0.0.1, or say grpc.allow_unauthenticated: true"
+            )
+            _refuse("listen", self.listen, message)
+
+    @property
+    def asks_who_calls(self) -> bool:
+        """Whether a client has to show a token or a certificate."""
+        return self.auth is not None or (self.tls is not None and self.tls.client_ca is not None)
+
+    @property
+    def reflects(self) -> bool:
+        return not self.asks_who_calls if self.reflection is None else self.reflection
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
@@ -128,6 +172,8 @@ class LimitsSettings:
 
     max_queued_requests: Count = 256
     """Requests that may wait; the next one is refused with RESOURCE_EXHAUSTED."""
+    max_queued_tokens: Count = 1_000_000
+    """Tokens that the requests that wait may have together; once they have, the next one is refused."""
     default_deadline_s: Positive = 600.0
     """Seconds that a request may take if its client sets no deadline."""
     max_deadline_s: Positive = 3600.0

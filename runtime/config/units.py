@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import Annotated
 
@@ -44,6 +45,17 @@ def parse_listen(address: str) -> tuple[str, int]:
 def join_listen(host: str, port: int) -> str:
     """The reverse of ``parse_listen``."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches ``host:port``. A name other than localhost may be any address."""
+    host, _ = parse_listen(address)
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _check_listen(address: str) -> str:

@@ -18,11 +18,11 @@ from collections.abc import Callable, Sequence
 from shardray.parallel.credentials import Credentials
 from shardray.runtime.cluster.messages import Rejection
 from shardray.runtime.config import LimitsSettings
+from shardray.runtime.driver.admission import Admission
 from shardray.runtime.driver.errors import (
     BrokenRequestError,
     DeadlineExceededError,
     DuplicateRequestError,
-    QueueFullError,
     SuspendedError,
     UnavailableError,
 )
@@ -76,6 +76,7 @@ class Driver:
         self._pace = QueuePace()
         self._trials = Trials()
         self._live = Register(self.journal, on_deadline=self._expire, on_given_up=self._abort)
+        self.admission = Admission(limits, self._live, self._waiting, self._pace, self._candidates)
         self._dispatched: dict[str, LiveRequest] = {}
         self._dispatches = itertools.count()
         self._driver_id = secrets.token_hex(4)  # a replica may not have ended yet what an earlier driver dispatched
@@ -112,10 +113,8 @@ class Driver:
         """
         self.check_available()
         if request_id in self._live:
-            raise DuplicateRequestError(f"request_id {request_id!r} is in flight; choose another or leave it empty")
-        if len(self._waiting) >= self.limits.max_queued_requests and not self._candidates():
-            message = f"{len(self._waiting)} requests are waiting, the most that limits.max_queued_requests allows"
-            raise QueueFullError(message, self._pace.drain_s())
+            raise DuplicateRequestError(request_id)
+        self.admission.check()
         timeout_s = min(self.limits.default_deadline_s if timeout_s is None else timeout_s, self.limits.max_deadline_s)
         resumable_s = min(resumable_s, self.journal.retain_s)
         entry = JournalEntry(request_id, prompt_ids, params, priority, timeout_s, resumable_s, pooling=pooling)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from shardray.runtime.driver.caller import public_id
+
 
 class RequestError(Exception):
     """Base of the errors below; the message is one line for the client."""
@@ -10,9 +12,17 @@ class RequestError(Exception):
 class DuplicateRequestError(RequestError):
     """A request with the same id is in flight."""
 
+    def __init__(self, request_id: str) -> None:
+        self.request_id = public_id(request_id)
+        super().__init__(f"request_id {self.request_id!r} is in flight; choose another or leave it empty")
+
 
 class UnknownRequestError(RequestError):
     """No request with this id is in flight, and none that ended is retained."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = public_id(request_id)
+        super().__init__(f"request_id {self.request_id!r} is neither in flight nor retained")
 
 
 class TakenOverError(RequestError):
@@ -41,6 +51,10 @@ class RetryableError(RequestError):
 
 class QueueFullError(RetryableError):
     """As many requests wait as are allowed to."""
+
+
+class CallerLimitError(QueueFullError):
+    """Its caller has as many requests in flight as its token allows."""
 
 
 class UnavailableError(RetryableError):

@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 
+from shardray.runtime.driver.caller import public_id
 from shardray.runtime.driver.errors import TakenOverError, UnknownRequestError
 from shardray.runtime.driver.journal import Journal
 from shardray.runtime.driver.journal_entry import JournalEntry
@@ -85,15 +86,15 @@ class Register(Mapping[str, LiveRequest]):
         live = self._live.get(request_id)
         entry = live.entry if live is not None else await self._journal.find_ended(request_id)
         if entry is None:
-            raise UnknownRequestError(f"request_id {request_id!r} is neither in flight nor retained")
+            raise UnknownRequestError(request_id)
         if not entry.resumable_s:
-            raise FieldError("resume", f"request_id {request_id!r} was submitted without resumable_s")
+            raise FieldError("resume", f"request_id {public_id(request_id)!r} was submitted without resumable_s")
         if num_seen_tokens > entry.params.max_tokens:
             raise FieldError("resume.num_tokens", f"{num_seen_tokens} exceeds its max_tokens {entry.params.max_tokens}")
         stream = RequestStream(entry, tokenizer, num_seen_tokens, num_seen_chars)
         if live is not None:
             self._end_absence(live)
-            live.stream.fail(TakenOverError(f"another client resumed request_id {request_id!r}"))
+            live.stream.fail(TakenOverError(f"another client resumed request_id {public_id(request_id)!r}"))
             live.stream = stream
         return stream
 

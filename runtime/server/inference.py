@@ -10,11 +10,13 @@ from typing import Any
 
 import grpc.aio
 
+from shardray.runtime.driver.caller import public_id
 from shardray.runtime.driver.deltas import Delta, PositionLogprobs
 from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.errors import UnavailableError
 from shardray.runtime.driver.stream import RequestStream
 from shardray.runtime.engine.request import SamplingParams
+from shardray.runtime.server.auth import CALLER
 from shardray.runtime.server.checks import (
     CheckedTexts,
     check_embed,
@@ -26,6 +28,7 @@ from shardray.runtime.server.checks import (
     tokenize,
 )
 from shardray.runtime.server.messages import encoder_to_proto, finish_to_proto, logprob_to_proto
+from shardray.runtime.server.request_log import RequestLog
 from shardray.v1 import inference_pb2, inference_pb2_grpc
 
 _EMBED_WINDOW = 64  # texts of one call that are under way at once
@@ -35,40 +38,51 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     """Handlers raise the errors of the layers below; an interceptor turns them into statuses."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, log_prompts: bool = False) -> None:
         self._driver = driver
+        self._log = RequestLog(driver.tokenizer, log_prompts)
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: _Context
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         driver = self._driver
         if request.HasField("resume"):
-            stream = await driver.resume(*check_resume(request))
+            request_id, num_seen_tokens, num_seen_chars = check_resume(request)
+            stream = await driver.resume(_own_id(request_id), num_seen_tokens, num_seen_chars)
         else:
             stream = await self._submit(request, context.time_remaining())
+        request_id = public_id(stream.request_id)
         try:
             seed = stream.entry.params.seed
             if stream.entry.resumable_s:
                 await driver.journal.sync()
-                yield _response(stream.request_id, Delta(), seed)
+                yield _response(request_id, Delta(), seed)
                 seed = None
             async for delta in stream:
-                yield _response(stream.request_id, delta, seed)
+                yield _response(request_id, delta, seed)
                 seed = None
         finally:  # cancel, deadline, lost connection, a client that does not read, last token
             driver.release(stream)
+            self._log.left(stream.entry)
 
     async def _submit(self, request: inference_pb2.GenerateRequest, timeout_s: float | None) -> RequestStream:
         driver = self._driver
         model = driver.check_available()
+        driver.admission.check(CALLER.get())  # before work is done for it
         checked = await check_generate(request, driver.tokenizer, model, secrets.randbits(64))
-        return driver.submit(
-            checked.request_id, checked.prompt_ids, checked.params, timeout_s, checked.priority, checked.resumable_s
+        driver.admission.check(CALLER.get())  # others may have come meanwhile
+        request_id = _own_id(checked.request_id)
+        stream = driver.submit(
+            request_id, checked.prompt_ids, checked.params, timeout_s, checked.priority, checked.resumable_s
         )
+        self._log.accepted(stream.entry)
+        return stream
 
     async def Embed(self, request: inference_pb2.EmbedRequest, context: _Context) -> inference_pb2.EmbedResponse:
         driver = self._driver
-        checked = await check_embed(request, driver.tokenizer, driver.check_available())
+        model = driver.check_available()
+        driver.admission.check(CALLER.get())
+        checked = await check_embed(request, driver.tokenizer, model)
         response = inference_pb2.EmbedResponse()
         response.usage.num_prompt_tokens = sum(map(len, checked.texts))
         for first in range(0, len(checked.texts), _EMBED_WINDOW):
@@ -83,7 +97,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         driver, streams = self._driver, []
         try:
             for prompt_ids in texts:
-                request_id, params = f"emb-{uuid.uuid4().hex}", SamplingParams(seed=0)
+                request_id, params = _own_id(f"emb-{uuid.uuid4().hex}"), SamplingParams(seed=0)
                 streams.append(
                     driver.submit(request_id, prompt_ids, params, timeout_s, checked.priority, pooling=checked.pooling)
                 )
@@ -121,7 +135,13 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         )
 
     async def Abort(self, request: inference_pb2.AbortRequest, context: _Context) -> inference_pb2.AbortResponse:
-        return inference_pb2.AbortResponse(was_live=self._driver.abort(check_request_id(request.request_id)))
+        return inference_pb2.AbortResponse(was_live=self._driver.abort(_own_id(check_request_id(request.request_id))))
+
+
+def _own_id(request_id: str) -> str:
+    """Under which the driver knows a request of whoever calls."""
+    caller = CALLER.get()
+    return request_id if caller is None else caller.own_id(request_id)
 
 
 async def _embedding_of(stream: RequestStream) -> bytes:

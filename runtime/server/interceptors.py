@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from google.protobuf.message import DecodeError
 from shardray.runtime.driver.errors import StalledError
 from shardray.runtime.engine.request import FieldError
 from shardray.runtime.server.status import to_status
+from shardray.runtime.server.wire import request_type, text_that_is_no_utf8
 
 _OUR_SERVICES = "/shardray."
 _ABORT_S = 0.1
@@ -37,8 +39,8 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith(_OUR_SERVICES):
             return handler
-        parse = handler.request_deserializer
-        assert parse is not None  # the generated code has one for each method
+        assert handler.request_deserializer is not None  # the generated code has one for each method
+        parse = functools.partial(_parsed, handler.request_deserializer, handler_call_details.method)
         if handler.response_streaming:
             stream = _guard_stream(handler.unary_stream, parse, self._stall_s)
             return grpc.unary_stream_rpc_method_handler(stream, None, handler.response_serializer)
@@ -49,7 +51,7 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
 def _guard_unary(behavior: Any, parse: Callable[[bytes], Any]) -> Any:
     async def guarded(data: bytes, context: _Context) -> Any:
         try:
-            return await behavior(_parsed(parse, data), context)
+            return await behavior(parse(data), context)
         except grpc.aio.AbortError:
             raise
         except Exception as error:
@@ -61,7 +63,7 @@ def _guard_unary(behavior: Any, parse: Callable[[bytes], Any]) -> Any:
 def _guard_stream(behavior: Any, parse: Callable[[bytes], Any], stall_s: float) -> Any:
     async def guarded(data: bytes, context: _Context) -> None:
         try:
-            async with contextlib.aclosing(behavior(_parsed(parse, data), context)) as responses:
+            async with contextlib.aclosing(behavior(parse(data), context)) as responses:
                 async for response in responses:
                     # Returns once the client has room for it. Not ``yield``: then gRPC would wait for ever.
                     await _within(stall_s, context.write(response))
@@ -73,11 +75,13 @@ def _guard_stream(behavior: Any, parse: Callable[[bytes], Any], stall_s: float) 
     return guarded
 
 
-def _parsed(parse: Callable[[bytes], Any], data: bytes) -> Any:
+def _parsed(parse: Callable[[bytes], Any], method: str, data: bytes) -> Any:
     """gRPC itself would log a traceback for every broken message, and call it UNKNOWN."""
     try:
         return parse(data)
     except DecodeError:
+        if (field := text_that_is_no_utf8(data, request_type(method))) is not None:
+            raise FieldError(field, "is not UTF-8") from None
         raise FieldError("request", "its bytes are not a message of this method") from None
 
 

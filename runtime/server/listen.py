@@ -18,13 +18,13 @@ _REASONS = {
 class ListenError(OSError):
     """The address cannot be listened on; the message is one line with the fix."""
 
-    def __init__(self, listen: str, reason: str) -> None:
+    def __init__(self, key: str, listen: str, reason: str) -> None:
         host, port = parse_listen(listen)
         example = join_listen(host, port + 1 if 1023 < port < 65535 else 50051)
-        super().__init__(f"grpc.listen: cannot listen on {listen}: {reason}, for example --set grpc.listen={example}")
+        super().__init__(f"{key}: cannot listen on {listen}: {reason}, for example --set {key}={example}")
 
 
-def check_listen(listen: str) -> None:
+def check_listen(key: str, listen: str) -> None:
     """Raises ListenError. What is free now may still be taken a moment later."""
     host, port = parse_listen(listen)
     try:
@@ -34,7 +34,8 @@ def check_listen(listen: str) -> None:
             probe.bind(address)
             probe.listen(1)
     except OSError as error:
-        raise ListenError(listen, _REASONS.get(error.errno or 0, f"{error.strerror}; choose another address")) from None
+        reason = _REASONS.get(error.errno or 0, f"{error.strerror}; choose another address")
+        raise ListenError(key, listen, reason) from None
 
 
 def raise_file_limit() -> None:

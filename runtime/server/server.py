@@ -13,10 +13,14 @@ from shardray.runtime.config import GrpcSettings
 from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.fleet import FleetState
 from shardray.runtime.driver.operations import FleetOperator
+from shardray.runtime.server.auth import AuthInterceptor
 from shardray.runtime.server.control import ControlService
 from shardray.runtime.server.inference import InferenceService
 from shardray.runtime.server.interceptors import StatusInterceptor
 from shardray.runtime.server.listen import ListenError, check_listen, raise_file_limit
+from shardray.runtime.server.secret_files import SecretFiles, keep_fresh
+from shardray.runtime.server.tls import ServerTls
+from shardray.runtime.server.tokens import TokenFile
 from shardray.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 _INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
@@ -40,31 +44,39 @@ class Server:
         self._health = health.aio.HealthServicer()
         self._health_task: asyncio.Task[None] | None = None
         self._stop_task: asyncio.Task[None] | None = None
+        self._secrets_task: asyncio.Task[None] | None = None
+        self._tls = ServerTls(settings.tls) if settings.tls else None
+        self._tokens = TokenFile(settings.auth) if settings.auth else None
+        self._probe_server: grpc.aio.Server | None = None
+        self.probe_port: int | None = None  # once started, with grpc.probe_listen
 
     async def start(self) -> int:
-        """Listen and serve; returns the port. Raises ListenError."""
-        check_listen(self._settings.listen)
+        """Listen and serve; returns the port. Raises ListenError, SecretsError."""
+        secrets: list[SecretFiles] = [files for files in (self._tls, self._tokens) if files is not None]
+        for files in secrets:
+            files.start()
+        check_listen("grpc.listen", self._settings.listen)
         raise_file_limit()
-        # A client that stalls may do so for as long as a request that does not.
-        status = StatusInterceptor(self._driver.limits.default_deadline_s)
-        self._server = grpc.aio.server(interceptors=[status], options=self._options())
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(self._driver), self._server)
+        self._server = grpc.aio.server(interceptors=self._interceptors(), options=self._options())
+        inference = InferenceService(self._driver, self._settings.log_prompts)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)
         control = ControlService(self._driver.fleet, self._operator)
         control_pb2_grpc.add_ControlServiceServicer_to_server(control, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        if self._settings.reflection:
+        if self._settings.reflects:
             names = (_INFERENCE, _CONTROL, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
-        try:
-            port = self._server.add_insecure_port(self._settings.listen)
-        except RuntimeError as error:
-            raise ListenError(self._settings.listen, f"{error}; choose another address") from None
+        port = self._listen(self._server, "grpc.listen", self._settings.listen, self._tls)
+        if self._settings.probe_listen is not None:
+            await self._start_probe(self._settings.probe_listen)
         await self._health.set("", _NOT_SERVING)
         await self._health.set(_INFERENCE, _NOT_SERVING)
         await self._health.set(_CONTROL, _SERVING)
         await self._server.start()
         self._health_task = asyncio.create_task(self._follow_fleet())
-        return int(port)
+        if secrets:
+            self._secrets_task = asyncio.create_task(keep_fresh(secrets))
+        return port
 
     async def stop(self, grace_s: float) -> None:
         """Health NOT_SERVING, refuse new requests, give streams ``grace_s``, fail the rest, close. Idempotent."""
@@ -77,13 +89,36 @@ class Server:
         await self._server.wait_for_termination()
 
     async def _stop(self, grace_s: float) -> None:
-        if self._health_task is not None:
-            self._health_task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._health_task
+        for task in (self._health_task, self._secrets_task):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
         await self._health.enter_graceful_shutdown()
         await self._driver.shutdown(grace_s)
-        await self._server.stop(_FLUSH_S)
+        servers = [server for server in (self._server, self._probe_server) if server is not None]
+        await asyncio.gather(*(server.stop(_FLUSH_S) for server in servers))
+
+    async def _start_probe(self, listen: str) -> None:
+        check_listen("grpc.probe_listen", listen)
+        self._probe_server = grpc.aio.server(options=self._options())
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._probe_server)
+        self.probe_port = self._listen(self._probe_server, "grpc.probe_listen", listen, None)
+        await self._probe_server.start()
+
+    def _interceptors(self) -> list[grpc.aio.ServerInterceptor]:
+        # A client that stalls may do so for as long as a request that does not.
+        status = StatusInterceptor(self._driver.limits.default_deadline_s)
+        return [status] if self._tokens is None else [AuthInterceptor(self._tokens), status]
+
+    @staticmethod
+    def _listen(server: grpc.aio.Server, key: str, address: str, tls: ServerTls | None) -> int:
+        try:
+            if tls is None:
+                return server.add_insecure_port(address)
+            return server.add_secure_port(address, tls.credentials())
+        except RuntimeError as error:
+            raise ListenError(key, address, f"{error}; choose another address") from None
 
     async def _follow_fleet(self) -> None:
         async for status in self._driver.fleet.watch():

@@ -8,8 +8,9 @@ import grpc
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from shardray.runtime.client.errors import to_server_error
 from tests.abuse.fleet import AbusedFleet
-from tests.abuse.values import FORESEEN, GENERATE, HUGE, ask, calls, connect
+from tests.abuse.values import FORESEEN, GENERATE, HUGE, ask, calls, connect, failure
 
 pytestmark = pytest.mark.integration
 
@@ -23,8 +24,11 @@ def channel(fleet: AbusedFleet) -> Iterator[grpc.Channel]:
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(call=calls())
 def test_no_value_is_an_error_that_nobody_foresaw(channel: grpc.Channel, call: tuple[str, bytes]) -> None:
-    code, details = ask(channel, *call)
-    assert code in FORESEEN, details
+    error = failure(channel, *call)
+    if error is not None:
+        assert error.code() in FORESEEN, error.details()  # type: ignore[attr-defined]
+        told = to_server_error(error, "")
+        assert (told.reason == "BAD_FIELD") == (told.code == "INVALID_ARGUMENT") == bool(told.fields), told
 
 
 @pytest.mark.parametrize("field", HUGE)

@@ -102,7 +102,14 @@ _valid_generates = st.builds(
     st.builds(dict, token_ids=st.builds(common_pb2.TokenIds, ids=st.lists(st.integers(0, 258), min_size=1))),
     _mild_sampling,
 )
+_embeds = st.builds(
+    inference_pb2.EmbedRequest,
+    inputs=st.lists(st.builds(inference_pb2.EmbedInput, text=_texts), max_size=3),
+    truncate=st.booleans(),
+    priority=st.integers(-(2**31), 2**31 - 1),
+)
 _messages = st.one_of(
+    st.tuples(st.just("InferenceService/Embed"), _embeds),
     st.tuples(st.just(GENERATE), st.one_of(_generates, _valid_generates)),
     st.tuples(
         st.just("InferenceService/Tokenize"),
@@ -155,15 +162,21 @@ HUGE: dict[str, Callable[[], inference_pb2.GenerateRequest]] = {
 _turn = inference_pb2.ChatMessage(role="u", content="")
 
 
-def ask(channel: grpc.Channel, method: str, data: bytes, timeout_s: float = _TIMEOUT_S) -> tuple[grpc.StatusCode, str]:
-    """How the call ended; one that streams for long is ended by its deadline."""
+def failure(channel: grpc.Channel, method: str, data: bytes, timeout_s: float = _TIMEOUT_S) -> grpc.RpcError | None:
+    """How the call failed, if it did; one that streams for long is ended by its deadline."""
     call = channel.unary_stream(_PREFIX + method)(data, timeout=timeout_s)
     try:
         for _ in call:
             pass
     except grpc.RpcError as error:
-        return error.code(), error.details() or ""  # type: ignore[attr-defined]
-    return grpc.StatusCode.OK, ""
+        return error
+    return None
+
+
+def ask(channel: grpc.Channel, method: str, data: bytes, timeout_s: float = _TIMEOUT_S) -> tuple[grpc.StatusCode, str]:
+    """How the call ended: code and details."""
+    error = failure(channel, method, data, timeout_s)
+    return (grpc.StatusCode.OK, "") if error is None else (error.code(), error.details() or "")  # type: ignore[attr-defined]
 
 
 def connect(address: str) -> grpc.Channel:

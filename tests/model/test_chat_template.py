@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from shardray.runtime.model import chat_template
 from shardray.runtime.model.chat_template import ChatTemplate, ChatTemplateError
+from shardray.runtime.model.template_process import TemplateProcess
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -62,10 +66,49 @@ def test_a_template_cannot_leave_the_sandbox(source: str) -> None:
         render(source)
 
 
-def test_a_template_that_renders_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "MAX_RENDERED_CHARS", 1000)
-    with pytest.raises(ChatTemplateError, match="more than 1000 characters"):
-        render("{% for i in range(99999) %}{% for j in range(99999) %}spam{% endfor %}{% endfor %}")
+BOUNDED = TemplateProcess(max_memory_bytes=300 << 20, max_processor_s=0.3, max_chars=1000)
+_MANY = "{% for i in range(99999) %}{% for j in range(99999) %}"
+_ENDS = "{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
+        (f"{_MANY}spam{_ENDS}", "more than 1000 characters"),
+        (f"{_MANY}{_ENDS}", "more than 0.3 s of processor time"),
+        ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "recursion|processor time"),
+        ("{% set n = messages | length %}{{ 9**(9**(9 * n)) }}", "processor time"),
+        ("{{ 'a' * 10**10 }}", "MemoryError"),
+        ("{% set x = messages[0].content * 9**9 * 9 %}{{ x }}", "MemoryError"),
+        ("{% set x = 'ab' %}" + "{% set x = x ~ x %}" * 40 + "{{ x | length }}", "MemoryError|processor time"),
+        ("{{ '%999999999d' % 1 }}", "MemoryError"),
+        ("{{ 'x' | center(10**10) }}", "MemoryError"),
+        ("{{ [0] * 10**9 }}", "MemoryError"),
+    ],
+)
+def test_a_hostile_template_ends_with_an_error_and_the_next_one_renders(source: str, message: str) -> None:
+    with pytest.raises(ChatTemplateError, match=message):
+        ChatTemplate(source, {}, BOUNDED).render(MESSAGES)
+    assert ChatTemplate("{{ messages[0].content }}", {}, BOUNDED).render(MESSAGES) == "hi"
+
+
+def test_what_another_process_renders_comes_back_as_it_was() -> None:
+    text = "é\n\U0001f600\u2028\r\n\0 end"
+    assert ChatTemplate("{{ messages[0].content }}", {}).render([{"role": "user", "content": text}]) == text
+
+
+def test_the_process_ends_with_its_owner() -> None:
+    code = (
+        "from shardray.runtime.model.chat_template import ChatTemplate\n"
+        "from shardray.runtime.model.template_process import SHARED\n"
+        "ChatTemplate('x', {})\n"
+        "print(SHARED._process.pid)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(done.stdout)).wait(5)
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize(

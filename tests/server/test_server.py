@@ -142,7 +142,9 @@ async def test_a_taken_port_is_one_line_with_the_fix(tokenizer: Tokenizer, capfd
 
 
 async def test_an_address_of_another_machine_is_refused_as_such() -> None:
-    server = Server(GrpcSettings(listen="192.0.2.1:5000"), Driver("m", None, LimitsSettings(), 1))
+    server = Server(
+        GrpcSettings(listen="192.0.2.1:5000", allow_unauthenticated=True), Driver("m", None, LimitsSettings(), 1)
+    )
     with pytest.raises(ListenError, match="no such address"):
         await server.start()
 
