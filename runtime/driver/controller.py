@@ -105,20 +105,20 @@ class FleetController:
         recipe, num_replicas = _changed(before, change), change.replicas or len(fleet.replicas)
         say("checking that it fits", 0.0)
         await check_room(fleet, recipe, num_replicas)
-        surplus = fleet.replicas[num_replicas:]
+        surplus = sorted(fleet.replicas, key=lambda replica: replica.is_given_up)[num_replicas:]
+        num_lost = sum(not replica.is_given_up for replica in surplus)
         for replica in reversed(surplus):
             say(f"handing on the requests of replica {replica.replica_id}", 0.1)
             await self._remove(replica)
         fleet.recipe = recipe
         try:
-            if _shape(recipe) != _shape(before):
-                await self._reshape_all(recipe, say)
+            await self._reshape_all(recipe, say, but=_shape(recipe))
             if (num_missing := num_replicas - len(fleet.replicas)) > 0:
                 say(f"forming {num_missing} more", 0.8)
                 await self._add(num_missing)
         except (ClusterError, ConnectionError, OperationFailedError) as error:
             fleet.recipe = before
-            outcome = await self._go_back(before, len(surplus))
+            outcome = await self._go_back(before, num_lost)
             raise OperationFailedError(f"{error}; {outcome}") from error
         self._config = recipe.config
 
@@ -157,9 +157,12 @@ class FleetController:
         self._fleet.recipe = recipe
         self._driver.fleet.model_id = source
 
-    async def _reshape_all(self, recipe: MeshRecipe, say: Say) -> None:
-        """One replica after the other, so that the others go on serving; all go back when one fails."""
-        replicas = self._fleet.replicas
+    async def _reshape_all(self, recipe: MeshRecipe, say: Say, but: ParallelSettings | None = None) -> None:
+        """One replica after the other, so that the others go on serving; all go back when one fails.
+
+        Those that run in the shape ``but`` are left alone.
+        """
+        replicas = [one for one in self._fleet.replicas if one.is_given_up or _shape(one.recipe) != but]
         before = [replica.recipe for replica in replicas]
         for number, replica in enumerate(replicas):
             say(f"forming replica {replica.replica_id} anew", number / len(replicas))
