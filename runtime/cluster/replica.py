@@ -51,8 +51,9 @@ class Replica:
         self.gave_up: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._pool = pool
         self._outlet = outlet
-        self._new_slot = lambda: MeshSlot(pool, lambda hosts: shares(self, hosts), is_local, self._on_progress)
-        self._slot = self._new_slot()
+        self._shares = shares
+        self._is_local = is_local
+        self._slot = self._empty_slot()
         self._events = events
         self._crash_loop = CrashLoop(recipe.config.cluster.max_failed_forms)
         self._lock = asyncio.Lock()  # held by whoever changes the mesh
@@ -93,7 +94,7 @@ class Replica:
         Raises ClusterError; the replica then runs as before, or is being formed as before, or is given up as before.
         """
         async with self._lock:
-            was_given_up, slot = self.is_given_up, self._new_slot()
+            was_given_up, slot = self.is_given_up, self._empty_slot()
             try:
                 try:
                     await slot.gather_anew(recipe, self._ignore_wait, _ROOM_S)
@@ -285,6 +286,9 @@ class Replica:
             if not self.is_given_up:
                 await self._form_until_it_runs(str(error))
             raise FormError(str(error)) from error
+
+    def _empty_slot(self) -> MeshSlot:
+        return MeshSlot(self._pool, lambda hosts: self._shares(self, hosts), self._is_local, self._on_progress)
 
     @property
     def _timeout_s(self) -> float:
