@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from shardray.runtime.cluster.crash_loop import CrashLoop
 from shardray.runtime.cluster.errors import ClusterError, FormError, PlacementError
@@ -49,10 +50,8 @@ class Replica:
         self.replica_id = replica_id
         self.recipe = recipe
         self.gave_up: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._pool = pool
-        self._outlet = outlet
-        self._shares = shares
-        self._is_local = is_local
+        self._pool, self._outlet = pool, outlet
+        self._empty_slot = partial(MeshSlot, pool, partial(shares, self), is_local, self._on_progress)
         self._slot = self._empty_slot()
         self._events = events
         self._crash_loop = CrashLoop(recipe.config.cluster.max_failed_forms)
@@ -286,9 +285,6 @@ class Replica:
             if not self.is_given_up:
                 await self._form_until_it_runs(str(error))
             raise FormError(str(error)) from error
-
-    def _empty_slot(self) -> MeshSlot:
-        return MeshSlot(self._pool, lambda hosts: self._shares(self, hosts), self._is_local, self._on_progress)
 
     @property
     def _timeout_s(self) -> float:
