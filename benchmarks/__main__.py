@@ -109,11 +109,12 @@ def recovery(
     model: Annotated[str, typer.Option(help="What shardray pull takes.")] = "smollm2-135m",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     threads: Annotated[int, typer.Option(help="Compute threads of each host.")] = 1,
+    peace: Annotated[float, typer.Option(help="Seconds without a fault before each kill.")] = 6.0,
     output: Annotated[Path | None, typer.Option(help="Default: a new file in benchmarks/results.")] = None,
 ) -> None:
     """Kill hosts under a stream; print one JSON line a kill, then the table of where the time went on stderr."""
     started = time.strftime("%Y%m%d-%H%M%S")
-    setup = RecoverySetup(model, dtype, spares, rounds, threads)
+    setup = RecoverySetup(model, dtype, spares, rounds, threads, peace)
     emit = _emitter(output or RESULTS_DIR / f"{started}-recovery.jsonl", {"run_id": started, **vars(setup)})
 
     async def measure_all() -> list[Recovery]:

@@ -25,7 +25,9 @@ TARGETS_S = {0: 5.0, 1: 1.5}  # by number of spares, on the demo model
 _PROMPT_IDS = tuple(range(5, 69))
 _MAX_TOKENS = 1500
 _TOKENS_BEFORE = 30  # of the stream, before its host is killed
-_PEACE_S = 1.0  # between the fleet being whole again and the next kill
+_PEACE_S = (
+    6.0  # between the fleet being whole again and the next kill; a mesh that lives shorter counts as a crash loop
+)
 _ROUND_TIMEOUT_S = 120.0
 
 
@@ -53,6 +55,7 @@ class RecoverySetup:
     num_spares: int
     num_rounds: int
     num_threads: int  # of each host
+    peace_s: float  # in which nothing fails before a kill; a fleet that is hit again within 5 s takes its time
 
 
 class _Stream:
@@ -89,12 +92,12 @@ async def measure(setup: RecoverySetup) -> AsyncIterator[Recovery]:
     """One result a round."""
     async with _serving(setup) as (address, recovered), AsyncClient(address) as client:
         for number in range(setup.num_rounds):
+            shards = await _whole_fleet(client)
+            await asyncio.sleep(setup.peace_s)
             stream = _Stream(client)
             try:
                 async with asyncio.timeout(_ROUND_TIMEOUT_S):
                     await stream.until(_TOKENS_BEFORE)
-                    shards = await _whole_fleet(client)
-                    await asyncio.sleep(_PEACE_S)
                     yield await _kill(shards, (number + 1) % 2, stream, recovered)
             finally:
                 await stream.close()

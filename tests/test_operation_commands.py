@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from shardray.runtime.cli.app import run
 from shardray.runtime.cli.status import describe_failure
 from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.fleet import FailureStatus
-from shardray.runtime.driver.operations import ShapeChange
+from shardray.runtime.driver.operations import OperationKind, OperationProgress, OperationStatus, ShapeChange
 from shardray.v1 import control_pb2
 from tests.serving import Serving, eventually, serving
 from tests.stub_operator import StubOperator
@@ -179,6 +180,17 @@ def test_status_shows_recoveries_the_last_failure_and_the_spares(fleet: Fleet) -
     [replica] = told["replicas"]
     assert (replica["num_recoveries"], replica["last_failure"]["pid"], told["num_wanted_spares"]) == (1, 77, 2)
     assert "1 recovery; last failure 20" in shardray("status", "--server", fleet.address).stdout
+
+
+def test_status_shows_the_operation_that_is_under_way(fleet: Fleet, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = OperationProgress("forming 1 more: needs 2 GPU bundles", 0.8)
+    fleet.call(fleet.up.driver.fleet.set_operation, OperationStatus(OperationKind.SCALE, progress))
+    assert run(["status", "--server", fleet.address]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^scale since \d\d:\d\d:\d\d: forming 1 more: needs 2 GPU bundles 80%$", text, re.MULTILINE)
+    assert run(["status", "--json", "--server", fleet.address]) == 0
+    operation = json.loads(capsys.readouterr().out)["operation"]
+    assert (operation["kind"], operation["progress"]["fraction"]) == ("scale", 0.8)
 
 
 @pytest.mark.parametrize(

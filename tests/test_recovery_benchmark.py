@@ -20,7 +20,7 @@ PARTS = ("detect_s", "fence_s", "hosts_s", "form_s", "load_s", "attach_s", "repl
 def test_killed_hosts_are_timed_from_the_kill_to_the_next_token(tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "model", num_hidden_layers=2, max_position_embeddings=4096)
     command = [sys.executable, "-m", "benchmarks", "recovery", "--model", str(folder), "--dtype", "float32"]
-    command += ["--spares", "0", "--rounds", "2", "--output", str(tmp_path / "out.jsonl")]
+    command += ["--spares", "0", "--rounds", "2", "--peace", "1", "--output", str(tmp_path / "out.jsonl")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in done.stdout.splitlines()]

@@ -74,12 +74,24 @@ def describe(fleet: control_pb2.Fleet) -> Group:
     if fleet.num_ready_spares or fleet.num_wanted_spares:
         head += f", {fleet.num_ready_spares} of {fleet.num_wanted_spares} spares ready"
     lines = [Text(head + (f" – {fleet.reason}" if fleet.reason else ""), style="bold")]
+    if fleet.HasField("operation"):
+        lines.append(Text(_operation_line(fleet.operation)))
     for replica in fleet.replicas:
         lines.append(Text(_replica_line(replica)))
         if replica.num_recoveries or replica.HasField("last_failure"):
             lines.append(Text(_recovery_line(replica)))
     table = shard_table((replica.replica_id, replica.shards) for replica in fleet.replicas)
     return Group(*lines, table) if table.row_count else Group(*lines)
+
+
+def _operation_line(operation: control_pb2.Operation) -> str:
+    """What is being done to the fleet, since when, and how far it is."""
+    from shardray.runtime.cli.json_messages import enum_word
+    from shardray.v1 import control_pb2
+
+    kind = enum_word(control_pb2.OperationKind.DESCRIPTOR, operation.kind)
+    since = operation.start_time.ToDatetime(UTC).astimezone()
+    return f"{kind} since {since:%H:%M:%S}: {operation.progress.doing} {operation.progress.fraction:.0%}"
 
 
 def _replica_line(replica: control_pb2.Replica) -> str:

@@ -9,7 +9,6 @@ belongs to the driver that renews its lease, outlives it by that lease, and can 
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import threading
@@ -24,6 +23,7 @@ import ray
 
 from shardray.parallel.credentials import Credentials
 from shardray.parallel.tls import TlsFiles
+from shardray.runtime.cluster.first_import import load_runtime
 from shardray.runtime.cluster.lease import Lease
 from shardray.runtime.cluster.reports import FailureKind, FormReport, HostInfo, HostState, RankFailure, RunReport
 from shardray.runtime.engine.assignment import ShardAssignment
@@ -86,10 +86,7 @@ class Host:
             files.check()
         os.environ["OMP_NUM_THREADS"] = str(num_threads)  # read once, when torch is imported
         self._note("importing the runtime", 0.0)
-        importlib.import_module("shardray.runtime.cluster.leader")
-        from shardray.runtime.engine.shard import warm_up
-
-        warm_up(model_dir, dtype, _device(), num_threads)
+        load_runtime(model_dir, dtype, _device(), num_threads)
         self._note("waiting for a place", 0.0)
 
     def open_rendezvous(self, bind_host: str, credentials: bytes, size: int) -> tuple[str, int]:

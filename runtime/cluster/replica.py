@@ -1,7 +1,4 @@
-"""A replica: a mesh that is formed again whenever it ends, and formed anew when its shape is to change.
-
-Whoever sends it requests is its outlet: told when a mesh is up, and when it is down until the next one is.
-"""
+"""A replica: a mesh that is formed again whenever it ends, and formed anew when its shape is to change."""
 
 from __future__ import annotations
 
@@ -9,43 +6,32 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from functools import partial
 
+from shardray.runtime.cluster.crash_loop import CrashLoop
 from shardray.runtime.cluster.errors import ClusterError, FormError, PlacementError
 from shardray.runtime.cluster.events import (
     EventSink,
     PlacementWaiting,
-    RecoveryTimes,
     ReplicaFormed,
     ReplicaGaveUp,
     ReplicaLost,
     ReplicaRecovered,
     ShardProgress,
 )
-from shardray.runtime.cluster.form import FormedMesh, MeshRecipe, dissolve, form
+from shardray.runtime.cluster.form import FormedMesh, MeshRecipe
 from shardray.runtime.cluster.layout import CoreShare
+from shardray.runtime.cluster.mesh_slot import MeshSlot
+from shardray.runtime.cluster.outlet import Outlet
 from shardray.runtime.cluster.pool import HostPool
 from shardray.runtime.cluster.remote_host import RemoteHost
 from shardray.runtime.cluster.shapes import smaller_recipes
-from shardray.runtime.cluster.supervise import MeshFailure, MeshWatch
+from shardray.runtime.cluster.supervise import MeshFailure
 
 _log = logging.getLogger(__name__)
-_STOP_TIMEOUT_S = 5.0
 _ROOM_S = 0.5  # to find out whether there is room for a second mesh beside the first
 _RETRY_S = 1.0  # between two looks for room
 _RELINK_S = 1.0  # for the end of the mesh to show, which is the common cause
-_INFANCY_S = 5.0  # a mesh that ends sooner counts as one that could not be formed
-_MAX_BACK_OFF_S = 10.0
-
-
-class Outlet(Protocol):
-    """Sends requests to meshes."""
-
-    async def up(self, replica_id: int, mesh: FormedMesh) -> None:
-        """Use ``mesh`` from now on, also for what its forerunner has not finished. Raises ConnectionError."""
-
-    def down(self, replica_id: int, reason: str) -> None:
-        """The mesh is no more; keep its requests until the next one is up."""
 
 
 class Replica:
@@ -63,54 +49,66 @@ class Replica:
     ) -> None:
         self.replica_id = replica_id
         self.recipe = recipe
-        self.hosts: list[RemoteHost] = []  # all that it holds, in a mesh or not
-        self.mesh: FormedMesh | None = None
         self.gave_up: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._pool = pool
-        self._outlet = outlet
-        self._shares = shares
-        self._is_local = is_local
+        self._pool, self._outlet = pool, outlet
+        self._empty_slot = partial(MeshSlot, pool, partial(shares, self), is_local, self._on_progress)
+        self._slot = self._empty_slot()
         self._events = events
-        self._watch: MeshWatch | None = None
-        self._gathered_s = self._formed_s = 0.0
-        self._num_failures = 0  # in a row
+        self._crash_loop = CrashLoop(recipe.config.cluster.max_failed_forms)
         self._lock = asyncio.Lock()  # held by whoever changes the mesh
         self._keeper: asyncio.Task[None] | None = None
         self._relinking: asyncio.Task[None] | None = None
         self._growing: asyncio.Task[None] | None = None
 
+    @property
+    def hosts(self) -> list[RemoteHost]:
+        """All that it holds, in a mesh or not."""
+        return self._slot.hosts
+
+    @property
+    def is_given_up(self) -> bool:
+        return self.gave_up.done()
+
     async def place(self) -> None:
         """Get the hosts for the first mesh. Raises ClusterError."""
-        self.hosts = await self._pool.take(self.recipe.size, self._on_wait, self._timeout_s, fresh=True)
+        await self._slot.gather_anew(self.recipe, self._on_wait, self._timeout_s)
 
     async def start(self) -> None:
         """Form the first mesh, and keep one from then on. Raises ClusterError."""
         async with self._lock:
-            await self._go(await self._form(self.hosts, self.recipe))
+            await self._slot.form(self.recipe)
+            await self._attach()
         self._start_keeping()
 
     async def adopt(self, mesh: FormedMesh) -> None:
         """Go on with a mesh that runs already. Raises ConnectionError if it cannot be reached."""
-        self.hosts = list(mesh.hosts)
         async with self._lock:
-            await self._go(mesh)
+            self._slot.run(mesh, self.recipe)
+            await self._attach()
         self._start_keeping()
 
     async def reshape(self, recipe: MeshRecipe) -> None:
         """Go over to ``recipe`` on new hosts: beside the present mesh if there is room, else in its place.
 
-        Raises ClusterError; the replica then runs as before, or is being formed as before.
+        Raises ClusterError; the replica then runs as before, or is being formed as before, or is given up as before.
         """
         async with self._lock:
+            was_given_up, slot = self.is_given_up, self._empty_slot()
             try:
-                hosts = await self._pool.take(recipe.size, self._ignore_wait, _ROOM_S, fresh=True)
-            except PlacementError:
-                await self._reshape_in_place(recipe)
-            else:
-                await self._reshape_beside(recipe, hosts)
-        if self.gave_up.done():  # it runs again, by the operator's grace
+                try:
+                    await slot.gather_anew(recipe, self._ignore_wait, _ROOM_S)
+                except PlacementError:
+                    await self._reshape_in_place(recipe)
+                else:
+                    await self._reshape_beside(recipe, slot)
+            except ClusterError as error:
+                if was_given_up:
+                    await self._slot.keep_only(())
+                    self._give_up(f"given up; another try failed: {error}")
+                raise
+        if was_given_up:  # it runs again, by the operator's grace
             self.gave_up = asyncio.get_running_loop().create_future()
-            self._num_failures = 0
+            self._crash_loop.forget()
             self._start_keeping()
 
     async def reshape_at_last(self, recipe: MeshRecipe) -> None:
@@ -119,16 +117,16 @@ class Replica:
             await self.reshape(recipe)
         except ClusterError as error:
             async with self._lock:
-                if self.gave_up.done():
+                if self.is_given_up:
                     return
                 self._outlet.down(self.replica_id, "its shape is being changed back")
-                await self._let_go(_STOP_TIMEOUT_S)
+                await self._slot.let_go()
                 self.recipe = recipe
                 await self._form_until_it_runs(str(error))
 
     def link_lost(self) -> None:
         """The outlet lost its connection to the mesh; if that still runs, it is connected again, or else replaced."""
-        self._relinking = asyncio.create_task(self._relink(self.mesh))
+        self._relinking = asyncio.create_task(self._relink(self._slot.mesh))
 
     async def stop(self) -> None:
         """End the mesh between two steps and give the hosts back. Idempotent; works in any state."""
@@ -136,9 +134,8 @@ class Replica:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._let_go(_STOP_TIMEOUT_S)
-        await self._pool.discard(self.hosts)
-        self.hosts = []
+        await self._slot.let_go()
+        await self._slot.keep_only(())
         self.gave_up.cancel()
 
     def _start_keeping(self) -> None:
@@ -149,24 +146,25 @@ class Replica:
 
     def _on_keeper_end(self, keeper: asyncio.Task[None]) -> None:
         """Nobody would notice the end of a mesh any longer: say so, rather than let requests wait for nothing."""
-        if not keeper.cancelled() and (error := keeper.exception()) is not None and not self.gave_up.done():
+        if not keeper.cancelled() and (error := keeper.exception()) is not None and not self.is_given_up:
             _log.error("replica %d is not kept any longer", self.replica_id, exc_info=error)
             self._give_up(f"an error of its keeper: {type(error).__name__}: {error}")
 
     async def _keep(self) -> None:
-        while not self.gave_up.done():
-            watch = self._watch
+        while not self.is_given_up:
+            watch = self._slot.watch
             assert watch is not None
             failure = await watch.failure()
             async with self._lock:
-                if watch is self._watch and failure is not None:
+                if watch is self._slot.watch and failure is not None:
                     with self._pool.forming():
                         await self._recover(failure)
 
     async def _relink(self, mesh: FormedMesh | None) -> None:
         await asyncio.sleep(_RELINK_S)
         async with self._lock:
-            if mesh is None or mesh is not self.mesh or self._watch is None or self._watch.is_ending:
+            slot = self._slot
+            if mesh is None or mesh is not slot.mesh or slot.watch is None or slot.watch.is_ending:
                 return
             try:
                 await self._outlet.up(self.replica_id, mesh)
@@ -179,19 +177,17 @@ class Replica:
         self._outlet.down(self.replica_id, failure.reason)
         _log.error("replica %d lost its mesh: %s", self.replica_id, failure.reason)
         self._events(ReplicaLost(self.replica_id, failure.reason, failure.failures[0]))
-        self._num_failures = self._num_failures + 1 if began_s - self._formed_s < _INFANCY_S else 0
-        self.mesh = self._watch = None
-        await self._keep_only(failure.survivors)
+        self._crash_loop.note_end(self._slot.age_s)
+        await self._slot.clear(failure.survivors)
         if await self._form_until_it_runs(failure.reason):
-            times = self._times(failure.noticed_s, began_s)
+            times = self._slot.times(failure.noticed_s, began_s)
             _log.warning("replica %d runs again after %.2f s (%s)", self.replica_id, times.recovery_s, times)
             self._events(ReplicaRecovered(self.replica_id, times))
 
     async def _form_until_it_runs(self, last_error: str) -> bool:
         """Form the mesh, as often as it takes; False if that was given up. Waiting for room does not count."""
-        while self._num_failures < self.recipe.config.cluster.max_failed_forms:
-            if self._num_failures:
-                await asyncio.sleep(min(_MAX_BACK_OFF_S, 0.25 * 2 ** (self._num_failures - 1)))
+        while not self._crash_loop.is_hopeless:
+            await asyncio.sleep(self._crash_loop.back_off_s)
             try:
                 await self._form_what_fits()
                 return True
@@ -200,137 +196,95 @@ class Replica:
                 await asyncio.sleep(_RETRY_S)
             except (ClusterError, ConnectionError) as error:
                 last_error = str(error)
-                self._num_failures += 1
+                self._crash_loop.note_failed_form()
                 _log.error("replica %d could not be formed again: %s", self.replica_id, last_error)
-        await self._keep_only(())
-        self._give_up(f"given up after {self._num_failures} failures in a row, the last one: {last_error}")
+        await self._slot.keep_only(())
+        self._give_up(f"given up after {self._crash_loop.num_failures} failures in a row, the last one: {last_error}")
         return False
 
     def _give_up(self, reason: str) -> None:
         _log.critical("replica %d: %s", self.replica_id, reason)
-        self.gave_up.set_result(reason)
+        if not self.is_given_up:
+            self.gave_up.set_result(reason)
         self._events(ReplicaGaveUp(self.replica_id, reason))
 
     async def _form_what_fits(self) -> None:
         """Form the configured shape, or the best smaller one that there is room for if the fleet may degrade."""
         if not self.recipe.config.cluster.degrade:
-            await self._gather(self.recipe, self._timeout_s)
-            return await self._go(await self._form(self.hosts, self.recipe))
+            return await self._form(self.recipe, self._timeout_s)
         for recipe in (self.recipe, *smaller_recipes(self.recipe)):
             try:
-                await self._gather(recipe, _ROOM_S)
+                await self._form(recipe, _ROOM_S)
             except PlacementError as error:
                 shortage = error
                 continue
-            await self._go(await self._form(self.hosts, recipe))
             if recipe is not self.recipe:
                 _log.warning("replica %d runs on %d of %d hosts", self.replica_id, recipe.size, self.recipe.size)
                 self._growing = asyncio.create_task(self._grow_back())
             return None
         raise shortage
 
+    async def _form(self, recipe: MeshRecipe, timeout_s: float) -> None:
+        """From the hosts at hand and as many more as it takes. Raises ClusterError or ConnectionError."""
+        await self._slot.gather(recipe, self._on_wait, timeout_s)
+        await self._slot.form(recipe)
+        await self._attach()
+
+    async def _attach(self) -> None:
+        """Send the mesh requests. Raises ConnectionError; the mesh has ended then."""
+        assert self._slot.mesh is not None
+        try:
+            await self._outlet.up(self.replica_id, self._slot.mesh)
+        except ConnectionError:
+            await self._slot.let_go()
+            raise
+        self._events(ReplicaFormed(self.replica_id))
+
     async def _grow_back(self) -> None:
         """Once there is room for the configured shape, form it."""
         while True:
             await asyncio.sleep(_RETRY_S)
             async with self._lock:
-                if self.mesh is None or len(self.hosts) >= self.recipe.size:
+                slot = self._slot
+                if slot.mesh is None or len(slot.hosts) >= self.recipe.size:
                     return
                 try:
-                    hosts = await self._pool.take(self.recipe.size, self._ignore_wait, _ROOM_S, self.hosts)
+                    hosts = await self._pool.take(self.recipe.size, self._ignore_wait, _ROOM_S, slot.hosts)
                 except ClusterError:
                     continue
-                added = hosts[len(self.hosts) :]
                 self._outlet.down(self.replica_id, "there is room for its configured shape again")
-                await self._let_go(_STOP_TIMEOUT_S)
-                self.hosts += added
+                added = hosts[len(slot.hosts) :]
+                await slot.let_go()
+                slot.hosts += added
                 await self._form_until_it_runs("")
                 return
 
-    async def _reshape_beside(self, recipe: MeshRecipe, hosts: list[RemoteHost]) -> None:
-        before = self.recipe, self.hosts, self.mesh, self._watch
+    async def _reshape_beside(self, recipe: MeshRecipe, slot: MeshSlot) -> None:
+        before = self.recipe, self._slot
         try:
-            mesh = await self._form(hosts, recipe)
-            self.recipe, self.hosts = recipe, hosts
-            await self._go(mesh)
+            await slot.form(recipe)
+            self.recipe, self._slot = recipe, slot
+            await self._attach()
         except (ClusterError, ConnectionError) as error:
-            await self._pool.discard(hosts)
-            self.recipe, self.hosts, self.mesh, self._watch = before  # not touched yet: requests still go there
+            await slot.keep_only(())
+            self.recipe, self._slot = before  # not touched yet: requests still go there
             raise FormError(str(error)) from error
-        _, old_hosts, _, old_watch = before
-        if old_watch is not None:
-            await old_watch.stop(_STOP_TIMEOUT_S)
-        await self._pool.discard(old_hosts)
+        await before[1].retire()
 
     async def _reshape_in_place(self, recipe: MeshRecipe) -> None:
         self._outlet.down(self.replica_id, "its shape is being changed")
-        await self._let_go(_STOP_TIMEOUT_S)
+        await self._slot.let_go()
         before, self.recipe = self.recipe, recipe
         try:
             if recipe.size <= len(self.hosts):  # a group cannot shrink: give it back, and take another
-                await self._keep_only(())
+                await self._slot.keep_only(())
                 await self._pool.free_surplus()
-            await self._gather(recipe, self._timeout_s)
-            await self._go(await self._form(self.hosts, recipe))
+            await self._form(recipe, self._timeout_s)
         except (ClusterError, ConnectionError) as error:
             self.recipe = before
-            await self._form_until_it_runs(str(error))
+            if not self.is_given_up:
+                await self._form_until_it_runs(str(error))
             raise FormError(str(error)) from error
-
-    async def _gather(self, recipe: MeshRecipe, timeout_s: float) -> None:
-        """As many hosts as ``recipe`` needs, those that it has among them. Raises ClusterError."""
-        self._pool.give_back(self.hosts[recipe.size :])
-        self.hosts = self.hosts[: recipe.size]
-        self.hosts = await self._pool.take(recipe.size, self._on_wait, timeout_s, self.hosts)
-        self._gathered_s = time.monotonic()
-
-    async def _form(self, hosts: Sequence[RemoteHost], recipe: MeshRecipe) -> FormedMesh:
-        """Raises FormError; ``self.hosts`` then has those that can be used again."""
-        bind_hosts = ["127.0.0.1" if self._is_local else host.info.host for host in hosts]
-        try:
-            return await form(hosts, self._shares(self, hosts), recipe, bind_hosts, self._on_progress)
-        except FormError as error:
-            if hosts is self.hosts:
-                await self._keep_only(error.survivors)
-            raise
-
-    async def _go(self, mesh: FormedMesh) -> None:
-        """Set a mesh running under watch and send it requests. Raises ConnectionError."""
-        self.mesh, self._watch = mesh, MeshWatch(mesh, self.recipe.config.engine.step_timeout_s)
-        self._formed_s = time.monotonic()
-        try:
-            await self._outlet.up(self.replica_id, mesh)
-        except ConnectionError:
-            await self._let_go(_STOP_TIMEOUT_S)
-            raise
-        self._events(ReplicaFormed(self.replica_id))
-
-    async def _let_go(self, timeout_s: float) -> None:
-        """End the mesh between two steps; its hosts have no place afterwards."""
-        mesh, watch = self.mesh, self._watch
-        self.mesh = self._watch = None
-        if mesh is None or watch is None:
-            return
-        await watch.stop(timeout_s)
-        await self._keep_only(await dissolve(mesh.hosts))
-
-    def _times(self, noticed_s: float, fenced_s: float) -> RecoveryTimes:
-        """Of the recovery that has just ended; both on the monotonic clock."""
-        assert self.mesh is not None
-        now = time.monotonic()
-        return RecoveryTimes(
-            noticed_s=time.time() - (now - noticed_s),
-            fence_s=fenced_s - noticed_s,
-            hosts_s=self._gathered_s - fenced_s,
-            form_s=self._formed_s - self._gathered_s - self.mesh.load_s,
-            load_s=self.mesh.load_s,
-            attach_s=now - self._formed_s,
-        )
-
-    async def _keep_only(self, hosts: Sequence[RemoteHost]) -> None:
-        gone = [host for host in self.hosts if host not in hosts]
-        self.hosts = list(hosts)
-        await self._pool.discard(gone)
 
     @property
     def _timeout_s(self) -> float:

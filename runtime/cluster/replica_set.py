@@ -16,11 +16,13 @@ from shardray.runtime.cluster.errors import ClusterError
 from shardray.runtime.cluster.events import EventSink, ignore_events
 from shardray.runtime.cluster.form import MeshRecipe, tls_files
 from shardray.runtime.cluster.layout import CoreShare, core_shares
+from shardray.runtime.cluster.outlet import Outlet
 from shardray.runtime.cluster.placement import HostsNeed, free_bundles
-from shardray.runtime.cluster.pool import HostKind, HostPool
+from shardray.runtime.cluster.pool import HostPool
 from shardray.runtime.cluster.ray_session import RaySession
 from shardray.runtime.cluster.remote_host import RemoteHost
-from shardray.runtime.cluster.replica import Outlet, Replica
+from shardray.runtime.cluster.replica import Replica
+from shardray.runtime.cluster.seating import HostKind
 from shardray.runtime.cluster.takeover import FoundFleet, take_over
 from shardray.runtime.config import Config
 

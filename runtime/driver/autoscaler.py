@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from shardray.runtime.driver.fleet import Fleet, FleetState
 from shardray.runtime.driver.operations import FleetOperator, OperationConflictError, OperationError, ShapeChange
 
 _log = logging.getLogger(__name__)
+_NOT_SERVING = (FleetState.STOPPING, FleetState.FAILED)  # now, nor in a moment
 
 
 class Autoscaler:
@@ -31,6 +33,7 @@ class Autoscaler:
         self._operator = operator
         self._clock = clock
         self._history = LoadHistory()
+        self._patience_end_s = -math.inf  # after an attempt that failed
 
     async def run(self) -> None:
         """Until it is cancelled; returns at once if there is nothing to scale. A scale under way then goes on."""
@@ -39,21 +42,22 @@ class Autoscaler:
             await self.look()
 
     async def look(self) -> None:
-        """Take a sample, and scale if it is time to."""
+        """Take a sample, and scale if it is time to. A fleet that is given up as a whole is left to the operator."""
         status = self._fleet.snapshot()
-        num_replicas = sum(replica.state is not FleetState.STOPPING for replica in status.replicas)
+        num_replicas = sum(replica.state not in _NOT_SERVING for replica in status.replicas)
         if status.state is FleetState.STOPPING or num_replicas == 0:
             return
         sample = LoadSample(self._clock(), status.num_live_requests)
         before = self._history
         target, self._history = decide(self._settings, before, sample, num_replicas)
-        if target == num_replicas:
+        if target == num_replicas or sample.time_s < self._patience_end_s:
             return
         try:
             await self._scale(num_replicas, target)
         except OperationConflictError:  # still due when the other operation has ended
             self._history = dataclasses.replace(self._history, leaning=before.leaning)
         except OperationError as error:
+            self._patience_end_s = sample.time_s + self._settings.upscale_delay_s
             _log.warning("autoscaling from %d to %d replicas: %s", num_replicas, target, error)
 
     async def _scale(self, num_replicas: int, target: int) -> None:

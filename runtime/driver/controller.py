@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -27,16 +28,18 @@ from shardray.runtime.config import Config, ParallelSettings
 from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.fit import check_room, load_recipe
 from shardray.runtime.driver.fleet import FailureStatus, FleetState
+from shardray.runtime.driver.operation_run import OperationRun, Say
 from shardray.runtime.driver.operations import (
     OperationConflictError,
     OperationFailedError,
+    OperationKind,
     OperationProgress,
     OperationRefusedError,
     ShapeChange,
 )
 
 _log = logging.getLogger(__name__)
-_Say = Callable[[str, float], None]
+_DRAIN_LOOK_S = 2.0  # between two counts of the requests that are left
 _TRIES_TO_GO_BACK = 3  # of forming replicas that were removed, if something goes wrong then as well
 
 
@@ -48,7 +51,7 @@ class FleetController:
         self._driver = driver
         self._on_event = on_event
         self._replicas: ReplicaSet | None = None
-        self._operation: asyncio.Task[None] | None = None
+        self._operation: OperationRun | None = None
         self.stop_asked = asyncio.Event()  # by Drain
 
     async def start(self, model_dir: Path) -> None:
@@ -60,8 +63,7 @@ class FleetController:
     async def stop(self) -> None:
         """Break off the operation at hand and stop every replica. Idempotent."""
         if self._operation is not None:
-            self._operation.cancel()
-            await asyncio.gather(self._operation, return_exceptions=True)
+            await self._operation.cancel()
         if self._replicas is not None:
             await self._replicas.stop()
 
@@ -76,46 +78,47 @@ class FleetController:
     # The operator's side.
 
     def scale(self, change: ShapeChange) -> AsyncIterator[OperationProgress]:
-        return self._run(lambda say: self._scale(change, say))
+        return self._run(OperationKind.SCALE, lambda say: self._scale(change, say))
 
     def reload(self, source: str) -> AsyncIterator[OperationProgress]:
-        return self._run(lambda say: self._reload(source, say))
+        return self._run(OperationKind.RELOAD, lambda say: self._reload(source, say))
 
     def restart(self) -> AsyncIterator[OperationProgress]:
-        return self._run(lambda say: self._reshape_all(self._fleet.recipe, say))
+        return self._run(OperationKind.RESTART, lambda say: self._reshape_all(self._fleet.recipe, say))
 
     def drain(self, timeout_s: float) -> AsyncIterator[OperationProgress]:
-        return self._run(lambda say: self._drain(timeout_s, say))
+        return self._run(OperationKind.DRAIN, lambda say: self._drain(timeout_s, say))
 
-    async def _run(self, operation: Callable[[_Say], Awaitable[None]]) -> AsyncIterator[OperationProgress]:
+    async def _run(
+        self, kind: OperationKind, work: Callable[[Say], Awaitable[None]]
+    ) -> AsyncIterator[OperationProgress]:
         """Start an operation and tell of its steps; it goes on when nobody listens."""
-        if self._operation is not None and not self._operation.done():
-            raise OperationConflictError("another operation is under way; try again when it has ended")
-        told: asyncio.Queue[OperationProgress | None] = asyncio.Queue()
-        self._operation = asyncio.create_task(_told(operation, told))
-        while (step := await told.get()) is not None:
+        if (other := self._operation) is not None and other.is_under_way:
+            reason = f"another operation is under way ({other.kind}: {other.doing}); try again when it has ended"
+            raise OperationConflictError(reason)
+        self._operation = OperationRun(kind, self._driver.fleet, work)
+        async for step in self._operation.steps():
             yield step
-        await asyncio.shield(self._operation)
 
-    async def _scale(self, change: ShapeChange, say: _Say) -> None:
+    async def _scale(self, change: ShapeChange, say: Say) -> None:
         fleet, before = self._fleet, self._fleet.recipe
         recipe, num_replicas = _changed(before, change), change.replicas or len(fleet.replicas)
         say("checking that it fits", 0.0)
         await check_room(fleet, recipe, num_replicas)
-        surplus = fleet.replicas[num_replicas:]
+        surplus = sorted(fleet.replicas, key=lambda replica: replica.is_given_up)[num_replicas:]
+        num_lost = sum(not replica.is_given_up for replica in surplus)
         for replica in reversed(surplus):
             say(f"handing on the requests of replica {replica.replica_id}", 0.1)
             await self._remove(replica)
         fleet.recipe = recipe
         try:
-            if _shape(recipe) != _shape(before):
-                await self._reshape_all(recipe, say)
+            await self._reshape_all(recipe, say, but=_shape(recipe))
             if (num_missing := num_replicas - len(fleet.replicas)) > 0:
                 say(f"forming {num_missing} more", 0.8)
                 await self._add(num_missing)
         except (ClusterError, ConnectionError, OperationFailedError) as error:
             fleet.recipe = before
-            outcome = await self._go_back(before, len(surplus))
+            outcome = await self._go_back(before, num_lost)
             raise OperationFailedError(f"{error}; {outcome}") from error
         self._config = recipe.config
 
@@ -146,7 +149,7 @@ class FleetController:
                     await self._driver.retire(status.replica_id)
             raise
 
-    async def _reload(self, source: str, say: _Say) -> None:
+    async def _reload(self, source: str, say: Say) -> None:
         before = self._fleet.recipe
         say(f"fetching {source}", 0.0)
         recipe = await load_recipe(before, source)
@@ -154,9 +157,12 @@ class FleetController:
         self._fleet.recipe = recipe
         self._driver.fleet.model_id = source
 
-    async def _reshape_all(self, recipe: MeshRecipe, say: _Say) -> None:
-        """One replica after the other, so that the others go on serving; all go back when one fails."""
-        replicas = self._fleet.replicas
+    async def _reshape_all(self, recipe: MeshRecipe, say: Say, but: ParallelSettings | None = None) -> None:
+        """One replica after the other, so that the others go on serving; all go back when one fails.
+
+        Those that run in the shape ``but`` are left alone.
+        """
+        replicas = [one for one in self._fleet.replicas if one.is_given_up or _shape(one.recipe) != but]
         before = [replica.recipe for replica in replicas]
         for number, replica in enumerate(replicas):
             say(f"forming replica {replica.replica_id} anew", number / len(replicas))
@@ -171,11 +177,12 @@ class FleetController:
         await self._driver.retire(replica.replica_id)
         await self._fleet.remove(replica)
 
-    async def _drain(self, timeout_s: float, say: _Say) -> None:
+    async def _drain(self, timeout_s: float, say: Say) -> None:
+        fleet, end_s = self._driver.fleet, time.monotonic() + timeout_s
         self._driver.refuse_new("the server is draining")
-        num_live = self._driver.fleet.snapshot().num_live_requests
-        say(f"waiting for {num_live} requests to end, {timeout_s:g} s at most", 0.1)
-        await self._driver.wait_until_idle(timeout_s)
+        while (num_live := fleet.snapshot().num_live_requests) and (left_s := end_s - time.monotonic()) > 0:
+            say(f"waiting for {num_live} requests to end, {left_s:.0f} s at most", 0.1)
+            await self._driver.wait_until_idle(min(left_s, _DRAIN_LOOK_S))
         say("stopping the server", 1.0)
         self.stop_asked.set()
 
@@ -195,6 +202,8 @@ class FleetController:
 
     def _show(self, replica_id: int, doing: str, fraction: float, waits_for_room: bool = False) -> None:
         """What a replica that does not run yet is at. While it lacks room, new requests are better refused."""
+        if self._operation is not None:
+            self._operation.note(f"replica {replica_id}: {doing}")
         fleet = self._driver.fleet
         state = fleet.state_of(replica_id)
         if state is FleetState.RECOVERING and not waits_for_room:
@@ -215,18 +224,6 @@ class FleetController:
         if self._replicas is None:
             raise OperationRefusedError("the fleet is being formed for the first time; try again when it serves")
         return self._replicas
-
-
-async def _told(operation: Callable[[_Say], Awaitable[None]], told: asyncio.Queue[OperationProgress | None]) -> None:
-    def say(doing: str, fraction: float) -> None:
-        _log.info("%s", doing)
-        told.put_nowait(OperationProgress(doing, fraction))
-
-    try:
-        await operation(say)
-        say("done", 1.0)
-    finally:
-        told.put_nowait(None)
 
 
 def _changed(recipe: MeshRecipe, change: ShapeChange) -> MeshRecipe:

@@ -1,9 +1,8 @@
 """Takes requests, hands them to replicas, and streams back what they yield.
 
-A request is journalled, waits until a replica has a place, is dispatched there under an id of its own, and ends exactly
-once: by its last token, a stop string, a cancel, its deadline, or the loss of its client. A replica that is lost, or
-that gives way to another, gives its requests back; they wait in their old places and go on, on any mesh, behind the
-tokens that were sent. Use it in one asyncio loop.
+A request is journalled, waits until a replica has a place, and ends exactly once: by its last token, a stop string, a
+cancel, its deadline, or the loss of its client. A replica that is lost, or gives way to another, gives its requests
+back; they wait in their old places and go on, on any mesh, behind the tokens that were sent. For one asyncio loop.
 """
 
 from __future__ import annotations
@@ -11,14 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import itertools
-import secrets
 from collections.abc import Callable, Sequence
 
 from shardray.parallel.credentials import Credentials
 from shardray.runtime.cluster.messages import Rejection
 from shardray.runtime.config import LimitsSettings
 from shardray.runtime.driver.admission import Admission
+from shardray.runtime.driver.dispatches import Dispatches
 from shardray.runtime.driver.errors import (
     BrokenRequestError,
     DeadlineExceededError,
@@ -31,7 +29,6 @@ from shardray.runtime.driver.journal import Journal, MemoryJournal
 from shardray.runtime.driver.journal_entry import JournalEntry
 from shardray.runtime.driver.link import ReplicaLink
 from shardray.runtime.driver.live import LiveRequest
-from shardray.runtime.driver.pace import QueuePace
 from shardray.runtime.driver.queue import WaitingQueue
 from shardray.runtime.driver.register import Register
 from shardray.runtime.driver.router import pick_replica
@@ -53,7 +50,7 @@ _SHUTDOWN = "the server is shutting down"
 
 
 class Driver:
-    """The fleet's front: ``submit`` for servers, ``attach`` and ``detach`` for the layer that forms replicas."""
+    """The fleet's front: ``submit`` for servers, ``attach`` and ``suspend`` for the layer that forms replicas."""
 
     def __init__(
         self,
@@ -68,31 +65,18 @@ class Driver:
         self.limits = limits
         self.model: ServedModel | None = None  # known once the first replica is ready
         self.journal: Journal = journal if journal is not None else MemoryJournal()
-        # A replica gets a few more than it can run, so that a freed place is taken in its next step.
-        self._replica_capacity = max_num_seqs + max(1, max_num_seqs // 8)
-        self._links: dict[int, ReplicaLink] = {}
+        self._dispatches = Dispatches(self.fleet, max_num_seqs)
         self._models: dict[int, ServedModel] = {}  # by replica id
         self._waiting = WaitingQueue()
-        self._pace = QueuePace()
         self._trials = Trials()
         self._live = Register(self.journal, on_deadline=self._expire, on_given_up=self._abort)
-        self.admission = Admission(limits, self._live, self._waiting, self._pace, self._candidates)
-        self._dispatched: dict[str, LiveRequest] = {}
-        self._dispatches = itertools.count()
-        self._driver_id = secrets.token_hex(4)  # a replica may not have ended yet what an earlier driver dispatched
+        self.admission = Admission(limits, self.fleet, self._live, self._waiting, self._candidates)
         self._all_ended = asyncio.Event()
-        self._closing: set[asyncio.Task[None]] = set()  # keeps them from being collected
         self.on_link_lost: Callable[[int], None] = lambda replica_id: None
-        self._refusal: str | None = None
 
     def check_available(self) -> ServedModel:
         """The model, if requests can be taken now. Raises UnavailableError with the reason."""
-        if self._refusal is not None:
-            raise UnavailableError(self._refusal)
-        if self.model is None or not self.fleet.takes_requests:
-            status = self.fleet.snapshot()
-            raise UnavailableError(f"the model is {status.state}: {status.reason}")
-        return self.model
+        return self.admission.check_available(self.model)
 
     def submit(
         self,
@@ -115,9 +99,8 @@ class Driver:
         if request_id in self._live:
             raise DuplicateRequestError(request_id)
         self.admission.check()
-        timeout_s = min(self.limits.default_deadline_s if timeout_s is None else timeout_s, self.limits.max_deadline_s)
-        resumable_s = min(resumable_s, self.journal.retain_s)
-        entry = JournalEntry(request_id, prompt_ids, params, priority, timeout_s, resumable_s, pooling=pooling)
+        deadline_s, resumable_s = self.admission.bound_s(timeout_s), min(resumable_s, self.journal.retain_s)
+        entry = JournalEntry(request_id, prompt_ids, params, priority, deadline_s, resumable_s, pooling=pooling)
         live = self._live.open(entry, self.tokenizer)
         self._waiting.push(request_id, priority, live.arrival)
         self._dispatch()
@@ -157,9 +140,9 @@ class Driver:
         """
         link = ReplicaLink(self._on_events, lambda stats: self._on_stats(replica_id, link, stats))
         model = await link.connect(address, known)
-        before = self._links.pop(replica_id, None)
+        before = self._dispatches.links.pop(replica_id, None)
         self._take_back(replica_id, before)
-        self._links[replica_id] = link
+        self._dispatches.links[replica_id] = link
         self._models[replica_id] = model
         # Memory may differ from one replica to the next: promise what fits on any.
         smallest = min(model.num_kv_tokens for model in self._models.values())
@@ -173,7 +156,7 @@ class Driver:
 
     def suspend(self, replica_id: int, reason: str) -> None:
         """A replica is gone for now: what it ran waits, for it or for another one."""
-        link = self._links.pop(replica_id, None)
+        link = self._dispatches.links.pop(replica_id, None)
         self.fleet.set_recovering(replica_id, reason)
         if link is not None:
             lost = self._take_back(replica_id, None)
@@ -181,12 +164,12 @@ class Driver:
                 message = f"this request breaks the step that runs it, also alone: {reason}"
                 culprit.stream.fail(BrokenRequestError(message))
                 self._end(culprit)
-            self._close_soon(link)
+            self._dispatches.close_soon(link)
             self._dispatch()
 
     async def retire(self, replica_id: int) -> None:
         """A replica will not come back: others run what it ran."""
-        link = self._links.pop(replica_id, None)
+        link = self._dispatches.links.pop(replica_id, None)
         self._take_back(replica_id, link)
         self._models.pop(replica_id, None)
         self.fleet.remove(replica_id)
@@ -206,16 +189,14 @@ class Driver:
 
     def refuse_new(self, reason: str) -> None:
         """Take no more requests; those in flight go on."""
-        self._refusal = reason
-        self.fleet.stop(reason)
+        self.admission.close(reason)
 
     async def wait_until_idle(self, timeout_s: float) -> None:
         """Until no request is in flight, or the time is over."""
         if self._live:
             self._all_ended.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(timeout_s):
-                    await self._all_ended.wait()
+                await asyncio.wait_for(self._all_ended.wait(), timeout_s)
 
     async def shutdown(self, grace_s: float) -> None:
         """Refuse new requests, give those in flight ``grace_s`` seconds, fail the rest, close the links."""
@@ -228,16 +209,11 @@ class Driver:
             else:
                 live.stream.fail(UnavailableError(_SHUTDOWN))
             self._cancel(live)
-        links, self._links = self._links, {}
-        await asyncio.gather(*(link.close() for link in links.values()), *self._closing)
+        await self._dispatches.close()
         self.fleet.close()
 
     def _candidates(self) -> list[ReplicaStatus]:
-        return [
-            replica
-            for replica in self.fleet.ready_replicas()
-            if replica.num_live_requests < self._replica_capacity and not self._trials.occupies(replica.replica_id)
-        ]
+        return [one for one in self._dispatches.with_room() if not self._trials.occupies(one.replica_id)]
 
     def _dispatch(self) -> None:
         """Hand waiting requests to replicas, as long as both are there."""
@@ -245,8 +221,8 @@ class Driver:
             self._try_suspect()
         while self._waiting and (candidates := self._candidates()):
             live = self._live[self._waiting.pop()]
-            self._send(live, pick_replica(live.entry, candidates).replica_id)
-        self._pace.observe(len(self._waiting))
+            self._dispatches.send(live, pick_replica(live.entry, candidates).replica_id)
+        self.admission.pace.observe(len(self._waiting))
         self.fleet.set_requests(len(self._waiting), len(self._live))
 
     def _try_suspect(self) -> None:
@@ -254,45 +230,25 @@ class Driver:
         if replicas := self.fleet.ready_replicas():
             live = self._trials.begin()
             replica_id = pick_replica(live.entry, replicas).replica_id
-            self._take_back(replica_id, self._links[replica_id])
-            self._send(live, replica_id)
-
-    def _send(self, live: LiveRequest, replica_id: int) -> None:
-        # Not the client's id: that one may come again while a replica still has the end of its last use to tell.
-        live.dispatch_id = f"{live.request_id}#{self._driver_id}.{next(self._dispatches)}"
-        live.replica_id = replica_id
-        live.num_dispatched_with = len(live.entry.sent_ids)
-        self._dispatched[live.dispatch_id] = live
-        self.fleet.add_live(replica_id, +1)
-        live.stream.mark_dispatched()
-        self._links[replica_id].submit(live.entry.as_engine_request(live.dispatch_id))
+            self._take_back(replica_id, self._dispatches.links[replica_id])
+            self._dispatches.send(live, replica_id)
 
     def _take_back(self, replica_id: int, link: ReplicaLink | None) -> list[LiveRequest]:
         """Put what a replica runs back into its place in the queue; ``link`` tells it to stop."""
-        taken = [live for live in self._dispatched.values() if live.replica_id == replica_id]
+        taken = self._dispatches.withdraw_all(replica_id, link)
         for live in taken:
-            if link is not None:
-                link.cancel(live.dispatch_id)
-            self._withdraw(live)
             self._waiting.push(live.request_id, live.entry.priority, live.arrival)
         if link is not None and (suspect := self._trials.current) in taken:
             self._trials.interrupt()
             self._waiting.remove(suspect.request_id)  # its trial dispatches it, not its turn
         return taken
 
-    def _withdraw(self, live: LiveRequest) -> None:
-        """Forget that a request was dispatched."""
-        if live.replica_id is not None:
-            del self._dispatched[live.dispatch_id]
-            self.fleet.add_live(live.replica_id, -1)
-            live.replica_id = None
-
     def _on_events(self, outputs: list[TokenOutput], rejections: list[Rejection]) -> None:
         for output in outputs:
-            if (live := self._dispatched.get(output.request_id)) is not None:
+            if (live := self._dispatches.by_id.get(output.request_id)) is not None:
                 self._on_output(live, output)
         for rejection in rejections:
-            if (live := self._dispatched.get(rejection.request_id)) is not None:
+            if (live := self._dispatches.by_id.get(rejection.request_id)) is not None:
                 live.stream.fail(FieldError(rejection.field, rejection.message))
                 self._end(live)
 
@@ -321,8 +277,7 @@ class Driver:
         self._cancel(live)
 
     def _cancel(self, live: LiveRequest) -> None:
-        if live.replica_id is not None and (link := self._links.get(live.replica_id)) is not None:
-            link.cancel(live.dispatch_id)
+        self._dispatches.cancel(live)
         self._end(live)
 
     def _end(self, live: LiveRequest) -> None:
@@ -330,21 +285,16 @@ class Driver:
         self._live.close(live)
         self._waiting.remove(live.request_id)
         self._trials.forget(live)
-        self._withdraw(live)
+        self._dispatches.withdraw(live)
         if not self._live:
             self._all_ended.set()
         self._dispatch()
 
     def _on_stats(self, replica_id: int, link: ReplicaLink, stats: EngineStats) -> None:
-        if self._links.get(replica_id) is link:
+        if self._dispatches.links.get(replica_id) is link:
             self.fleet.set_stats(replica_id, stats)
 
     def _on_link_closed(self, replica_id: int, link: ReplicaLink, reason: str) -> None:
-        if self._links.get(replica_id) is link:
+        if self._dispatches.links.get(replica_id) is link:
             self.suspend(replica_id, reason)
             self.on_link_lost(replica_id)
-
-    def _close_soon(self, link: ReplicaLink) -> None:
-        closing = asyncio.create_task(link.close())
-        self._closing.add(closing)
-        closing.add_done_callback(self._closing.discard)

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from shardray.runtime.driver.operations import OperationStatus
 from shardray.runtime.engine.assignment import ShardInfo
 from shardray.runtime.engine.request import EngineStats
 
@@ -75,6 +76,7 @@ class FleetStatus:
     start_time_s: float
     num_ready_spares: int = 0
     num_wanted_spares: int = 0
+    operation: OperationStatus | None = None  # that is under way
 
 
 class Fleet:
@@ -90,6 +92,7 @@ class Fleet:
         self._num_live = 0
         self._num_ready_spares = 0
         self._num_wanted_spares = 0
+        self._operation: OperationStatus | None = None
         self._start_time_s = time.time()
         self._watchers: set[asyncio.Event] = set()
         self._closed = asyncio.Event()
@@ -124,6 +127,11 @@ class Fleet:
     def set_spares(self, num_ready: int, num_wanted: int) -> None:
         """Hosts that wait to take the place of one that is lost, and how many should."""
         self._num_ready_spares, self._num_wanted_spares = num_ready, num_wanted
+        self._notify()
+
+    def set_operation(self, operation: OperationStatus | None) -> None:
+        """What is being done to the fleet, and how far it is; None once that has ended."""
+        self._operation = operation
         self._notify()
 
     def set_stopping(self, replica_id: int, reason: str) -> None:
@@ -199,6 +207,7 @@ class Fleet:
             start_time_s=self._start_time_s,
             num_ready_spares=self._num_ready_spares,
             num_wanted_spares=self._num_wanted_spares,
+            operation=self._operation,
         )
 
     async def watch(self, min_interval_s: float = 0.0) -> AsyncIterator[FleetStatus]:

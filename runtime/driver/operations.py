@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import enum
+import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
@@ -27,6 +29,24 @@ class OperationProgress:
 
     doing: str  # in a few words, numbers included
     fraction: float  # of the whole operation, in [0, 1]
+
+
+class OperationKind(enum.StrEnum):
+    """What can be asked of a fleet."""
+
+    SCALE = "scale"
+    RELOAD = "reload"
+    RESTART = "restart"
+    DRAIN = "drain"
+
+
+@dataclass(frozen=True)
+class OperationStatus:
+    """An operation under way, at one moment."""
+
+    kind: OperationKind
+    progress: OperationProgress
+    start_time_s: float = field(default_factory=time.time)  # in seconds since 1970
 
 
 class OperationError(Exception):

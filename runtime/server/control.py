@@ -10,7 +10,7 @@ import grpc.aio
 import msgspec
 
 from shardray.runtime.driver.fleet import FailureStatus, Fleet, FleetState, FleetStatus, ReplicaStatus
-from shardray.runtime.driver.operations import FleetOperator
+from shardray.runtime.driver.operations import FleetOperator, OperationKind, OperationStatus
 from shardray.runtime.engine.request import FieldError
 from shardray.runtime.server.messages import stats_to_proto
 from shardray.runtime.server.operations import OperationRunner, check_drain_timeout, check_scale, check_source
@@ -26,6 +26,12 @@ _STATES = {
     FleetState.FAILED: control_pb2.FLEET_STATE_FAILED,
     FleetState.STOPPING: control_pb2.FLEET_STATE_STOPPING,
     FleetState.RECOVERING: control_pb2.FLEET_STATE_RECOVERING,
+}
+_KINDS = {
+    OperationKind.SCALE: control_pb2.OPERATION_KIND_SCALE,
+    OperationKind.RELOAD: control_pb2.OPERATION_KIND_RELOAD,
+    OperationKind.RESTART: control_pb2.OPERATION_KIND_RESTART,
+    OperationKind.DRAIN: control_pb2.OPERATION_KIND_DRAIN,
 }
 
 
@@ -97,9 +103,17 @@ def fleet_to_proto(status: FleetStatus) -> control_pb2.Fleet:
         num_live_requests=status.num_live_requests,
         num_ready_spares=status.num_ready_spares,
         num_wanted_spares=status.num_wanted_spares,
+        operation=None if status.operation is None else _operation_to_proto(status.operation),
     )
     fleet.start_time.FromMilliseconds(round(status.start_time_s * 1000))
     return fleet
+
+
+def _operation_to_proto(operation: OperationStatus) -> control_pb2.Operation:
+    progress = control_pb2.OperationProgress(doing=operation.progress.doing, fraction=operation.progress.fraction)
+    message = control_pb2.Operation(kind=_KINDS[operation.kind], progress=progress)
+    message.start_time.FromMilliseconds(round(operation.start_time_s * 1000))
+    return message
 
 
 def _replica_to_proto(replica: ReplicaStatus) -> control_pb2.Replica:

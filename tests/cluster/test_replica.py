@@ -15,7 +15,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from shardray.runtime.cluster.errors import FormError, PlacementError
-from shardray.runtime.cluster.events import ClusterEvent, ReplicaFormed, ReplicaLost, ShardProgress
+from shardray.runtime.cluster.events import ClusterEvent, ReplicaFormed, ReplicaGaveUp, ReplicaLost, ShardProgress
 from shardray.runtime.cluster.form import MeshRecipe
 from shardray.runtime.cluster.ray_session import RaySession
 from shardray.runtime.cluster.remote_host import RemoteHost
@@ -182,10 +182,15 @@ async def test_a_replica_that_was_given_up_is_kept_again_in_the_next_shape(
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_llama, folder)
-    async with running(fleet_config(folder, max_failed_forms=2)) as (fleet, outlet):
+    events: list[ClusterEvent] = []
+    async with running(fleet_config(folder, max_failed_forms=2), events.append) as (fleet, outlet):
         (folder / "model.safetensors").rename(tmp_path / "weights")
         os.kill(outlet.meshes[0].hosts[0].info.pid, signal.SIGKILL)
         await asyncio.wait_for(asyncio.shield(fleet.replicas[0].gave_up), timeout=60)
+        with pytest.raises(FormError, match="safetensors"):
+            await fleet.replicas[0].reshape(_shape(fleet, 2, 1))
+        assert fleet.replicas[0].is_given_up
+        assert isinstance(events[-1], ReplicaGaveUp)
         (tmp_path / "weights").rename(folder / "model.safetensors")
         await fleet.replicas[0].reshape(_shape(fleet, 2, 1))
         mesh = outlet.meshes[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator
 
 import pytest
@@ -15,6 +16,7 @@ from shardray.runtime.driver.operations import (
     FleetOperator,
     OperationConflictError,
     OperationError,
+    OperationFailedError,
     OperationProgress,
     OperationRefusedError,
     ShapeChange,
@@ -100,6 +102,29 @@ async def test_a_recovering_replica_counts_and_a_stopping_fleet_is_left_alone() 
     assert scaled.operator.asked == []
     scaled.fleet.stop("shutting down")
     await scaled.under(100, seconds=30)
+    assert scaled.operator.asked == []
+
+
+async def test_a_replica_that_was_given_up_does_not_count() -> None:
+    scaled = Scaled()
+    scaled.fleet.set_ready(1, [])
+    scaled.fleet.set_failed(1, "given up after 5 failures in a row")
+    assert await scaled.under(3, seconds=11) == 2, "the one that serves cannot carry the load of two"
+    assert scaled.operator.asked == [ShapeChange(replicas=2)]
+
+
+async def test_a_fleet_below_its_bounds_is_not_formed_again_and_again() -> None:
+    scaled = Scaled(dataclasses.replace(SETTINGS, min_replicas=2))
+    scaled.fleet.set_failed(1, "given up after 5 failures in a row")
+    scaled.operator.error = OperationFailedError("replica 1: a host died")
+    await scaled.under(0, seconds=25)
+    assert len(scaled.operator.asked) == 3, "at once, and then once in upscale_delay_s"
+
+
+async def test_a_fleet_that_was_given_up_is_left_to_the_operator() -> None:
+    scaled = Scaled()
+    scaled.fleet.set_failed(0, "given up after 5 failures in a row")
+    await scaled.under(6, seconds=30)
     assert scaled.operator.asked == []
 
 

@@ -27,11 +27,19 @@ class StubReplicas:
     """One replica, and room for others that cannot be formed."""
 
     recipe: MeshRecipe
-    on_add: Callable[[], None]
+    on_add: Callable[[], None] = lambda: None
     num_added: int = 0
 
     def __post_init__(self) -> None:
-        self.replicas: list[Any] = [SimpleNamespace(replica_id=0, recipe=self.recipe, reshape=self._reshape)]
+        self.replicas: list[Any] = [self.replica(0)]
+        self.reshaped: list[int] = []
+
+    def replica(self, replica_id: int, is_given_up: bool = False) -> Any:
+        async def reshape(recipe: MeshRecipe) -> None:
+            assert is_given_up, "its shape stays as it is"
+            self.reshaped.append(replica_id)
+
+        return SimpleNamespace(replica_id=replica_id, recipe=self.recipe, is_given_up=is_given_up, reshape=reshape)
 
     async def add(self, num_replicas: int) -> None:
         self.num_added += 1
@@ -40,9 +48,6 @@ class StubReplicas:
 
     async def remove(self, replica: Any) -> None:
         self.replicas.remove(replica)
-
-    async def _reshape(self, recipe: MeshRecipe) -> None:
-        raise AssertionError("its shape stays as it is")
 
 
 async def scale(up: Serving, fleet: StubReplicas, monkeypatch: pytest.MonkeyPatch, replicas: int) -> None:
@@ -76,7 +81,28 @@ async def test_more_replicas_leave_those_that_run_alone(
     tokenizer: Tokenizer, recipe: MeshRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with serving(tokenizer) as up:
-        fleet = StubReplicas(recipe, lambda: None)
+        fleet = StubReplicas(recipe)
         with pytest.raises(OperationFailedError):
             await scale(up, fleet, monkeypatch, 2)
         assert fleet.num_added == 1
+
+
+async def test_a_replica_that_was_given_up_is_formed_again_by_a_scale_and_the_others_are_left_alone(
+    tokenizer: Tokenizer, recipe: MeshRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tokenizer) as up:
+        fleet = StubReplicas(recipe)
+        fleet.replicas.append(fleet.replica(1, is_given_up=True))
+        await scale(up, fleet, monkeypatch, 2)
+        assert (fleet.reshaped, fleet.num_added) == ([1], 0)
+
+
+async def test_of_surplus_replicas_those_that_were_given_up_go_first(
+    tokenizer: Tokenizer, recipe: MeshRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tokenizer) as up:
+        fleet = StubReplicas(recipe)
+        fleet.replicas.insert(0, fleet.replica(1, is_given_up=True))
+        await scale(up, fleet, monkeypatch, 1)
+        assert [replica.replica_id for replica in fleet.replicas] == [0]
+        assert fleet.reshaped == []

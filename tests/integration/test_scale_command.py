@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,21 +10,15 @@ from pathlib import Path
 import pytest
 
 from shardray.runtime.client import Client
-from tests.command import Command
-from tests.stub_tokenizer import EOS_ID, write_tokenizer
-from tests.tiny_models import Reference, save_llama
+from tests.integration.tiny_fleet import NUM_TOKENS, PROMPT_IDS, SteadyStreams, operate, save_tiny, tiny_fleet
+from tests.tiny_models import Reference
 
 pytestmark = pytest.mark.integration
-
-PROMPT_IDS = (5, 17, 42, 99)
-NUM_TOKENS = 400
-NUM_CLIENTS = 2
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_llama(tmp_path_factory.mktemp("tiny"), vocab_size=EOS_ID + 1, eos_token_id=EOS_ID)
-    return write_tokenizer(folder, keep_config=True)
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -35,57 +26,11 @@ def expected(model_folder: Path) -> list[int]:
     return Reference(model_folder).greedy(PROMPT_IDS, NUM_TOKENS)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def address(model_folder: Path) -> Iterator[str]:
-    settings = [
-        f"model.source={model_folder}",
-        "model.max_model_len=512",
-        "model.dtype=float32",
-        "engine.kv_memory_bytes=8MiB",
-        "engine.max_num_seqs=4",
-        "grpc.listen=127.0.0.1:0",
-    ]
-    command = Command(("serve", "--json", *(word for setting in settings for word in ("--set", setting))))
-    yield command.until_event("serving")["address"]
-    command.process.terminate()
-    _, stderr = command.process.communicate(timeout=60)
-    assert (command.process.returncode, stderr) == (0, "")
-    assert command.left_behind() == []
-
-
-class SteadyStreams:
-    """Clients that ask the same over and over, so that some stream is in flight at any moment."""
-
-    def __init__(self, address: str) -> None:
-        self._address = address
-        self._enough = threading.Event()
-        self.answers: list[list[int]] = []
-        self.errors: list[BaseException] = []
-        self._threads = [threading.Thread(target=self._ask) for _ in range(NUM_CLIENTS)]
-
-    def __enter__(self) -> SteadyStreams:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._enough.set()
-        for thread in self._threads:
-            thread.join(timeout=120)
-
-    def _ask(self) -> None:
-        try:
-            with Client(self._address, timeout_s=120) as client:
-                while not self._enough.is_set():
-                    answer = client.generate(PROMPT_IDS, max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
-                    self.answers.append(answer.token_ids)
-        except BaseException as error:
-            self.errors.append(error)
-
-
-def scale(address: str, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "shardray", "scale", *options, "--server", address, "--json"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    """Every test leaves it in its first shape."""
+    with tiny_fleet(model_folder) as command:
+        yield command.until_event("serving")["address"]
 
 
 def shape(address: str) -> list[tuple[int, int]]:
@@ -114,19 +59,17 @@ def test_streams_go_on_through_a_scale_there_and_back(
     with SteadyStreams(address) as streams:
         time.sleep(0.5)
         for wanted, after in ((options, shapes), (("-tp", "1", "-pp", "1", "--replicas", "1"), [(1, 1)])):
-            done = scale(address, *wanted)
+            done = operate(address, "scale", *wanted)
             assert (done.returncode, done.stderr) == (0, "")
             fractions = [json.loads(line)["fraction"] for line in done.stdout.splitlines()]
             assert fractions[-1] == 1.0
             assert fractions == sorted(fractions)
             assert shape(address) == after
-    assert streams.errors == []
-    assert len(streams.answers) >= NUM_CLIENTS
-    assert all(answer == expected for answer in streams.answers)
+    streams.assert_undisturbed(expected)
 
 
 def test_a_shape_without_room_is_refused_with_numbers_and_touches_nothing(address: str, expected: list[int]) -> None:
-    done = scale(address, "--replicas", "1000")
+    done = operate(address, "scale", "--replicas", "1000")
     assert (done.returncode, done.stdout.count("1.0")) == (1, 0)
     assert "1000" in done.stderr
     assert done.stderr.count("\n") == 1

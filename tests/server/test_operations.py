@@ -12,7 +12,7 @@ import pytest
 from shardray.runtime.client import AsyncClient, Progress, ServerError
 from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.fleet import FailureStatus
-from shardray.runtime.driver.operations import ShapeChange
+from shardray.runtime.driver.operations import OperationKind, OperationProgress, OperationStatus, ShapeChange
 from shardray.runtime.model.tokenizer import Tokenizer
 from shardray.v1 import control_pb2
 from tests.serving import Serving, eventually, serving
@@ -229,3 +229,13 @@ async def test_the_fleet_tells_of_a_recovery_its_cause_and_the_spares(tokenizer:
         assert (fleet.num_ready_spares, fleet.num_wanted_spares) == (1, 2)
         up.driver.fleet.set_ready(0, [])
         assert (await up.client.fleet()).replicas[0].num_recoveries == 1
+
+
+async def test_the_fleet_names_the_operation_that_is_under_way(tokenizer: Tokenizer) -> None:
+    async with serving(tokenizer) as up:
+        assert not (await up.client.fleet()).HasField("operation")
+        progress = OperationProgress("forming replica 0 anew", 0.5)
+        up.driver.fleet.set_operation(OperationStatus(OperationKind.RESTART, progress, 1_800_000_000.0))
+        told = (await up.client.fleet()).operation
+        assert (told.kind, told.start_time.seconds) == (control_pb2.OPERATION_KIND_RESTART, 1_800_000_000)
+        assert (told.progress.doing, told.progress.fraction) == ("forming replica 0 anew", 0.5)

@@ -57,6 +57,38 @@ FLEET_STATE_RECOVERING: FleetState.ValueType  # 5
 """Formed again, because a shard was lost or the shape changes; its requests wait and go on afterwards."""
 Global___FleetState: _TypeAlias = FleetState  # noqa: Y015
 
+class _OperationKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OperationKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OperationKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    OPERATION_KIND_UNSPECIFIED: _OperationKind.ValueType  # 0
+    """Not an operation."""
+    OPERATION_KIND_SCALE: _OperationKind.ValueType  # 1
+    """Another shape or number of replicas."""
+    OPERATION_KIND_RELOAD: _OperationKind.ValueType  # 2
+    """Other weights."""
+    OPERATION_KIND_RESTART: _OperationKind.ValueType  # 3
+    """New processes."""
+    OPERATION_KIND_DRAIN: _OperationKind.ValueType  # 4
+    """The server's end."""
+
+class OperationKind(_OperationKind, metaclass=_OperationKindEnumTypeWrapper):
+    """What can be asked of a fleet."""
+
+OPERATION_KIND_UNSPECIFIED: OperationKind.ValueType  # 0
+"""Not an operation."""
+OPERATION_KIND_SCALE: OperationKind.ValueType  # 1
+"""Another shape or number of replicas."""
+OPERATION_KIND_RELOAD: OperationKind.ValueType  # 2
+"""Other weights."""
+OPERATION_KIND_RESTART: OperationKind.ValueType  # 3
+"""New processes."""
+OPERATION_KIND_DRAIN: OperationKind.ValueType  # 4
+"""The server's end."""
+Global___OperationKind: _TypeAlias = OperationKind  # noqa: Y015
+
 @_typing.final
 class GetFleetRequest(_message.Message):
     """Asks for the fleet."""
@@ -159,6 +191,7 @@ class Fleet(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     NUM_READY_SPARES_FIELD_NUMBER: _builtins.int
     NUM_WANTED_SPARES_FIELD_NUMBER: _builtins.int
+    OPERATION_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """As the configuration names it."""
     state: Global___FleetState.ValueType
@@ -181,6 +214,10 @@ class Fleet(_message.Message):
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """When the driver started."""
 
+    @_builtins.property
+    def operation(self) -> Global___Operation:
+        """What an operator, or the autoscaler, asked for and is being done; unset if nothing is."""
+
     def __init__(
         self,
         *,
@@ -193,14 +230,49 @@ class Fleet(_message.Message):
         start_time: _timestamp_pb2.Timestamp | None = ...,
         num_ready_spares: _builtins.int = ...,
         num_wanted_spares: _builtins.int = ...,
+        operation: Global___Operation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["operation", b"operation", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_id", b"model_id", "num_live_requests", b"num_live_requests", "num_queued_requests", b"num_queued_requests", "num_ready_spares", b"num_ready_spares", "num_wanted_spares", b"num_wanted_spares", "reason", b"reason", "replicas", b"replicas", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_id", b"model_id", "num_live_requests", b"num_live_requests", "num_queued_requests", b"num_queued_requests", "num_ready_spares", b"num_ready_spares", "num_wanted_spares", b"num_wanted_spares", "operation", b"operation", "reason", b"reason", "replicas", b"replicas", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Fleet: _TypeAlias = Fleet  # noqa: Y015
+
+@_typing.final
+class Operation(_message.Message):
+    """An operation under way."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    kind: Global___OperationKind.ValueType
+    """Which one."""
+    @_builtins.property
+    def progress(self) -> Global___OperationProgress:
+        """What it is at, or waits for. At most some seconds old."""
+
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """When it began."""
+
+    def __init__(
+        self,
+        *,
+        kind: Global___OperationKind.ValueType = ...,
+        progress: Global___OperationProgress | None = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "progress", b"progress", "start_time", b"start_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Operation: _TypeAlias = Operation  # noqa: Y015
 
 @_typing.final
 class Replica(_message.Message):

@@ -28,8 +28,9 @@ if _version_not_supported:
 class ControlServiceStub:
     """Shows the fleet, available while the model loads, and changes it while clients stream.
 
-    Scale, Reload, Restart and Drain are operations. Their streams tell what is being done and end when it is done; no
-    request is dropped by one and no token changes. One runs at a time. An operation goes on when its client leaves.
+    Scale, Reload, Restart and Drain are operations. Their streams tell what is being done or waited for, every few seconds
+    at least, and end when it is done; no request is dropped by one and no token changes. One runs at a time, and the
+    fleet names it. An operation goes on when its client leaves.
 
     Errors of an operation: INVALID_ARGUMENT names the field (google.rpc.BadRequest); ABORTED: another operation is under
     way, nothing was touched; FAILED_PRECONDITION: it cannot be done, for the reason given, nothing was touched; INTERNAL:
@@ -77,8 +78,9 @@ class ControlServiceStub:
 class ControlServiceServicer:
     """Shows the fleet, available while the model loads, and changes it while clients stream.
 
-    Scale, Reload, Restart and Drain are operations. Their streams tell what is being done and end when it is done; no
-    request is dropped by one and no token changes. One runs at a time. An operation goes on when its client leaves.
+    Scale, Reload, Restart and Drain are operations. Their streams tell what is being done or waited for, every few seconds
+    at least, and end when it is done; no request is dropped by one and no token changes. One runs at a time, and the
+    fleet names it. An operation goes on when its client leaves.
 
     Errors of an operation: INVALID_ARGUMENT names the field (google.rpc.BadRequest); ABORTED: another operation is under
     way, nothing was touched; FAILED_PRECONDITION: it cannot be done, for the reason given, nothing was touched; INTERNAL:
@@ -171,8 +173,9 @@ def add_ControlServiceServicer_to_server(servicer, server):
 class ControlService:
     """Shows the fleet, available while the model loads, and changes it while clients stream.
 
-    Scale, Reload, Restart and Drain are operations. Their streams tell what is being done and end when it is done; no
-    request is dropped by one and no token changes. One runs at a time. An operation goes on when its client leaves.
+    Scale, Reload, Restart and Drain are operations. Their streams tell what is being done or waited for, every few seconds
+    at least, and end when it is done; no request is dropped by one and no token changes. One runs at a time, and the
+    fleet names it. An operation goes on when its client leaves.
 
     Errors of an operation: INVALID_ARGUMENT names the field (google.rpc.BadRequest); ABORTED: another operation is under
     way, nothing was touched; FAILED_PRECONDITION: it cannot be done, for the reason given, nothing was touched; INTERNAL:

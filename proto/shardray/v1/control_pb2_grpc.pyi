@@ -29,8 +29,9 @@ GRPC_VERSION: str
 class ControlServiceStub:
     """Shows the fleet, available while the model loads, and changes it while clients stream.
 
-    Scale, Reload, Restart and Drain are operations. Their streams tell what is being done and end when it is done; no
-    request is dropped by one and no token changes. One runs at a time. An operation goes on when its client leaves.
+    Scale, Reload, Restart and Drain are operations. Their streams tell what is being done or waited for, every few seconds
+    at least, and end when it is done; no request is dropped by one and no token changes. One runs at a time, and the
+    fleet names it. An operation goes on when its client leaves.
 
     Errors of an operation: INVALID_ARGUMENT names the field (google.rpc.BadRequest); ABORTED: another operation is under
     way, nothing was touched; FAILED_PRECONDITION: it cannot be done, for the reason given, nothing was touched; INTERNAL:
@@ -58,8 +59,9 @@ class ControlServiceStub:
 class ControlServiceAsyncStub(ControlServiceStub):
     """Shows the fleet, available while the model loads, and changes it while clients stream.
 
-    Scale, Reload, Restart and Drain are operations. Their streams tell what is being done and end when it is done; no
-    request is dropped by one and no token changes. One runs at a time. An operation goes on when its client leaves.
+    Scale, Reload, Restart and Drain are operations. Their streams tell what is being done or waited for, every few seconds
+    at least, and end when it is done; no request is dropped by one and no token changes. One runs at a time, and the
+    fleet names it. An operation goes on when its client leaves.
 
     Errors of an operation: INVALID_ARGUMENT names the field (google.rpc.BadRequest); ABORTED: another operation is under
     way, nothing was touched; FAILED_PRECONDITION: it cannot be done, for the reason given, nothing was touched; INTERNAL:
@@ -83,8 +85,9 @@ class ControlServiceAsyncStub(ControlServiceStub):
 class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
     """Shows the fleet, available while the model loads, and changes it while clients stream.
 
-    Scale, Reload, Restart and Drain are operations. Their streams tell what is being done and end when it is done; no
-    request is dropped by one and no token changes. One runs at a time. An operation goes on when its client leaves.
+    Scale, Reload, Restart and Drain are operations. Their streams tell what is being done or waited for, every few seconds
+    at least, and end when it is done; no request is dropped by one and no token changes. One runs at a time, and the
+    fleet names it. An operation goes on when its client leaves.
 
     Errors of an operation: INVALID_ARGUMENT names the field (google.rpc.BadRequest); ABORTED: another operation is under
     way, nothing was touched; FAILED_PRECONDITION: it cannot be done, for the reason given, nothing was touched; INTERNAL:
