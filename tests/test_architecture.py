@@ -22,9 +22,15 @@ ALLOWED = {
     "runtime.engine": ("parallel", "runtime.config", "runtime.model"),
     "runtime.cluster": ("parallel", "runtime.config", "runtime.model", "runtime.engine", "v1"),
     "runtime.driver": ("parallel", "runtime.config", "runtime.model", "runtime.engine", "runtime.cluster", "v1"),
-    "runtime.server": ("v1", *(f"runtime.{part}" for part in ("config", "model", "engine", "cluster", "driver"))),
+    "runtime.observe": ("__version__", *(f"runtime.{part}" for part in ("config", "engine", "driver"))),
+    "runtime.server": (
+        "v1",
+        *(f"runtime.{part}" for part in ("config", "model", "engine", "cluster", "driver", "observe")),
+    ),
     "runtime.client": ("runtime.engine.request", "v1"),
-    "runtime.serve": tuple(f"runtime.{part}" for part in ("config", "model", "engine", "cluster", "driver", "server")),
+    "runtime.serve": tuple(
+        f"runtime.{part}" for part in ("config", "model", "engine", "cluster", "driver", "observe", "server")
+    ),
     "runtime.cli": ("runtime", "v1", "__version__"),
     "__main__": ("runtime.cli",),
     "__init__": ("runtime",),
@@ -34,6 +40,7 @@ ALLOWED = {
 HOMES = {
     "ray": ("runtime.cluster",),
     "torch.distributed": ("parallel",),
+    "prometheus_client": ("runtime.observe.collector", "runtime.observe.port"),
     **dict.fromkeys(
         ("grpc", "grpc_health", "grpc_reflection", "grpc_status", "google.rpc"),
         ("runtime.server", "runtime.client", "runtime.driver.link", "runtime.cluster.leader", "v1"),

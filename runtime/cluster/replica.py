@@ -21,6 +21,7 @@ from shardray.runtime.cluster.events import (
     ReplicaLost,
     ReplicaRecovered,
     ShardProgress,
+    load_sink,
 )
 from shardray.runtime.cluster.form import FormedMesh, MeshRecipe, dissolve, form
 from shardray.runtime.cluster.layout import CoreShare
@@ -296,7 +297,8 @@ class Replica:
 
     async def _go(self, mesh: FormedMesh) -> None:
         """Set a mesh running under watch and send it requests. Raises ConnectionError."""
-        self.mesh, self._watch = mesh, MeshWatch(mesh, self.recipe.config.engine.step_timeout_s)
+        tell_load = load_sink(self.replica_id, self._events)
+        self.mesh, self._watch = mesh, MeshWatch(mesh, self.recipe.config.engine.step_timeout_s, tell_load)
         self._formed_s = time.monotonic()
         try:
             await self._outlet.up(self.replica_id, mesh)

@@ -230,6 +230,24 @@ class DriverSettings:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class MetricsSettings:
+    """What can be seen from outside."""
+
+    listen: Listen | None = None
+    """Address of the port for Prometheus and the web page, e.g. 127.0.0.1:9464; null: none. Needs shardray[metrics]."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class LoggingSettings:
+    """What the driver writes to stderr."""
+
+    format: Literal["text", "json"] = "text"
+    """Lines for people, or one JSON object a line."""
+    level: Literal["debug", "info", "warning", "error"] = "warning"
+    """Least level that is written; info has a line for each request that has ended."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class Config:
     """All settings of one fleet."""
 
@@ -242,3 +260,5 @@ class Config:
     cluster: ClusterSettings = dataclasses.field(default_factory=ClusterSettings)
     driver: DriverSettings = dataclasses.field(default_factory=DriverSettings)
     autoscaling: AutoscalingSettings = dataclasses.field(default_factory=AutoscalingSettings)
+    metrics: MetricsSettings = dataclasses.field(default_factory=MetricsSettings)
+    logging: LoggingSettings = dataclasses.field(default_factory=LoggingSettings)

@@ -17,6 +17,7 @@ from shardray.runtime.cluster.events import (
     PlacementWaiting,
     ReplicaGaveUp,
     ReplicaLost,
+    ShardMeasured,
     ShardProgress,
 )
 from shardray.runtime.cluster.form import FormedMesh, MeshRecipe
@@ -76,23 +77,24 @@ class FleetController:
     # The operator's side.
 
     def scale(self, change: ShapeChange) -> AsyncIterator[OperationProgress]:
-        return self._run(lambda say: self._scale(change, say))
+        return self._run("scale", lambda say: self._scale(change, say))
 
     def reload(self, source: str) -> AsyncIterator[OperationProgress]:
-        return self._run(lambda say: self._reload(source, say))
+        return self._run("reload", lambda say: self._reload(source, say))
 
     def restart(self) -> AsyncIterator[OperationProgress]:
-        return self._run(lambda say: self._reshape_all(self._fleet.recipe, say))
+        return self._run("restart", lambda say: self._reshape_all(self._fleet.recipe, say))
 
     def drain(self, timeout_s: float) -> AsyncIterator[OperationProgress]:
-        return self._run(lambda say: self._drain(timeout_s, say))
+        return self._run("drain", lambda say: self._drain(timeout_s, say))
 
-    async def _run(self, operation: Callable[[_Say], Awaitable[None]]) -> AsyncIterator[OperationProgress]:
+    async def _run(self, name: str, operation: Callable[[_Say], Awaitable[None]]) -> AsyncIterator[OperationProgress]:
         """Start an operation and tell of its steps; it goes on when nobody listens."""
         if self._operation is not None and not self._operation.done():
             raise OperationConflictError("another operation is under way; try again when it has ended")
         told: asyncio.Queue[OperationProgress | None] = asyncio.Queue()
         self._operation = asyncio.create_task(_told(operation, told))
+        self._operation.add_done_callback(lambda done: self._driver.fleet.count_operation(name, _outcome(done)))
         while (step := await told.get()) is not None:
             yield step
         await asyncio.shield(self._operation)
@@ -189,6 +191,8 @@ class FleetController:
                 self._show(replica_id, f"rank {rank} on {host}: {doing}", fraction)
             case ReplicaLost(replica_id, _, cause):
                 self._driver.fleet.set_failure(replica_id, _failure_status(cause))
+            case ShardMeasured(replica_id, rank, load):
+                self._driver.fleet.set_load(replica_id, rank, load)
             case ReplicaGaveUp(replica_id, reason):
                 self._driver.give_up(replica_id, reason)
         self._on_event(event)
@@ -227,6 +231,17 @@ async def _told(operation: Callable[[_Say], Awaitable[None]], told: asyncio.Queu
         say("done", 1.0)
     finally:
         told.put_nowait(None)
+
+
+def _outcome(operation: asyncio.Task[None]) -> str:
+    if operation.cancelled():
+        return "cancelled"
+    match operation.exception():
+        case None:
+            return "ok"
+        case OperationRefusedError():
+            return "refused"
+    return "failed"
 
 
 def _changed(recipe: MeshRecipe, change: ShapeChange) -> MeshRecipe:

@@ -31,6 +31,7 @@ from shardray.runtime.driver.journal import Journal, MemoryJournal
 from shardray.runtime.driver.journal_entry import JournalEntry
 from shardray.runtime.driver.link import ReplicaLink
 from shardray.runtime.driver.live import LiveRequest
+from shardray.runtime.driver.observer import RequestObserver
 from shardray.runtime.driver.pace import QueuePace
 from shardray.runtime.driver.queue import WaitingQueue
 from shardray.runtime.driver.register import Register
@@ -62,6 +63,7 @@ class Driver:
         limits: LimitsSettings,
         max_num_seqs: int,
         journal: Journal | None = None,
+        observer: RequestObserver | None = None,
     ) -> None:
         self.fleet = Fleet(model_id)
         self.tokenizer = tokenizer
@@ -75,7 +77,7 @@ class Driver:
         self._waiting = WaitingQueue()
         self._pace = QueuePace()
         self._trials = Trials()
-        self._live = Register(self.journal, on_deadline=self._expire, on_given_up=self._abort)
+        self._live = Register(self.journal, self._expire, self._abort, observer or RequestObserver())
         self._dispatched: dict[str, LiveRequest] = {}
         self._dispatches = itertools.count()
         self._driver_id = secrets.token_hex(4)  # a replica may not have ended yet what an earlier driver dispatched
@@ -181,7 +183,9 @@ class Driver:
                 message = f"this request breaks the step that runs it, also alone: {reason}"
                 culprit.stream.fail(BrokenRequestError(message))
                 self._end(culprit)
-            self._close_soon(link)
+            closing = asyncio.create_task(link.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
             self._dispatch()
 
     async def retire(self, replica_id: int) -> None:
@@ -302,6 +306,7 @@ class Driver:
             return self._end(live)
         if output.token_id is not None:
             self.journal.append(live.request_id, output)
+            self._live.observer.on_token(live)
         live.stream.push(output)
         if output.finish_reason is not None:
             self._end(live)
@@ -343,8 +348,3 @@ class Driver:
         if self._links.get(replica_id) is link:
             self.suspend(replica_id, reason)
             self.on_link_lost(replica_id)
-
-    def _close_soon(self, link: ReplicaLink) -> None:
-        closing = asyncio.create_task(link.close())
-        self._closing.add(closing)
-        closing.add_done_callback(self._closing.discard)

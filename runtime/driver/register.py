@@ -15,6 +15,7 @@ from shardray.runtime.driver.errors import TakenOverError, UnknownRequestError
 from shardray.runtime.driver.journal import Journal
 from shardray.runtime.driver.journal_entry import JournalEntry
 from shardray.runtime.driver.live import LiveRequest
+from shardray.runtime.driver.observer import RequestObserver
 from shardray.runtime.driver.stream import RequestStream
 from shardray.runtime.engine.request import FieldError
 from shardray.runtime.model.tokenizer import Tokenizer
@@ -31,10 +32,12 @@ class Register(Mapping[str, LiveRequest]):
         journal: Journal,
         on_deadline: Callable[[LiveRequest], None],
         on_given_up: Callable[[LiveRequest], None],
+        observer: RequestObserver,
     ) -> None:
         self._journal = journal
         self._on_deadline = on_deadline
         self._on_given_up = on_given_up
+        self.observer = observer
         self._live: dict[str, LiveRequest] = {}
         self._absences: dict[str, asyncio.TimerHandle] = {}  # of clients that are away
         self._arrivals = itertools.count()
@@ -62,6 +65,7 @@ class Register(Mapping[str, LiveRequest]):
 
     def close(self, live: LiveRequest) -> None:
         """A request has ended."""
+        self.observer.on_end(live)
         live.deadline.cancel()
         self._end_absence(live)
         del self._live[live.request_id]

@@ -16,6 +16,7 @@ from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.errors import UnavailableError
 from shardray.runtime.driver.stream import RequestStream
 from shardray.runtime.engine.request import SamplingParams
+from shardray.runtime.observe.logs import REQUEST_ID
 from shardray.runtime.server.checks import (
     CheckedTexts,
     check_embed,
@@ -46,6 +47,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             stream = await driver.resume(*check_resume(request))
         else:
             stream = await self._submit(request, context.time_remaining())
+        REQUEST_ID.set(stream.request_id)
         try:
             seed = stream.entry.params.seed
             if stream.entry.resumable_s:

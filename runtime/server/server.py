@@ -13,6 +13,7 @@ from shardray.runtime.config import GrpcSettings
 from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.fleet import FleetState
 from shardray.runtime.driver.operations import FleetOperator
+from shardray.runtime.server.calls import CallCounter, OnCall
 from shardray.runtime.server.control import ControlService
 from shardray.runtime.server.inference import InferenceService
 from shardray.runtime.server.interceptors import StatusInterceptor
@@ -30,13 +31,21 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 class Server:
     """Serves one driver. It is up before the model is: health says NOT_SERVING, Generate UNAVAILABLE.
 
-    ``operator`` does what Scale, Reload, Restart and Drain ask for; without one they are UNIMPLEMENTED.
+    ``operator`` does what Scale, Reload, Restart and Drain ask for; without one they are UNIMPLEMENTED. ``on_call``
+    hears of every call that has ended.
     """
 
-    def __init__(self, settings: GrpcSettings, driver: Driver, operator: FleetOperator | None = None) -> None:
+    def __init__(
+        self,
+        settings: GrpcSettings,
+        driver: Driver,
+        operator: FleetOperator | None = None,
+        on_call: OnCall = lambda method, code: None,
+    ) -> None:
         self._settings = settings
         self._driver = driver
         self._operator = operator
+        self._on_call = on_call
         self._health = health.aio.HealthServicer()
         self._health_task: asyncio.Task[None] | None = None
         self._stop_task: asyncio.Task[None] | None = None
@@ -47,7 +56,7 @@ class Server:
         raise_file_limit()
         # A client that stalls may do so for as long as a request that does not.
         status = StatusInterceptor(self._driver.limits.default_deadline_s)
-        self._server = grpc.aio.server(interceptors=[status], options=self._options())
+        self._server = grpc.aio.server(interceptors=[CallCounter(self._on_call), status], options=self._options())
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(self._driver), self._server)
         control = ControlService(self._driver.fleet, self._operator)
         control_pb2_grpc.add_ControlServiceServicer_to_server(control, self._server)
