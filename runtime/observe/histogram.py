@@ -33,11 +33,3 @@ class Histogram:
         """(bound, values up to it), as Prometheus writes buckets; ends with ``+Inf``."""
         names = (*map(str, map(float, self.bounds)), "+Inf")
         return list(zip(names, accumulate(self.counts), strict=True))
-
-    def quantile(self, fraction: float) -> float | None:
-        """An upper estimate: the bound of the bucket that the quantile lies in. None: nothing was observed."""
-        wanted = fraction * self.count
-        if wanted == 0:
-            return None
-        reached = next(index for index, count in enumerate(accumulate(self.counts)) if count >= wanted)
-        return self.bounds[min(reached, len(self.bounds) - 1)]

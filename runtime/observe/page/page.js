@@ -31,14 +31,21 @@ function sum(values) {
   return values.reduce((total, value) => total + value, 0);
 }
 
-// The bound under which the fraction of the window's values lies; null without any.
+// The bound under which the fraction of the values lies; null without any. Without before: of all since the start.
 function quantile(now, before, fraction) {
-  const counts = now.counts.map((count, index) => count - before.counts[index]);
+  const counts = now.counts.map((count, index) => count - (before ? before.counts[index] : 0));
   const wanted = fraction * sum(counts);
   if (wanted <= 0) return null;
   let reached = 0;
   const found = counts.findIndex((count) => (reached += count) >= wanted);
   return now.bounds[Math.min(found, now.bounds.length - 1)];
+}
+
+// Of the window, or since the start if the window has seen none.
+function latencyTile(name, now, before) {
+  const recent = quantile(now, before, 0.5) === null ? null : before;
+  const detail = `p95 ${seconds(quantile(now, recent, 0.95))}${recent ? "" : ", since start"}`;
+  return tile(`${name}, p50`, seconds(quantile(now, recent, 0.5)), detail);
 }
 
 function rate(now, before, count) {
@@ -65,9 +72,9 @@ function tiles(now, before) {
     tile("requests/s ended", rate(now, before, ends).toFixed(1), `${ends(now)} since start, ${now.ends.error} failed`),
     tile("running", running, `${waiting} waiting in replicas`),
     tile("queued", fleet.num_queued_requests, `${fleet.num_live_requests} in flight`),
-    tile("first token, p50", seconds(quantile(now.first_token_s, before.first_token_s, 0.5)), `p95 ${seconds(quantile(now.first_token_s, before.first_token_s, 0.95))}`),
-    tile("between tokens, p50", seconds(quantile(now.inter_token_s, before.inter_token_s, 0.5)), `p95 ${seconds(quantile(now.inter_token_s, before.inter_token_s, 0.95))}`),
-    tile("spares ready", `${fleet.num_ready_spares} of ${fleet.num_wanted_spares}`, ""),
+    latencyTile("first token", now.first_token_s, before.first_token_s),
+    latencyTile("between tokens", now.inter_token_s, before.inter_token_s),
+    ...(fleet.num_wanted_spares ? [tile("spares ready", `${fleet.num_ready_spares} of ${fleet.num_wanted_spares}`)] : []),
   );
 }
 
@@ -78,23 +85,29 @@ function bar(label, share, detail) {
   return element("div", "bar", element("span", "name", label), track, element("span", "detail", detail));
 }
 
-function meanStep(shard, load, before) {
+// Over the window, or since the shard was formed: it tells how it does every ten seconds only.
+function meanStep(load, before) {
   if (!load) return "no report yet";
-  const steps = load.num_steps - (before ? before.num_steps : 0);
-  const busy = load.busy_s - (before ? before.busy_s : 0);
-  return steps > 0 ? `step ${seconds(busy / steps)}` : "idle";
+  if (!load.num_steps) return "no step yet";
+  const since = before && before.num_steps < load.num_steps ? before : { num_steps: 0, busy_s: 0 };
+  return `step ${seconds((load.busy_s - since.busy_s) / (load.num_steps - since.num_steps))}`;
+}
+
+function layersOf(shard) {
+  const last = shard.first_layer + shard.num_layers - 1;
+  if (shard.num_layers < 2) return shard.num_layers ? `layer ${last}` : "no layers";
+  return `layers ${shard.first_layer}–${last}`;
 }
 
 function shardCell(replica, shard, before) {
   const load = replica.loads[shard.rank];
-  const last = shard.num_layers ? `layers ${shard.first_layer}–${shard.first_layer + shard.num_layers - 1}` : "no layers";
   return element(
     "td",
     `shard ${replica.state}`,
     element("div", "where", `${shard.host} · ${shard.device}`),
-    element("div", "detail", `pid ${shard.pid} · ${last}`),
+    element("div", "detail", `pid ${shard.pid} · ${layersOf(shard)}`),
     element("div", "detail", `${shard.num_heads} heads · ${shard.num_kv_heads} kv`),
-    element("div", "detail", `${meanStep(shard, load, before && before.loads[shard.rank])}${load ? ` · ${bytes(load.memory_bytes)}` : ""}`),
+    element("div", "detail", meanStep(load, before && before.loads[shard.rank]), load ? ` · ${bytes(load.memory_bytes)}` : ""),
   );
 }
 
