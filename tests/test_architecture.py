@@ -40,6 +40,7 @@ ALLOWED = {
 HOMES = {
     "ray": ("runtime.cluster",),
     "torch.distributed": ("parallel",),
+    "opentelemetry": ("runtime.observe.tracer",),
     "prometheus_client": ("runtime.observe.collector", "runtime.observe.port"),
     **dict.fromkeys(
         ("grpc", "grpc_health", "grpc_reflection", "grpc_status", "google.rpc"),

@@ -16,6 +16,7 @@ from shardray.runtime.config.settings import (
     ParallelSettings,
     RaySettings,
     TlsSettings,
+    TracingSettings,
 )
 from shardray.runtime.config.units import parse_bytes
 
@@ -34,6 +35,7 @@ __all__ = [
     "ParallelSettings",
     "RaySettings",
     "TlsSettings",
+    "TracingSettings",
     "config_schema",
     "load_config",
     "parse_bytes",

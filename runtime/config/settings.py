@@ -23,6 +23,7 @@ from shardray.runtime.config.units import (
     NonNegative,
     Positive,
     RayAddress,
+    Share,
     Text,
 )
 
@@ -248,6 +249,16 @@ class LoggingSettings:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+class TracingSettings:
+    """Where OpenTelemetry spans of requests go."""
+
+    endpoint: Text | None = None
+    """A collector that takes OTLP over gRPC, e.g. http://127.0.0.1:4317; null: none. Needs shardray[tracing]."""
+    sample_ratio: Share = 1.0
+    """Share of the requests that are traced; those that come with a trace context follow that."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
 class Config:
     """All settings of one fleet."""
 
@@ -262,3 +273,4 @@ class Config:
     autoscaling: AutoscalingSettings = dataclasses.field(default_factory=AutoscalingSettings)
     metrics: MetricsSettings = dataclasses.field(default_factory=MetricsSettings)
     logging: LoggingSettings = dataclasses.field(default_factory=LoggingSettings)
+    tracing: TracingSettings = dataclasses.field(default_factory=TracingSettings)

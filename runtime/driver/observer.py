@@ -1,4 +1,4 @@
-"""Who hears of every token and every end of a request: metrics, logs. Without one, each costs an empty call."""
+"""Who hears of every request, token and end: metrics, logs, traces. Without one, each costs an empty call."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 class RequestObserver:
     """Called in the driver's loop, between tokens of all streams: be quick, and raise nothing."""
+
+    def on_accept(self, live: LiveRequest) -> None:
+        """A request was taken in, in the task that handles its call; or from the journal of an earlier driver."""
 
     def on_token(self, live: LiveRequest) -> None:
         """A replica made a token; the entry does not have its time yet, if it is the first one."""

@@ -107,6 +107,7 @@ class Register(Mapping[str, LiveRequest]):
         remaining_s = max(0.0, entry.deadline_s - time.monotonic())
         deadline = loop.call_later(remaining_s, lambda: self._on_deadline(self._live[entry.request_id]))
         live = self._live[entry.request_id] = LiveRequest(entry, stream, deadline, next(self._arrivals))
+        self.observer.on_accept(live)
         return live
 
     def _end_absence(self, live: LiveRequest) -> None:

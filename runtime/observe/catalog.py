@@ -127,4 +127,3 @@ def markdown() -> str:
         labels = ", ".join(f"`{label}`" for label in metric.labels) or "–"
         rows.append(f"| `{metric.exported_name}` | {metric.kind} | {labels} | {metric.unit} | {metric.meaning} |")
     return "\n".join(rows) + "\n"
-

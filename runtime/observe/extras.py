@@ -15,10 +15,12 @@ def check_extras(config: Config) -> None:
     """Raises MissingExtraError, before anything is started."""
     if config.metrics.listen is not None:
         _require("metrics.listen", config.metrics.listen, "prometheus_client", "metrics")
+    if config.tracing.endpoint is not None:
+        _require("tracing.endpoint", config.tracing.endpoint, "opentelemetry", "tracing", "opentelemetry-sdk")
 
 
-def _require(key: str, value: object, module: str, extra: str) -> None:
+def _require(key: str, value: object, module: str, extra: str, package: str = "") -> None:
     if find_spec(module) is None:
-        package = module.replace("_", "-")
+        package = package or module.replace("_", "-")
         fix = f"pip install 'shardray[{extra}]', or set it to null"
         raise MissingExtraError(f"{key}: {value} needs the package {package}, which is not installed; {fix}")

@@ -1,4 +1,4 @@
-"""All that watches a fleet from outside, as the settings ask for it: logs of requests, metrics, their port and page."""
+"""All that watches a fleet from outside, as the settings ask for it: metrics and their port, logs of requests, traces."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from shardray.runtime.observe.request_metrics import RequestMetrics
 
 if TYPE_CHECKING:
     from shardray.runtime.observe.port import MetricsPort
+    from shardray.runtime.observe.tracer import Tracer
 
 
 class Observation:
@@ -25,9 +26,15 @@ class Observation:
         self._listen = config.metrics.listen
         self._calls: Counter[tuple[str, str]] = Counter()
         self._port: MetricsPort | None = None
-        self._metrics = RequestMetrics(then=RequestLog())
-        # Without a port nobody would read what each token costs a microsecond to measure.
-        self.requests: RequestObserver = RequestLog() if self._listen is None else self._metrics
+        self._tracer: Tracer | None = None
+        others: RequestObserver = RequestLog()
+        if config.tracing.endpoint is not None:
+            from shardray.runtime.observe.tracer import Tracer
+
+            others = self._tracer = Tracer(config.tracing, config.model.source, then=others)
+        self._metrics = RequestMetrics(then=others)
+        # Without a port nobody would read what takes half a microsecond of each token to measure.
+        self.requests: RequestObserver = others if self._listen is None else self._metrics
 
     def on_call(self, method: str, code: str) -> None:
         """A call of our gRPC services has ended."""
@@ -43,7 +50,10 @@ class Observation:
         return self._port.address
 
     async def stop(self) -> None:
-        """Close the port. Idempotent."""
+        """Close the port, and send the spans that are pending. Idempotent."""
         if self._port is not None:
             port, self._port = self._port, None
             await port.stop()
+        if self._tracer is not None:
+            tracer, self._tracer = self._tracer, None
+            await tracer.stop()

@@ -33,7 +33,7 @@ _GOES_ON = "SuspendedError"  # under the next driver, which will see its end
 class RequestMetrics(RequestObserver):
     """Histograms by the name under which Prometheus reads them, and ends by their reason. Filled in the driver's loop.
 
-    ``then`` hears of ends too: of tokens there is nobody else to tell.
+    ``then`` hears of requests and ends too: of tokens there is nobody else to tell.
     """
 
     def __init__(self, then: RequestObserver | None = None) -> None:
@@ -54,6 +54,9 @@ class RequestMetrics(RequestObserver):
             "vllm:request_generation_tokens": Histogram(_NUM_TOKENS),
             "vllm:request_params_max_tokens": Histogram(_NUM_TOKENS),
         }
+
+    def on_accept(self, live: LiveRequest) -> None:
+        self._then.on_accept(live)
 
     def on_token(self, live: LiveRequest) -> None:
         now_s = time.monotonic()

@@ -1,4 +1,7 @@
-"""Counts calls by method and status. It stands outside of every other interceptor, and so sees what those refuse."""
+"""Counts calls by method and status, and notes the trace that each belongs to.
+
+It stands outside of every other interceptor, and so sees what those refuse.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from typing import Any
 
 import grpc
 import grpc.aio
+
+from shardray.runtime.observe.trace_context import note_trace_context
 
 OnCall = Callable[[str, str], None]  # method ("Generate") and code ("OK") of a call that has ended
 
@@ -40,6 +45,7 @@ class CallCounter(grpc.aio.ServerInterceptor):
     def _counted(self, behavior: Any, method: str) -> Any:
         async def counted(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             code = "UNKNOWN"
+            note_trace_context(context.invocation_metadata())
             try:
                 response = await behavior(request, context)
                 code = _code_of(context)
