@@ -1,4 +1,4 @@
-"""All that watches a fleet from outside, as the settings ask for it: metrics and their port, logs of requests, traces."""
+"""All that watches a fleet from outside, as the settings ask for it: metrics and their port, request logs, traces."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def test_the_table_in_the_guide_is_the_catalog() -> None:
 def test_names_are_unique_and_their_units_stand_in_them() -> None:
     assert len({metric.name for metric in METRICS}) == len(METRICS)
     for metric in METRICS:
-        assert re.fullmatch(r"(vllm|shardray):[a-z_]+", metric.name)
+        assert re.fullmatch(r"(vllm|shardray):[a-z0-9_]+", metric.name)
         assert not metric.name.endswith("_total")
         if metric.unit in ("seconds", "bytes"):
             assert metric.name.endswith(metric.unit)
