@@ -30,13 +30,13 @@ class Observed:
 
 
 class FleetCollector(Collector):
-    """``observe`` is called once for each scrape."""
+    """``observe`` is called once for each scrape, in the thread that scrapes."""
 
-    def __init__(self, observe: Callable[[], list[Family]]) -> None:
+    def __init__(self, observe: Callable[[], Observed]) -> None:
         self._observe = observe
 
     def collect(self) -> Iterator[Family]:
-        yield from self._observe()
+        yield from families(self._observe())
 
 
 def families(observed: Observed) -> list[Family]:

@@ -12,7 +12,7 @@ from itertools import accumulate
 
 
 class Histogram:
-    """Counts values by the first bound that is not below them. For one thread; copies may be read by another."""
+    """Counts values by the first bound that is not below them. For one thread; another may have a copy."""
 
     __slots__ = ("bounds", "counts", "total")
 
@@ -24,6 +24,11 @@ class Histogram:
     def observe(self, value: float) -> None:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
+
+    def copy(self) -> Histogram:
+        copied = Histogram(self.bounds)
+        copied.counts, copied.total = self.counts.copy(), self.total
+        return copied
 
     @property
     def count(self) -> int:

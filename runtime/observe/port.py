@@ -1,7 +1,6 @@
 """The metrics port: what Prometheus scrapes, the fleet as JSON, and a page that shows it.
 
-What is told is put together in the driver's loop, one snapshot for each answer, and written out in the thread that
-answers.
+For each answer the driver's loop copies how things are, in some microseconds; the thread that answers does the rest.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from prometheus_client.exposition import choose_encoder
 
 from shardray import __version__
 from shardray.runtime.driver.fleet import Fleet
-from shardray.runtime.observe.collector import Family, FleetCollector, Observed, families
+from shardray.runtime.observe.collector import FleetCollector, Observed
 from shardray.runtime.observe.histogram import Histogram
 from shardray.runtime.observe.request_metrics import RequestMetrics
 from shardray.runtime.observe.web import Route, WebServer
@@ -42,7 +41,7 @@ class MetricsPort:
         self._loop = asyncio.get_running_loop()
         self._fleet, self._requests, self._calls = fleet, requests, calls
         self._registry = CollectorRegistry()
-        self._registry.register(FleetCollector(lambda: self._in_loop(self._families)))
+        self._registry.register(FleetCollector(lambda: self._in_loop(self._observed)))
         ProcessCollector(registry=self._registry)
         pages = {path: _page(name, kind) for path, (name, kind) in _PAGE.items()}
         self._web = WebServer(listen, {**pages, "/fleet.json": self._fleet_json, "/metrics": self._metrics})
@@ -76,9 +75,10 @@ class MetricsPort:
             raise TimeoutError("the driver's loop has ended") from None
         return made.result(_ANSWER_S)
 
-    def _families(self) -> list[Family]:
+    def _observed(self) -> Observed:
         requests = self._requests
-        return families(Observed(self._fleet.snapshot(), requests.ends, self._calls, requests.histograms))
+        histograms = {name: histogram.copy() for name, histogram in requests.histograms.items()}
+        return Observed(self._fleet.snapshot(), requests.ends.copy(), self._calls.copy(), histograms)
 
     def _overview(self) -> dict[str, Any]:
         """What the page shows; counts run on from the driver's start, so that a reader can take their differences."""
