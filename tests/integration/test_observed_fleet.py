@@ -75,7 +75,7 @@ async def ask(client: AsyncClient, index: int) -> None:
 async def burden(address: str, metrics: str, victim: int, scrapes: list[Scrape]) -> None:
     """More requests than there is room for, a host that dies under them, a bad request; scraped all along."""
     async with AsyncClient(address, timeout_s=60) as client:
-        asking = [asyncio.create_task(ask(client, index)) for index in range(16)]
+        asking = [asyncio.create_task(ask(client, index)) for index in range(12)]
         with contextlib.suppress(ServerError):
             await client.generate(PROMPT, temperature=-1.0)
         for round_ in range(600):
