@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
@@ -67,6 +68,14 @@ def scrape(address: str) -> Scrape:
     return {(s.name, json.dumps(s.labels)): s.value for family in families for s in family.samples}
 
 
+def until_a_spare_is_ready(metrics: str, scrapes: list[Scrape], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not any(name == "shardray:spares_ready" and value for (name, _), value in scrapes[-1].items()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+        scrapes.append(scrape(metrics))
+
+
 async def ask(client: AsyncClient, index: int) -> None:
     with contextlib.suppress(ServerError):  # some are refused: that is to be seen too
         await client.generate([*PROMPT, index], max_tokens=80, ignore_eos=True, request_id=f"load-{index}")
@@ -94,8 +103,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     options = [option for setting in (f"model.source={folder}", *SETTINGS) for option in ("--set", setting)]
     command = Command(("serve", "--json", *options))
     metrics = command.until_event("metrics")["address"]
+    scrapes = [scrape(metrics)]  # the fleet is loading still
     serving = command.until_event("serving")
-    scrapes = [scrape(metrics)]
+    until_a_spare_is_ready(metrics, scrapes)
     asyncio.run(burden(serving["address"], metrics, serving["shards"][1]["pid"], scrapes))
     command.until_event("recovered")
     refused = [sys.executable, "-m", "shardray", "scale", "--replicas", "64", "--server", serving["address"]]
