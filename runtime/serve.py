@@ -18,6 +18,7 @@ from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.fleet import FleetStatus
 from shardray.runtime.driver.sqlite_journal import open_journal
 from shardray.runtime.model.tokenizer import Tokenizer
+from shardray.runtime.observe.observation import Observation
 from shardray.runtime.server.server import Server
 
 
@@ -28,22 +29,29 @@ class Watcher:
     on_listening: Callable[[str], None]  # the address; health is NOT_SERVING still
     on_loading: Callable[[ClusterEvent], None]
     on_ready: Callable[[str, FleetStatus], None]  # the address, and the fleet with its shards
+    on_metrics: Callable[[str], None] = lambda address: None  # the address of the metrics port, if there is one
 
 
 async def serve(config: Config, model_dir: Path, watcher: Watcher, stop: asyncio.Event) -> None:
     """Serve the model in ``model_dir`` until ``stop`` is set, then let requests end and give everything back.
 
-    The server listens while the model loads. Raises ClusterError, ListenError, JournalError or what a broken model
-    folder raises; nothing is left behind then, nor when the task is cancelled.
+    The server listens while the model loads. Raises ClusterError, ListenError, MetricsListenError, MissingExtraError,
+    JournalError or what a broken model folder raises; nothing is left behind then, nor when the task is cancelled.
     """
+    observation = Observation(config)
     tokenizer = Tokenizer.load_optional(model_dir)
     journal = open_journal(config)
-    driver = Driver(config.model.source, tokenizer, config.limits, config.engine.max_num_seqs, journal)
+    driver = Driver(
+        config.model.source, tokenizer, config.limits, config.engine.max_num_seqs, journal, observation.requests
+    )
     driver.restore()  # before the clients of these requests can ask for them
     controller = FleetController(config, driver, watcher.on_loading)
-    server = Server(config.grpc, driver, controller)
+    server = Server(config.grpc, driver, controller, observation.on_call)
     async with contextlib.AsyncExitStack() as cleanup:
         cleanup.push_async_callback(journal.stop)
+        cleanup.push_async_callback(observation.stop)
+        if (metrics_address := observation.start(driver.fleet)) is not None:
+            watcher.on_metrics(metrics_address)
         port = await server.start()
         cleanup.push_async_callback(server.stop, 0.0)
         address = join_listen(parse_listen(config.grpc.listen)[0], port)

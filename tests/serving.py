@@ -9,11 +9,12 @@ import time
 from collections.abc import AsyncIterator, Callable
 
 from shardray.runtime.client import Access, AsyncClient
-from shardray.runtime.config import GrpcSettings, LimitsSettings
+from shardray.runtime.config import Config, GrpcSettings, LimitsSettings, ModelSettings
 from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.operations import FleetOperator
 from shardray.runtime.engine.assignment import ShardInfo
 from shardray.runtime.model.tokenizer import Tokenizer
+from shardray.runtime.observe.observation import Observation
 from shardray.runtime.server.server import Server
 from tests.stub_replica import SECRET, StubReplica
 
@@ -53,11 +54,14 @@ async def serving(
     grpc: GrpcSettings | None = None,
     operator: Callable[[Driver], FleetOperator] | None = None,
     access: Access | None = None,
+    observation: Observation | None = None,
     **options: float,
 ) -> AsyncIterator[Serving]:
     """``options`` are those of the stub replicas."""
-    driver = Driver("stub", tokenizer, limits or LimitsSettings(), max_num_seqs)
-    server = Server(grpc or GrpcSettings(listen="127.0.0.1:0"), driver, operator(driver) if operator else None)
+    observation = observation or Observation(Config(model=ModelSettings(source="stub")))
+    driver = Driver("stub", tokenizer, limits or LimitsSettings(), max_num_seqs, observer=observation.requests)
+    acts = operator(driver) if operator else None
+    server = Server(grpc or GrpcSettings(listen="127.0.0.1:0"), driver, acts, observation.on_call)
     replicas = [StubReplica(max_num_seqs=max_num_seqs, **options) for _ in range(num_replicas)]
     try:
         address = f"127.0.0.1:{await server.start()}"

@@ -22,9 +22,15 @@ ALLOWED = {
     "runtime.engine": ("parallel", "runtime.config", "runtime.model"),
     "runtime.cluster": ("parallel", "runtime.config", "runtime.model", "runtime.engine"),
     "runtime.driver": ("parallel", "runtime.config", "runtime.model", "runtime.engine", "runtime.cluster"),
-    "runtime.server": ("v1", *(f"runtime.{part}" for part in ("config", "model", "engine", "cluster", "driver"))),
+    "runtime.observe": ("__version__", *(f"runtime.{part}" for part in ("config", "engine", "driver"))),
+    "runtime.server": (
+        "v1",
+        *(f"runtime.{part}" for part in ("config", "model", "engine", "cluster", "driver", "observe")),
+    ),
     "runtime.client": ("runtime.engine.request", "v1"),
-    "runtime.serve": tuple(f"runtime.{part}" for part in ("config", "model", "engine", "cluster", "driver", "server")),
+    "runtime.serve": tuple(
+        f"runtime.{part}" for part in ("config", "model", "engine", "cluster", "driver", "observe", "server")
+    ),
     "runtime.cli": ("runtime", "v1", "__version__"),
     "__main__": ("runtime.cli",),
     "__init__": ("runtime",),
@@ -34,6 +40,8 @@ ALLOWED = {
 HOMES = {
     "ray": ("runtime.cluster",),
     "torch.distributed": ("parallel",),
+    "opentelemetry": ("runtime.observe.tracer",),
+    "prometheus_client": ("runtime.observe.collector", "runtime.observe.port"),
     **dict.fromkeys(
         ("grpc", "grpc_health", "grpc_reflection", "grpc_status", "google.rpc"),
         ("runtime.server", "runtime.client", "v1"),

@@ -33,10 +33,14 @@ def command(
     import_all()
     from shardray.runtime.cli.watchers import json_watcher, text_watcher
     from shardray.runtime.config import load_config
+    from shardray.runtime.observe.extras import check_extras
+    from shardray.runtime.observe.logs import configure_logs
     from shardray.runtime.serve import serve
     from shardray.runtime.server.loop import run
 
     settings = load_config(config, overrides or ())
+    check_extras(settings)
+    configure_logs(settings.logging)
     folder = fetch_model(settings)
     with (json_watcher if as_json else text_watcher)(settings) as watcher:
         try:

@@ -84,13 +84,18 @@ def _cells(shard: ShardRow) -> tuple[str, ...]:
         shard.host,
         str(shard.pid),
         shard.device,
-        f"{shard.first_layer}–{shard.first_layer + shard.num_layers - 1}" if shard.num_layers else "none",
+        layer_range(shard),
         str(shard.num_heads),
         str(shard.num_kv_heads),
         format_bytes(shard.weight_bytes),
         format_bytes(shard.kv_bytes),
         f"{shard.num_kv_tokens:,}",
     )
+
+
+def layer_range(shard: ShardRow) -> str:
+    """``0–14``, or ``none``."""
+    return f"{shard.first_layer}–{shard.first_layer + shard.num_layers - 1}" if shard.num_layers else "none"
 
 
 def format_bytes(num_bytes: float) -> str:

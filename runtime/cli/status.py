@@ -41,17 +41,20 @@ def command(
 
 
 def _watch(watch_fleet: Callable[[], Iterator[control_pb2.Fleet]], as_json: bool) -> None:
+    """A live picture on a terminal; in a pipe, one description after the other."""
     from rich.live import Live
 
+    from shardray.runtime.cli.fleet_view import FleetView
     from shardray.runtime.cli.shard_table import table_console
 
-    if as_json:
+    console, view = table_console(), FleetView(_word, _recovery_line)
+    if as_json or not console.is_terminal:
         for fleet in watch_fleet():
-            _print_json(fleet)
+            _print_json(fleet) if as_json else console.print(describe(fleet))
         return
-    with Live(console=table_console(), auto_refresh=False) as screen:
+    with Live(console=console, auto_refresh=False) as screen:
         for fleet in watch_fleet():
-            screen.update(describe(fleet), refresh=True)
+            screen.update(view.draw(fleet), refresh=True)
 
 
 def _print_json(fleet: control_pb2.Fleet) -> None:

@@ -34,7 +34,10 @@ def text_watcher(settings: Config) -> Iterator[Watcher]:
             loading.close()
             show_fleet(settings, address, fleet)
 
-        yield Watcher(on_listening=lambda address: None, on_loading=on_loading, on_ready=on_ready)
+        def on_metrics(address: str) -> None:
+            table_console().print(f"Metrics and a page of the fleet: [bold]http://{address}/[/]")
+
+        yield Watcher(lambda address: None, on_loading, on_ready, on_metrics)
 
 
 @contextlib.contextmanager
@@ -61,7 +64,10 @@ def json_watcher(settings: Config) -> Iterator[Watcher]:
         emit("serving", address=address, model=settings.model.source, shards=shards)
 
     yield Watcher(
-        on_listening=lambda address: emit("listening", address=address), on_loading=on_loading, on_ready=on_ready
+        on_listening=lambda address: emit("listening", address=address),
+        on_loading=on_loading,
+        on_ready=on_ready,
+        on_metrics=lambda address: emit("metrics", address=address),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shardray.runtime.cluster.reports import RankFailure
+from shardray.runtime.engine.assignment import ShardLoad
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,25 @@ class ReplicaGaveUp:
     reason: str
 
 
-ClusterEvent = PlacementWaiting | ShardProgress | ReplicaFormed | ReplicaLost | ReplicaRecovered | ReplicaGaveUp
+@dataclass(frozen=True)
+class ShardMeasured:
+    """One host of a running mesh told how it does."""
+
+    replica_id: int
+    rank: int
+    load: ShardLoad
+
+
+ClusterEvent = (
+    PlacementWaiting | ShardProgress | ReplicaFormed | ReplicaLost | ReplicaRecovered | ReplicaGaveUp | ShardMeasured
+)
 EventSink = Callable[[ClusterEvent], None]  # called in the driver's event loop; must not block
 
 
 def ignore_events(event: ClusterEvent) -> None:
     """A sink for those who do not watch."""
+
+
+def load_sink(replica_id: int, events: EventSink) -> Callable[[int, ShardLoad], None]:
+    """Takes (rank, load) of one replica."""
+    return lambda rank, load: events(ShardMeasured(replica_id, rank, load))

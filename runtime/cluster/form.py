@@ -226,12 +226,12 @@ class _Forming:
         moved_at = time.monotonic()
         while not (await asyncio.wait({call}, timeout=_POLL_S))[0]:
             try:
-                progress = await self._hosts[rank].progress(self._silence_s)
+                told = await self._hosts[rank].progress(self._silence_s)
             except HostDied:  # the call says so
                 continue
             except HostSilent as error:
                 raise FormError(f"it hangs: {error}; last seen: {self._doing[rank]}") from error
-            if progress != seen:
+            if (progress := (told.doing, told.fraction)) != seen:
                 seen, moved_at = progress, time.monotonic()
                 self._doing[rank] = f"{progress[0]} ({progress[1]:.0%})"
                 self._on_progress(rank, self._hosts[rank], *progress)

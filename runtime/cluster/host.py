@@ -25,7 +25,15 @@ from shardray.parallel.credentials import Credentials
 from shardray.parallel.tls import TlsFiles
 from shardray.runtime.cluster.first_import import load_runtime
 from shardray.runtime.cluster.lease import Lease
-from shardray.runtime.cluster.reports import FailureKind, FormReport, HostInfo, HostState, RankFailure, RunReport
+from shardray.runtime.cluster.reports import (
+    FailureKind,
+    FormReport,
+    HostInfo,
+    HostProgress,
+    HostState,
+    RankFailure,
+    RunReport,
+)
 from shardray.runtime.engine.assignment import ShardAssignment
 
 if TYPE_CHECKING:
@@ -73,9 +81,11 @@ class Host:
         return msgspec.msgpack.encode(info)
 
     @ray.method(concurrency_group="control")
-    def progress(self) -> tuple[str, float]:
-        """What the host is doing, and how far it is (0 to 1). An answer also says that the host is not hung."""
-        return self._progress
+    def progress(self) -> bytes:
+        """The host's HostProgress. An answer also says that the host is not hung."""
+        doing, fraction = self._progress
+        load = None if (shard := self._shard) is None else shard.load()
+        return msgspec.msgpack.encode(HostProgress(doing=doing, fraction=fraction, load=load))
 
     def prepare(self, num_threads: int, model_dir: str, dtype: str, tls: bytes) -> None:
         """Import the runtime and load its kernels: the slow part of a form that needs no place yet.

@@ -16,16 +16,20 @@ from shardray.runtime.cluster.placement import WaitSink
 from shardray.runtime.cluster.pool import HostPool
 from shardray.runtime.cluster.remote_host import RemoteHost
 from shardray.runtime.cluster.supervise import MeshWatch
+from shardray.runtime.engine.assignment import ShardLoad
 
 _STOP_TIMEOUT_S = 5.0
 
+LoadSink = Callable[[int, ShardLoad], None]  # (rank, its load)
 Shares = Callable[[Sequence[RemoteHost]], list[CoreShare]]  # the cores of hosts that are to be a mesh
 
 
 class MeshSlot:
     """One mesh at a time. Not for several tasks at once: its owner holds a lock."""
 
-    def __init__(self, pool: HostPool, shares: Shares, is_local: bool, on_progress: RankProgress) -> None:
+    def __init__(
+        self, pool: HostPool, shares: Shares, is_local: bool, on_progress: RankProgress, on_load: LoadSink
+    ) -> None:
         self.hosts: list[RemoteHost] = []  # in the mesh or not
         self.mesh: FormedMesh | None = None
         self.watch: MeshWatch | None = None  # over the mesh
@@ -33,6 +37,7 @@ class MeshSlot:
         self._shares = shares
         self._is_local = is_local
         self._on_progress = on_progress
+        self._on_load = on_load
         self._gathered_s = self._formed_s = 0.0
 
     async def gather(self, recipe: MeshRecipe, on_wait: WaitSink, timeout_s: float) -> None:
@@ -59,7 +64,7 @@ class MeshSlot:
     def run(self, mesh: FormedMesh, recipe: MeshRecipe) -> None:
         """Watch over a formed mesh; it is set running if it does not run yet."""
         self.hosts = list(mesh.hosts)
-        self.mesh, self.watch = mesh, MeshWatch(mesh, recipe.config.engine.step_timeout_s)
+        self.mesh, self.watch = mesh, MeshWatch(mesh, recipe.config.engine.step_timeout_s, self._on_load)
         self._formed_s = time.monotonic()
 
     async def clear(self, survivors: Sequence[RemoteHost]) -> None:

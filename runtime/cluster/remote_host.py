@@ -20,7 +20,7 @@ from shardray.parallel.tls import TlsFiles
 from shardray.runtime.cluster.errors import ClusterError, HostDied, HostSilent
 from shardray.runtime.cluster.host import HostActor
 from shardray.runtime.cluster.placement import HostsNeed
-from shardray.runtime.cluster.reports import FormReport, HostInfo, HostState, RunReport
+from shardray.runtime.cluster.reports import FormReport, HostInfo, HostProgress, HostState, RunReport
 from shardray.runtime.engine.assignment import ShardAssignment
 
 _log = logging.getLogger(__name__)
@@ -36,9 +36,9 @@ class RemoteHost:
         self._actor = actor
         self.info = info
 
-    async def progress(self, timeout_s: float = _ANSWER_TIMEOUT_S) -> tuple[str, float]:
-        doing, fraction = await self._ask("progress", self._actor.progress.remote(), timeout_s)
-        return doing, fraction
+    async def progress(self, timeout_s: float = _ANSWER_TIMEOUT_S) -> HostProgress:
+        frame = await self._ask("progress", self._actor.progress.remote(), timeout_s)
+        return msgspec.msgpack.decode(frame, type=HostProgress)
 
     async def prepare(
         self, num_threads: int, model_dir: str, dtype: str, tls: TlsFiles | None, timeout_s: float

@@ -18,6 +18,7 @@ from shardray.runtime.cluster.events import (
     ReplicaLost,
     ReplicaRecovered,
     ShardProgress,
+    load_sink,
 )
 from shardray.runtime.cluster.form import FormedMesh, MeshRecipe
 from shardray.runtime.cluster.layout import CoreShare
@@ -51,7 +52,8 @@ class Replica:
         self.recipe = recipe
         self.gave_up: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._pool, self._outlet = pool, outlet
-        self._empty_slot = partial(MeshSlot, pool, partial(shares, self), is_local, self._on_progress)
+        on_load = load_sink(replica_id, events)
+        self._empty_slot = partial(MeshSlot, pool, partial(shares, self), is_local, self._on_progress, on_load)
         self._slot = self._empty_slot()
         self._events = events
         self._crash_loop = CrashLoop(recipe.config.cluster.max_failed_forms)

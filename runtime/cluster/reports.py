@@ -6,7 +6,7 @@ import enum
 
 import msgspec
 
-from shardray.runtime.engine.assignment import ShardAssignment, ShardInfo
+from shardray.runtime.engine.assignment import ShardAssignment, ShardInfo, ShardLoad
 
 
 class HostInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,6 +24,14 @@ class HostInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         return f"host {self.host} pid {self.pid}"
+
+
+class HostProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """What a host is doing. An answer also says that it is not hung."""
+
+    doing: str
+    fraction: float  # of it, 0 to 1
+    load: ShardLoad | None = None  # None: no shard is formed
 
 
 class FailureKind(enum.StrEnum):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -17,6 +18,7 @@ from shardray.runtime.cluster.errors import ClusterError, HostDied
 from shardray.runtime.cluster.form import FormedMesh, dissolve
 from shardray.runtime.cluster.remote_host import RemoteHost
 from shardray.runtime.cluster.reports import FailureKind, RankFailure, RunReport
+from shardray.runtime.engine.assignment import ShardLoad
 
 _SETTLE_S = 0.5  # after a rank lost a peer: for the peer's own end to show
 _LEAVE_S = 2.0  # for a rank to leave its step when told to
@@ -35,14 +37,20 @@ class MeshFailure:
 
 
 class MeshWatch:
-    """Starts ``run`` on every host of a mesh and watches until it ends."""
+    """Starts ``run`` on every host of a mesh and watches until it ends. ``on_load`` hears how each rank does."""
 
-    def __init__(self, mesh: FormedMesh, step_timeout_s: float) -> None:
+    def __init__(
+        self,
+        mesh: FormedMesh,
+        step_timeout_s: float,
+        on_load: Callable[[int, ShardLoad], None] = lambda rank, load: None,
+    ) -> None:
         self._mesh = mesh
+        self._on_load = on_load
         self._silence_s = step_timeout_s
         self._stopping = False
         self._runs = [asyncio.create_task(host.run()) for host in mesh.hosts]
-        self._pulses = [asyncio.create_task(self._pulse(host)) for host in mesh.hosts]
+        self._pulses = [asyncio.create_task(self._pulse(rank, host)) for rank, host in enumerate(mesh.hosts)]
 
     @property
     def is_ending(self) -> bool:
@@ -73,14 +81,16 @@ class MeshWatch:
         await asyncio.wait([self._runs[0]], timeout=timeout_s)
         self._cancel()
 
-    async def _pulse(self, host: RemoteHost) -> None:
+    async def _pulse(self, rank: int, host: RemoteHost) -> None:
         """Ends when the host stops answering."""
         while True:
-            await asyncio.sleep(min(self._silence_s / 2, _MAX_PULSE_INTERVAL_S))
             try:
-                await host.progress(self._silence_s)
+                told = await host.progress(self._silence_s)
             except ClusterError:
                 return
+            if told.load is not None:
+                self._on_load(rank, told.load)
+            await asyncio.sleep(min(self._silence_s / 2, _MAX_PULSE_INTERVAL_S))
 
     async def _settle(self) -> None:
         """Give the cause a moment to show itself, unless it is plain already."""

@@ -12,10 +12,13 @@ from shardray.runtime.config.settings import (
     GrpcSettings,
     GrpcTlsSettings,
     LimitsSettings,
+    LoggingSettings,
+    MetricsSettings,
     ModelSettings,
     ParallelSettings,
     RaySettings,
     TlsSettings,
+    TracingSettings,
 )
 from shardray.runtime.config.units import parse_bytes
 
@@ -30,10 +33,13 @@ __all__ = [
     "GrpcSettings",
     "GrpcTlsSettings",
     "LimitsSettings",
+    "LoggingSettings",
+    "MetricsSettings",
     "ModelSettings",
     "ParallelSettings",
     "RaySettings",
     "TlsSettings",
+    "TracingSettings",
     "config_schema",
     "load_config",
     "parse_bytes",

@@ -18,6 +18,7 @@ from shardray.runtime.cluster.events import (
     PlacementWaiting,
     ReplicaGaveUp,
     ReplicaLost,
+    ShardMeasured,
     ShardProgress,
 )
 from shardray.runtime.cluster.form import FormedMesh, MeshRecipe
@@ -196,6 +197,8 @@ class FleetController:
                 self._show(replica_id, f"rank {rank} on {host}: {doing}", fraction)
             case ReplicaLost(replica_id, _, cause):
                 self._driver.fleet.set_failure(replica_id, _failure_status(cause))
+            case ShardMeasured(replica_id, rank, load):
+                self._driver.fleet.set_load(replica_id, rank, load)
             case ReplicaGaveUp(replica_id, reason):
                 self._driver.give_up(replica_id, reason)
         self._on_event(event)

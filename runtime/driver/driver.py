@@ -29,6 +29,7 @@ from shardray.runtime.driver.journal import Journal, MemoryJournal
 from shardray.runtime.driver.journal_entry import JournalEntry
 from shardray.runtime.driver.link import ReplicaLink
 from shardray.runtime.driver.live import LiveRequest
+from shardray.runtime.driver.observer import RequestObserver
 from shardray.runtime.driver.queue import WaitingQueue
 from shardray.runtime.driver.register import Register
 from shardray.runtime.driver.router import pick_replica
@@ -59,6 +60,7 @@ class Driver:
         limits: LimitsSettings,
         max_num_seqs: int,
         journal: Journal | None = None,
+        observer: RequestObserver | None = None,
     ) -> None:
         self.fleet = Fleet(model_id)
         self.tokenizer = tokenizer
@@ -69,7 +71,7 @@ class Driver:
         self._models: dict[int, ServedModel] = {}  # by replica id
         self._waiting = WaitingQueue()
         self._trials = Trials()
-        self._live = Register(self.journal, on_deadline=self._expire, on_given_up=self._abort)
+        self._live = Register(self.journal, self._expire, self._abort, observer or RequestObserver())
         self.admission = Admission(limits, self.fleet, self._live, self._waiting, self._candidates)
         self._all_ended = asyncio.Event()
         self.on_link_lost: Callable[[int], None] = lambda replica_id: None
@@ -258,6 +260,7 @@ class Driver:
             return self._end(live)
         if output.token_id is not None:
             self.journal.append(live.request_id, output)
+            self._live.observer.on_token(live)
         live.stream.push(output)
         if output.finish_reason is not None:
             self._end(live)

@@ -7,11 +7,12 @@ import contextlib
 import dataclasses
 import enum
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from shardray.runtime.driver.operations import OperationStatus
-from shardray.runtime.engine.assignment import ShardInfo
+from shardray.runtime.engine.assignment import ShardInfo, ShardLoad
 from shardray.runtime.engine.request import EngineStats
 
 _NO_STATS = EngineStats()
@@ -55,12 +56,17 @@ class ReplicaStatus:
     reason: str = ""  # why it failed or stops, or which step of loading or of a recovery it is at
     progress: float = 0.0  # of loading or of the recovery, in [0, 1]
     shards: tuple[ShardInfo, ...] = ()
+    loads: tuple[ShardLoad | None, ...] = ()  # by rank; None: not heard of yet
     stats: EngineStats = _NO_STATS
     num_live_requests: int = 0  # dispatched and not ended
     output_tokens_per_s: float = 0.0
     state_time_s: float = 0.0  # when it entered its state, in seconds since 1970
     num_recoveries: int = 0  # times that it was ready again after a failure
     last_failure: FailureStatus | None = None
+
+    def load_of(self, shard: ShardInfo) -> ShardLoad | None:
+        """What a shard told last; None before it has."""
+        return self.loads[shard.rank] if shard.rank < len(self.loads) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +83,7 @@ class FleetStatus:
     num_ready_spares: int = 0
     num_wanted_spares: int = 0
     operation: OperationStatus | None = None  # that is under way
+    ended_operations: tuple[tuple[str, str, int], ...] = ()  # that ended: ("scale", "ok", how many)
 
 
 class Fleet:
@@ -94,6 +101,7 @@ class Fleet:
         self._num_wanted_spares = 0
         self._operation: OperationStatus | None = None
         self._start_time_s = time.time()
+        self._operations: Counter[tuple[str, str]] = Counter()
         self._watchers: set[asyncio.Event] = set()
         self._closed = asyncio.Event()
 
@@ -106,6 +114,8 @@ class Fleet:
         ordered = tuple(sorted(shards, key=lambda shard: shard.rank))
         self._stats_times.pop(replica_id, None)
         changes = {"progress": 1.0, "shards": ordered, "stats": _NO_STATS, "output_tokens_per_s": 0.0}
+        if (replica := self._replicas.get(replica_id)) is not None:
+            changes["loads"] = replica.loads[: len(ordered)]
         self._enter(replica_id, FleetState.READY, "", **changes)
         if replica_id in self._broken:
             self._broken.discard(replica_id)
@@ -132,6 +142,10 @@ class Fleet:
     def set_operation(self, operation: OperationStatus | None) -> None:
         """What is being done to the fleet, and how far it is; None once that has ended."""
         self._operation = operation
+
+    def count_operation(self, name: str, outcome: str) -> None:
+        """An operation on the fleet has ended: ok, refused, failed or cancelled."""
+        self._operations[name, outcome] += 1
         self._notify()
 
     def set_stopping(self, replica_id: int, reason: str) -> None:
@@ -165,6 +179,13 @@ class Fleet:
         num_new = stats.num_output_tokens - previous.num_output_tokens
         rate = num_new / elapsed_s if elapsed_s > 0 and (stats.num_running or stats.num_waiting) else 0.0
         self._update(replica_id, stats=stats, output_tokens_per_s=rate)
+
+    def set_load(self, replica_id: int, rank: int, load: ShardLoad) -> None:
+        """Keep what one shard of a replica told last."""
+        if (replica := self._replicas.get(replica_id)) is not None:
+            loads = list(replica.loads) + [None] * (rank + 1 - len(replica.loads))
+            loads[rank] = load
+            self._update(replica_id, loads=tuple(loads))
 
     def add_live(self, replica_id: int, change: int) -> None:
         """Count requests that were dispatched (+1) or have ended (−1)."""
@@ -208,6 +229,7 @@ class Fleet:
             num_ready_spares=self._num_ready_spares,
             num_wanted_spares=self._num_wanted_spares,
             operation=self._operation,
+            ended_operations=tuple((*key, count) for key, count in self._operations.items()),
         )
 
     async def watch(self, min_interval_s: float = 0.0) -> AsyncIterator[FleetStatus]:

@@ -24,6 +24,7 @@ class LiveRequest:
     arrival: int  # counts requests; keeps its place in the queue
     replica_id: int | None = None  # None: it waits
     dispatch_id: str = ""
+    last_token_s: float | None = None  # when it came, if somebody observes that
     num_dispatched_with: int = 0  # tokens that were sent when it was dispatched last
     num_strikes: int = 0  # meshes in a row that broke before it made progress
     num_failed_trials: int = 0  # meshes that broke while they ran nothing else

@@ -9,7 +9,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from shardray.runtime.driver.fleet import Fleet
-from shardray.runtime.driver.operations import OperationKind, OperationProgress, OperationStatus
+from shardray.runtime.driver.operations import (
+    OperationKind,
+    OperationProgress,
+    OperationRefusedError,
+    OperationStatus,
+)
 
 _log = logging.getLogger(__name__)
 REPEAT_S = 2.0  # a step that takes longer is told again, with what it waits for
@@ -29,6 +34,7 @@ class OperationRun:
         self._detail = ""
         self._told: asyncio.Queue[OperationProgress | None] = asyncio.Queue()
         self._task = asyncio.create_task(self._run(work))
+        self._task.add_done_callback(lambda task: fleet.count_operation(kind, _outcome(task)))
 
     @property
     def is_under_way(self) -> bool:
@@ -84,3 +90,14 @@ class OperationRun:
     def _tell(self, progress: OperationProgress) -> None:
         self._told.put_nowait(progress)
         self._fleet.set_operation(OperationStatus(self.kind, progress, self._start_time_s))
+
+
+def _outcome(operation: asyncio.Task[None]) -> str:
+    if operation.cancelled():
+        return "cancelled"
+    match operation.exception():
+        case None:
+            return "ok"
+        case OperationRefusedError():
+            return "refused"
+    return "failed"

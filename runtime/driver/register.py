@@ -16,6 +16,7 @@ from shardray.runtime.driver.errors import TakenOverError, UnknownRequestError
 from shardray.runtime.driver.journal import Journal
 from shardray.runtime.driver.journal_entry import JournalEntry
 from shardray.runtime.driver.live import LiveRequest
+from shardray.runtime.driver.observer import RequestObserver
 from shardray.runtime.driver.stream import RequestStream
 from shardray.runtime.engine.request import FieldError
 from shardray.runtime.model.tokenizer import Tokenizer
@@ -32,10 +33,12 @@ class Register(Mapping[str, LiveRequest]):
         journal: Journal,
         on_deadline: Callable[[LiveRequest], None],
         on_given_up: Callable[[LiveRequest], None],
+        observer: RequestObserver,
     ) -> None:
         self._journal = journal
         self._on_deadline = on_deadline
         self._on_given_up = on_given_up
+        self.observer = observer
         self._live: dict[str, LiveRequest] = {}
         self._absences: dict[str, asyncio.TimerHandle] = {}  # of clients that are away
         self._arrivals = itertools.count()
@@ -63,6 +66,7 @@ class Register(Mapping[str, LiveRequest]):
 
     def close(self, live: LiveRequest) -> None:
         """A request has ended."""
+        self.observer.on_end(live)
         live.deadline.cancel()
         self._end_absence(live)
         del self._live[live.request_id]
@@ -104,6 +108,7 @@ class Register(Mapping[str, LiveRequest]):
         remaining_s = max(0.0, entry.deadline_s - time.monotonic())
         deadline = loop.call_later(remaining_s, lambda: self._on_deadline(self._live[entry.request_id]))
         live = self._live[entry.request_id] = LiveRequest(entry, stream, deadline, next(self._arrivals))
+        self.observer.on_accept(live)
         return live
 
     def _end_absence(self, live: LiveRequest) -> None:

@@ -60,3 +60,11 @@ class ShardInfo(msgspec.Struct, frozen=True, kw_only=True):
     weight_bytes: int
     kv_bytes: int
     num_kv_tokens: int
+
+
+class ShardLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """What a shard has done since it was formed, and what it holds now."""
+
+    num_steps: int = 0
+    busy_s: float = 0.0  # within steps: computing, and waiting for the other ranks
+    memory_bytes: int = 0  # of its device, reserved by it; on a CPU, memory of its process

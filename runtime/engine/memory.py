@@ -71,6 +71,13 @@ def _free_bytes(budget: PageBudget, device: torch.device) -> int:
     return left - budget.step_bytes
 
 
+def held_bytes(device: torch.device) -> int:
+    """What this process holds of a device: what PyTorch has reserved, or on a CPU the process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    return int(psutil.Process().memory_info().rss)
+
+
 def available_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """What this machine has left, or less if the container that this process runs in may not use so much."""
     left = int(psutil.virtual_memory().available)

@@ -6,6 +6,7 @@ Legend: T tokens of the step, R rows, S sampling rows.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -140,6 +141,8 @@ class ShardRunner:
         self._slots = slots
         self._sampler = sampler
         self._mesh = mesh
+        self.num_steps = 0
+        self.busy_s = 0.0  # within ``run``
 
     def expert_imbalance(self) -> float:
         """See ShardedDecoder."""
@@ -147,12 +150,16 @@ class ShardRunner:
 
     def run(self, plan: StepPlan) -> StepResult | None:
         """Run one plan. Returns its tokens on the rank that samples, None on the others. Raises MeshError."""
+        began_s = time.perf_counter()
         try:
             with torch.inference_mode():
                 return self._run(plan)
         except MeshError as error:
             error.step = plan.step
             raise
+        finally:
+            self.num_steps += 1
+            self.busy_s += time.perf_counter() - began_s
 
     def _run(self, plan: StepPlan) -> StepResult | None:
         self._slots.start(plan.starts)

@@ -21,11 +21,11 @@ from shardray.parallel.exchange import choose_exchange
 from shardray.parallel.layers import Linear
 from shardray.parallel.mesh import Mesh, MeshSpec, Rendezvous, open_mesh
 from shardray.parallel.plan import ShardPlan, make_plan
-from shardray.runtime.engine.assignment import ShardAssignment, ShardInfo
+from shardray.runtime.engine.assignment import ShardAssignment, ShardInfo, ShardLoad
 from shardray.runtime.engine.executor import MeshExecutor, serve_plans
 from shardray.runtime.engine.limits import SchedulerLimits
 from shardray.runtime.engine.loop import Engine
-from shardray.runtime.engine.memory import PageBudget, choose_num_pages
+from shardray.runtime.engine.memory import PageBudget, choose_num_pages, held_bytes
 from shardray.runtime.engine.request import EncoderInfo, ServedModel
 from shardray.runtime.engine.runner import ShardRunner, SlotTable
 from shardray.runtime.engine.sampler import Sampler
@@ -107,6 +107,11 @@ class Shard:
         """Run the leader's plans until it says goodbye. Raises MeshError."""
         _use_cores(self.assignment)
         serve_plans(self._mesh, self._runner)
+
+    def load(self) -> ShardLoad:
+        """What it has done and holds. Thread-safe; asks nothing of the device, which may hang."""
+        runner, memory_bytes = self._runner, held_bytes(self._mesh.spec.device)
+        return ShardLoad(num_steps=runner.num_steps, busy_s=runner.busy_s, memory_bytes=memory_bytes)
 
     def abort(self) -> None:
         """Break off whatever this rank is blocked in. Thread-safe."""

@@ -11,6 +11,7 @@ import msgspec
 
 from shardray.runtime.driver.fleet import FailureStatus, Fleet, FleetState, FleetStatus, ReplicaStatus
 from shardray.runtime.driver.operations import FleetOperator, OperationKind, OperationStatus
+from shardray.runtime.engine.assignment import ShardInfo, ShardLoad
 from shardray.runtime.engine.request import FieldError
 from shardray.runtime.server.messages import stats_to_proto
 from shardray.runtime.server.operations import OperationRunner, check_drain_timeout, check_scale, check_source
@@ -122,8 +123,7 @@ def _replica_to_proto(replica: ReplicaStatus) -> control_pb2.Replica:
         state=_STATES[replica.state],
         reason=replica.reason,
         progress=replica.progress,
-        # The message has the struct's fields, by the same names.
-        shards=[control_pb2.Shard(**msgspec.structs.asdict(shard)) for shard in replica.shards],
+        shards=[_shard_to_proto(shard, replica.load_of(shard)) for shard in replica.shards],
         stats=stats_to_proto(replica.stats),
         num_live_requests=replica.num_live_requests,
         output_tokens_per_s=replica.output_tokens_per_s,
@@ -132,6 +132,12 @@ def _replica_to_proto(replica: ReplicaStatus) -> control_pb2.Replica:
     )
     message.state_time.FromMilliseconds(round(replica.state_time_s * 1000))
     return message
+
+
+def _shard_to_proto(shard: ShardInfo, load: ShardLoad | None) -> control_pb2.Shard:
+    """The messages have the structs' fields, by the same names."""
+    told = None if load is None else control_pb2.ShardLoad(**msgspec.structs.asdict(load))
+    return control_pb2.Shard(**msgspec.structs.asdict(shard), load=told)
 
 
 def _failure_to_proto(failure: FailureStatus) -> control_pb2.Failure:

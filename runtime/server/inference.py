@@ -16,6 +16,7 @@ from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.errors import UnavailableError
 from shardray.runtime.driver.stream import RequestStream
 from shardray.runtime.engine.request import SamplingParams
+from shardray.runtime.observe.logs import REQUEST_ID
 from shardray.runtime.server.auth import CALLER
 from shardray.runtime.server.checks import (
     CheckedTexts,
@@ -51,6 +52,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             stream = await driver.resume(_own_id(request_id), num_seen_tokens, num_seen_chars)
         else:
             stream = await self._submit(request, context.time_remaining())
+        REQUEST_ID.set(stream.request_id)
         request_id = public_id(stream.request_id)
         try:
             seed = stream.entry.params.seed

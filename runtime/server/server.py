@@ -14,6 +14,7 @@ from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.fleet import FleetState
 from shardray.runtime.driver.operations import FleetOperator
 from shardray.runtime.server.auth import AuthInterceptor
+from shardray.runtime.server.calls import CallCounter, OnCall
 from shardray.runtime.server.control import ControlService
 from shardray.runtime.server.inference import InferenceService
 from shardray.runtime.server.interceptors import StatusInterceptor
@@ -34,13 +35,21 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 class Server:
     """Serves one driver. It is up before the model is: health says NOT_SERVING, Generate UNAVAILABLE.
 
-    ``operator`` does what Scale, Reload, Restart and Drain ask for; without one they are UNIMPLEMENTED.
+    ``operator`` does what Scale, Reload, Restart and Drain ask for; without one they are UNIMPLEMENTED. ``on_call``
+    hears of every call that has ended.
     """
 
-    def __init__(self, settings: GrpcSettings, driver: Driver, operator: FleetOperator | None = None) -> None:
+    def __init__(
+        self,
+        settings: GrpcSettings,
+        driver: Driver,
+        operator: FleetOperator | None = None,
+        on_call: OnCall = lambda method, code: None,
+    ) -> None:
         self._settings = settings
         self._driver = driver
         self._operator = operator
+        self._on_call = on_call
         self._health = health.aio.HealthServicer()
         self._health_task: asyncio.Task[None] | None = None
         self._stop_task: asyncio.Task[None] | None = None
@@ -109,7 +118,8 @@ class Server:
     def _interceptors(self) -> list[grpc.aio.ServerInterceptor]:
         # A client that stalls may do so for as long as a request that does not.
         status = StatusInterceptor(self._driver.limits.default_deadline_s)
-        return [status] if self._tokens is None else [AuthInterceptor(self._tokens), status]
+        authentication = [] if self._tokens is None else [AuthInterceptor(self._tokens)]
+        return [CallCounter(self._on_call), *authentication, status]  # the first sees what the second refuses
 
     @staticmethod
     def _listen(server: grpc.aio.Server, key: str, address: str, tls: ServerTls | None) -> int:

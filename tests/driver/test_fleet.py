@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 
 from shardray.runtime.driver.fleet import FailureStatus, Fleet, FleetState
 from shardray.runtime.driver.journal_entry import JournalEntry
 from shardray.runtime.driver.router import pick_replica
+from shardray.runtime.engine.assignment import ShardLoad
 from shardray.runtime.engine.request import EngineStats, SamplingParams
 from tests.serving import SHARD
 
@@ -140,3 +142,25 @@ async def test_a_change_of_shape_is_no_recovery() -> None:
     fleet.set_recovering(0, "scaling")
     fleet.set_ready(0, [])
     assert fleet.snapshot().replicas[0].num_recoveries == 0
+
+
+async def test_what_shards_tell_is_kept_by_rank_and_cut_to_the_mesh_that_is_ready() -> None:
+    fleet = Fleet("m")
+    fleet.set_loading(0)
+    load = ShardLoad(num_steps=3, busy_s=0.5, memory_bytes=7)
+    fleet.set_load(0, 1, load)  # before the mesh is known to be ready
+    fleet.set_load(9, 0, load)  # of a replica that is gone
+    shards = [msgspec.structs.replace(SHARD, rank=rank) for rank in range(2)]
+    fleet.set_ready(0, shards)
+    [replica] = fleet.snapshot().replicas
+    assert [replica.load_of(shard) for shard in shards] == [None, load]
+    fleet.set_ready(0, shards[:1])
+    [replica] = fleet.snapshot().replicas
+    assert replica.loads == (None,)
+
+
+async def test_operations_are_counted_by_name_and_outcome() -> None:
+    fleet = Fleet("m")
+    for outcome in ("ok", "refused", "ok"):
+        fleet.count_operation("scale", outcome)
+    assert sorted(fleet.snapshot().ended_operations) == [("scale", "ok", 2), ("scale", "refused", 1)]

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from shardray.runtime.client import ServerError
 from shardray.runtime.config import GrpcSettings, LimitsSettings
 from shardray.runtime.driver.driver import Driver
+from shardray.runtime.engine.assignment import ShardLoad
 from shardray.runtime.model.tokenizer import Tokenizer
 from shardray.runtime.server.listen import ListenError
 from shardray.runtime.server.server import Server
@@ -95,10 +96,14 @@ async def test_the_fleet_lists_each_shard_with_what_it_holds(tokenizer: Tokenize
     async with serving(tokenizer) as up:
         fleet = await up.client.fleet()
         [shard] = fleet.replicas[0].shards
-        assert {field.name for field in shard.DESCRIPTOR.fields} == set(SHARD.__struct_fields__)
+        assert {field.name for field in shard.DESCRIPTOR.fields} - {"load"} == set(SHARD.__struct_fields__)
+        assert not shard.HasField("load")
         assert (shard.host, shard.num_heads, shard.kv_bytes) == (SHARD.host, SHARD.num_heads, SHARD.kv_bytes)
         assert fleet.start_time.seconds > 0
         assert fleet.replicas[0].state_time.seconds > 0
+        up.driver.fleet.set_load(0, 0, ShardLoad(num_steps=2, busy_s=0.5, memory_bytes=9))
+        [shard] = (await up.client.fleet()).replicas[0].shards
+        assert (shard.load.num_steps, shard.load.busy_s, shard.load.memory_bytes) == (2, 0.5, 9)
 
 
 async def test_a_watch_tells_of_changes_and_ends_with_the_server(tokenizer: Tokenizer) -> None:

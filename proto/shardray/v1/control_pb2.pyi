@@ -435,6 +435,7 @@ class Shard(_message.Message):
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     KV_BYTES_FIELD_NUMBER: _builtins.int
     NUM_KV_TOKENS_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     """stage * tensor-parallel size + tensor rank."""
     stage: _builtins.int
@@ -463,6 +464,10 @@ class Shard(_message.Message):
     """Memory of its key-value cache, in bytes."""
     num_kv_tokens: _builtins.int
     """Tokens whose keys and values fit in its cache."""
+    @_builtins.property
+    def load(self) -> Global___ShardLoad:
+        """What it has done and holds, as it told last. Unset before it has."""
+
     def __init__(
         self,
         *,
@@ -480,14 +485,45 @@ class Shard(_message.Message):
         weight_bytes: _builtins.int = ...,
         kv_bytes: _builtins.int = ...,
         num_kv_tokens: _builtins.int = ...,
+        load: Global___ShardLoad | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "first_layer", b"first_layer", "host", b"host", "kv_bytes", b"kv_bytes", "num_heads", b"num_heads", "num_kv_heads", b"num_kv_heads", "num_kv_tokens", b"num_kv_tokens", "num_layers", b"num_layers", "pid", b"pid", "rank", b"rank", "stage", b"stage", "tp_rank", b"tp_rank", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "first_layer", b"first_layer", "host", b"host", "kv_bytes", b"kv_bytes", "load", b"load", "num_heads", b"num_heads", "num_kv_heads", b"num_kv_heads", "num_kv_tokens", b"num_kv_tokens", "num_layers", b"num_layers", "pid", b"pid", "rank", b"rank", "stage", b"stage", "tp_rank", b"tp_rank", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Shard: _TypeAlias = Shard  # noqa: Y015
+
+@_typing.final
+class ShardLoad(_message.Message):
+    """What a shard has done since it was formed, and what it holds. Asked for with the heartbeat, at most every 10 seconds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_STEPS_FIELD_NUMBER: _builtins.int
+    BUSY_S_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    num_steps: _builtins.int
+    """Steps that it took part in."""
+    busy_s: _builtins.float
+    """Time within them, in seconds: computing, and waiting for the other ranks."""
+    memory_bytes: _builtins.int
+    """Memory of its device that it has reserved; on a CPU, resident memory of its process. In bytes."""
+    def __init__(
+        self,
+        *,
+        num_steps: _builtins.int = ...,
+        busy_s: _builtins.float = ...,
+        memory_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_s", b"busy_s", "memory_bytes", b"memory_bytes", "num_steps", b"num_steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShardLoad: _TypeAlias = ShardLoad  # noqa: Y015
 
 @_typing.final
 class OperationProgress(_message.Message):
