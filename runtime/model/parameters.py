@@ -216,6 +216,13 @@ def num_owned_elements(spec: DecoderSpec, plan: ShardPlan, stage: int, tp_rank: 
     return sum(_num_owned(parameter, plan, tp_rank) for part in parts for parameter in part.values())
 
 
+def num_copied_elements(spec: DecoderSpec, plan: ShardPlan, stage: int, tp_rank: int) -> int:
+    """Parameters that one rank holds twice where products keep weights in a layout of their own: a tied head's."""
+    if not (spec.layers and spec.head.tied and plan.pp_size == 1):
+        return 0
+    return _num_owned(head_parameters(spec)["head.weight"], plan, tp_rank)
+
+
 def _within(prefix: str, parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
     return {prefix + name: parameter for name, parameter in parameters.items()}
 
