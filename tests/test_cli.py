@@ -29,6 +29,7 @@ COMMANDS = (
     "drain",
     "schema",
     "demo",
+    "doctor",
 )
 HEAVY = ("torch", "ray", "grpc", "tokenizers", "pydantic.dataclasses")
 

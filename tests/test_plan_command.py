@@ -12,9 +12,9 @@ from rich.console import Console
 
 from shardray.parallel.checkpoint import Checkpoint
 from shardray.runtime.cli.app import run
-from shardray.runtime.cli.plan_report import Report, Wishes, make_report, to_jsonable
 from shardray.runtime.cli.plan_tables import describe
 from shardray.runtime.config import Config, ModelSettings, ParallelSettings
+from shardray.runtime.engine.plan_report import Report, Wishes, make_report, to_jsonable
 from shardray.runtime.model.decoder import ShardedDecoder  # noqa: F401 - imported before reads are counted
 from shardray.runtime.model.load import ParameterLoader
 from tests.model import encoder_zoo, zoo

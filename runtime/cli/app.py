@@ -15,6 +15,7 @@ from shardray import __version__
 from shardray.runtime.cli import (
     chat,
     demo,
+    doctor,
     drain,
     embed,
     generate,
@@ -40,7 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (pull, plan, serve, generate, chat, embed, status, scale, reload, restart, drain, schema, demo):
+for module in (pull, plan, serve, generate, chat, embed, status, scale, reload, restart, drain, schema, demo, doctor):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 
 

@@ -41,11 +41,11 @@ def command(
     Memory of each host, tokens of KV, work and traffic of a token, the rates that bandwidth and compute allow, the best
     shape for a number of hosts, and what stands in the way when nothing fits. Exits with 1 if the model does not fit.
     """
-    from shardray.runtime.cli.plan_report import Wishes, make_report, to_jsonable
     from shardray.runtime.cli.plan_tables import describe
     from shardray.runtime.cli.shard_table import table_console
     from shardray.runtime.config import load_config
     from shardray.runtime.config.units import parse_bandwidth, parse_bytes, parse_flops
+    from shardray.runtime.engine.plan_report import Wishes, make_report, to_jsonable
 
     if (bandwidth is None) != (compute is None):
         raise typer.BadParameter(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from rich import box
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from shardray.runtime.cli.plan_report import Report, num_parameters
 from shardray.runtime.cli.shard_table import format_bytes
 from shardray.runtime.engine.forecast import TokenCost
+from shardray.runtime.engine.plan_report import Report, num_parameters
 from shardray.runtime.engine.sizing import Candidate, PlannedHost
 
 _NUM_SHAPES = 8
@@ -17,7 +17,11 @@ _NUM_SHAPES = 8
 
 def describe(report: Report) -> Group:
     """The whole report, in the order in which it is read."""
-    parts = [Text(_model_line(report), style="bold"), Text(_shape_line(report)), _host_table(report)]
+    parts: list[RenderableType] = [
+        Text(_model_line(report), style="bold"),
+        Text(_shape_line(report)),
+        _host_table(report),
+    ]
     if report.obstacle is not None:
         parts += [Text(f"Does not fit: {report.obstacle}.", style="bold"), Text("Any one of these would do:")]
         parts += [Text(f"  * {remedy}") for remedy in report.remedies]

@@ -48,9 +48,12 @@ def find_in_hub_cache(repo_id: str, revision: str | None) -> Path | None:
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+        folder = snapshot_download(
+            repo_id, revision=revision, local_files_only=True, allow_patterns=_ALLOWED, ignore_patterns=_IGNORED
+        )
     except (errors.LocalEntryNotFoundError, errors.HFValidationError):
         return None
+    return Path(folder)
 
 
 def fetch_headers(repo_id: str, revision: str | None) -> Checkpoint:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from shardray.parallel.checkpoint import Checkpoint
 from shardray.parallel.layers import is_packed
 from shardray.parallel.plan import ShardPlan, make_plan
 from shardray.runtime.config import Config
@@ -64,10 +65,8 @@ class Report:
 def make_report(config: Config, wishes: Wishes) -> Report:
     """Reads the headers of the model, or fetches them. Raises what is wrong with the file, the model or the wishes."""
     model, parallel = config.model, config.parallel
-    checkpoint = read_headers(model.source, revision=model.revision)
-    served = read_served(checkpoint.folder, model.dtype, model.max_model_len, config.engine)
+    _, served = open_model(config)
     plan = _configured(config, served)
-    ParameterLoader(checkpoint, served.family, served.spec, plan, 0, served.dtype)  # names what is missing
     offer, load, hardware = _offer(config, served, wishes), _load(served, wishes), _hardware(wishes)
     num_hosts = wishes.num_hosts or parallel.num_hosts
     shapes = candidates(served, num_hosts, offer, load, hardware, parallel.expert_parallel)
@@ -86,6 +85,15 @@ def make_report(config: Config, wishes: Wishes) -> Report:
         obstacle=None if fits else shortage(chosen.mesh, offer),
         remedies=[] if fits else remedies(served, chosen.mesh, offer),
     )
+
+
+def open_model(config: Config) -> tuple[Checkpoint, ServedSpec]:
+    """The headers of a model that is whole, and that can be cut as configured. Raises ValueError of several kinds."""
+    checkpoint = read_headers(config.model.source, revision=config.model.revision)
+    served = read_served(checkpoint.folder, config.model.dtype, config.model.max_model_len, config.engine)
+    plan = _configured(config, served)
+    ParameterLoader(checkpoint, served.family, served.spec, plan, 0, served.dtype)  # names what is missing
+    return checkpoint, served
 
 
 def _configured(config: Config, served: ServedSpec) -> ShardPlan:
