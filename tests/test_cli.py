@@ -30,6 +30,7 @@ COMMANDS = (
     "schema",
     "demo",
     "doctor",
+    "trace",
 )
 HEAVY = ("torch", "ray", "grpc", "tokenizers", "pydantic.dataclasses")
 

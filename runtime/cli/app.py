@@ -27,6 +27,7 @@ from shardray.runtime.cli import (
     schema,
     serve,
     status,
+    trace,
 )
 
 EXIT_FAILED = 1
@@ -41,7 +42,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (pull, plan, serve, generate, chat, embed, status, scale, reload, restart, drain, schema, demo, doctor):
+for module in (
+    pull,
+    plan,
+    serve,
+    generate,
+    chat,
+    embed,
+    status,
+    scale,
+    reload,
+    restart,
+    drain,
+    schema,
+    demo,
+    doctor,
+    trace,
+):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 
 

@@ -21,6 +21,7 @@ from shardray.parallel.exchange import choose_exchange
 from shardray.parallel.layers import Linear, is_packed
 from shardray.parallel.mesh import Mesh, MeshSpec, Rendezvous, open_mesh
 from shardray.parallel.plan import ShardPlan, make_plan
+from shardray.parallel.spans import Spans
 from shardray.runtime.engine.assignment import ShardAssignment, ShardInfo
 from shardray.runtime.engine.executor import MeshExecutor, serve_plans
 from shardray.runtime.engine.limits import SchedulerLimits
@@ -98,6 +99,13 @@ class Shard:
         """Run the leader's plans until it says goodbye. Raises MeshError."""
         _use_cores(self.assignment)
         serve_plans(self._mesh, self._runner)
+
+    def start_trace(self) -> None:
+        """See ShardRunner."""
+        self._runner.start_trace()
+
+    def stop_trace(self) -> Spans:
+        return self._runner.stop_trace()
 
     def abort(self) -> None:
         """Break off whatever this rank is blocked in. Thread-safe."""
