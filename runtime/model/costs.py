@@ -17,6 +17,7 @@ Left out, for being small beside these: norms, activations, rotary, sampling, on
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -56,6 +57,9 @@ class Work:
     def __add__(self, other: Work) -> Work:
         return Work(self.flops + other.flops, self.num_bytes + other.num_bytes)
 
+    def __rmul__(self, count: int) -> Work:
+        return Work(count * self.flops, count * self.num_bytes)
+
 
 @dataclass(frozen=True)
 class Traffic:
@@ -84,9 +88,9 @@ def step_cost(
     """``item_bytes``: of one weight or activation."""
     products, attention = Work(), Work()
     layers = _layers(spec, plan.stages[stage], load.is_encoding)
-    for layer in layers:
-        products += _layer_products(spec, layer, plan, tp_rank, load, item_bytes)
-        attention += _attention_work(layer, plan, tp_rank, load, item_bytes)
+    for layer, count in Counter(layers).items():  # most are alike
+        products += count * _layer_products(spec, layer, plan, tp_rank, load, item_bytes)
+        attention += count * _attention_work(layer, plan, tp_rank, load, item_bytes)
     makes_logits = stage == plan.pp_size - 1 and not load.is_encoding
     if makes_logits:
         weight = _owned(head_parameters(spec)["head.weight"], plan, tp_rank)
