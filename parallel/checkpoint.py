@@ -62,9 +62,10 @@ class Checkpoint:
     CheckpointError if there are no weights, a shard is missing, or a file is cut short.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo] | None = None) -> None:
+        """``tensors``: what the headers say, if they were read elsewhere and the weights are not here."""
         self.folder = folder
-        self.tensors: Mapping[str, TensorInfo] = _read_headers(folder)
+        self.tensors = _read_headers(folder) if tensors is None else tensors
         self.bytes_read = 0  # of tensor data, over the life of this object
         self._count_lock = threading.Lock()
 
@@ -116,6 +117,13 @@ class Checkpoint:
                     done += count
         with self._count_lock:
             self.bytes_read += done
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """What a header calls ``BF16``, say. Raises CheckpointError."""
+    if name not in _DTYPES:
+        raise CheckpointError(f"dtype {name} is not known; float32, bfloat16 and float16 are read")
+    return _DTYPES[name]
 
 
 def _bounds(info: TensorInfo, index: tuple[slice, ...]) -> list[tuple[int, int]]:

@@ -22,7 +22,6 @@ class Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.out_size = weight.shape[0]
-        self.num_bytes = weight.numel() * weight.element_size()
         self._multiply = _prepare(weight, bias)
 
     def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -32,15 +31,21 @@ class Linear:
 
 def _prepare(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, torch.dtype], Tensor]:
     """The fastest product there is for a weight; holds the weight as that product reads it, and nothing else of it."""
-    if weight.device.type == "cpu" and weight.numel() > 0:
-        if weight.dtype == torch.bfloat16 and (variant := _kernel_variant()) is not None:
-            from shardray.parallel.kernels.linear import PackedLinear
+    if not is_packed(weight.device.type, weight.dtype) or weight.numel() == 0:
+        return lambda x, dtype: F.linear(x, weight, bias).to(dtype)
+    if weight.dtype == torch.bfloat16 and (variant := _kernel_variant()) is not None:
+        from shardray.parallel.kernels.linear import PackedLinear
 
-            return PackedLinear(weight, bias, variant)
-        if _can_prepack(weight.dtype):
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-            return lambda x, dtype: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "").to(dtype)
-    return lambda x, dtype: F.linear(x, weight, bias).to(dtype)
+        return PackedLinear(weight, bias, variant)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return lambda x, dtype: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "").to(dtype)
+
+
+def is_packed(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether a Linear on this machine keeps its weight in a layout of its own, beside the one that it is given."""
+    if device_type != "cpu":
+        return False
+    return (dtype == torch.bfloat16 and _kernel_variant() is not None) or _can_prepack(dtype)
 
 
 @functools.cache
@@ -77,7 +82,6 @@ class RowParallelLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None, comm: Comm) -> None:
         self._linear = Linear(weight, bias if comm.rank == 0 else None)
         self._comm = comm
-        self.num_bytes = self._linear.num_bytes
 
     def __call__(self, x: Tensor) -> Tensor:
         """(T, k) -> (T, H)"""
@@ -112,7 +116,6 @@ class VocabParallelHead:
         self._linear = Linear(weight, bias)
         self._widths = list(widths)
         self._comm = comm
-        self.num_bytes = self._linear.num_bytes
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """(T, H) -> (T, V) float32 on rank 0 of the group, None elsewhere"""

@@ -13,6 +13,7 @@ Pure arithmetic: knows nothing of tensors, processes or files.
 from __future__ import annotations
 
 import enum
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -121,6 +122,11 @@ def make_plan(
 
 def split_units(count: int, weights: Sequence[float]) -> tuple[range, ...]:
     """``count`` units in contiguous blocks proportional to ``weights`` (largest remainders are rounded up)."""
+    return _split_units(count, tuple(weights))
+
+
+@functools.lru_cache(maxsize=1024)
+def _split_units(count: int, weights: tuple[float, ...]) -> tuple[range, ...]:
     exact = [Fraction(weight) for weight in weights]  # no rounding, so that the blocks always add up
     quotas = [count * weight / sum(exact) for weight in exact]
     shares = [int(quota) for quota in quotas]

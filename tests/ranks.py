@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shardray.parallel.credentials import Credentials
+from shardray.parallel.spans import Span
 from shardray.runtime.engine.assignment import ShardAssignment, ShardInfo
 from shardray.runtime.engine.request import EngineRequest, EngineStats, TokenOutput
 
@@ -173,6 +174,18 @@ class _Rank:
     def serve(self, arrivals: list[Arrival]) -> tuple[dict[str, list[TokenOutput]], EngineStats]:
         assert self._shard is not None
         return _Session(self._shard.engine, arrivals).run()
+
+    def start_trace(self, _: None) -> None:
+        assert self._shard is not None
+        self._shard.start_trace()
+
+    def stop_trace(self, _: None) -> tuple[list[Span], bool]:
+        """What was written down, and whether anything is left of it."""
+        assert self._shard is not None
+        mesh = self._shard._mesh
+        found = self._shard.stop_trace().found
+        stand_ins = ("all_reduce", "gather", "broadcast", "recv", "send")
+        return found, any(name in vars(part) for part in mesh._parts() for name in stand_ins)
 
     def close(self, _: None) -> str | None:
         assert self._shard is not None

@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator
 
 import msgspec
 
+from shardray.parallel.spans import Span, SpanKind
+from shardray.runtime.cluster.trace import RankTrace
 from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.operations import (
     OperationConflictError,
@@ -50,6 +52,14 @@ class StubOperator:
     async def drain(self, timeout_s: float) -> AsyncIterator[OperationProgress]:
         async for step in self._alone(timeout_s, self._drain(timeout_s)):
             yield step
+
+    async def trace(self, seconds: float) -> list[RankTrace]:
+        self.asked.append(seconds)
+        spans = [Span(SpanKind.STEP, f"step {i}: 1 decodes", 1_000_000 * i, 900_000) for i in range(30_000)]
+        return [
+            RankTrace(replica_id=0, rank=rank, stage=0, tp_rank=rank, host="here", pid=rank + 1, spans=found)
+            for rank, found in enumerate((spans, []))
+        ]
 
     def kill_added(self) -> None:
         for replica in self._added.values():

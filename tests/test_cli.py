@@ -18,6 +18,7 @@ from shardray.v1 import control_pb2, inference_pb2
 
 COMMANDS = (
     "pull",
+    "plan",
     "serve",
     "generate",
     "chat",
@@ -28,6 +29,8 @@ COMMANDS = (
     "drain",
     "schema",
     "demo",
+    "doctor",
+    "trace",
 )
 HEAVY = ("torch", "ray", "grpc", "tokenizers", "pydantic.dataclasses")
 

@@ -6,6 +6,7 @@ recorded run lay, finds the outputs where they lay, and keeps what the addresses
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from shardray.parallel.exchange import BEGUN
 from shardray.parallel.kernels import jit
 from shardray.parallel.kernels.chain import compile_chain
 from shardray.parallel.kernels.jit import Launch
+from shardray.parallel.spans import SpanKind, Spans
 
 Result = TypeVar("Result")
 
@@ -99,8 +101,24 @@ class Program:
 
     def run(self) -> None:
         """Launch everything once more. Raises what a wait raises; the program cannot be used after that."""
-        state, count = self._state, len(self._waits)
-        state[1] = 0
+        self._state[1] = 0
+        self._run_to(len(self._waits))
+
+    def run_timed(self, spans: Spans) -> None:
+        """As ``run``, with each launch that may have to wait for other ranks written down."""
+        self._state[1] = 0
+        for at, wait in enumerate(self._waits):
+            if wait is not None:
+                self._run_to(at)
+                begin_ns = time.monotonic_ns()
+                self._run_to(at + 1)
+                spans.note(SpanKind.COLLECTIVE, "all_reduce", begin_ns)
+        self._run_to(len(self._waits))
+
+    def _run_to(self, count: int) -> None:
+        """From the launch at which the state stands."""
+        state = self._state
+        state[2] = count
         self._run(self._address)
         while (at := int(state[1])) < count:
             wait = self._waits[at]

@@ -12,7 +12,23 @@ from typing import Annotated
 import typer
 
 from shardray import __version__
-from shardray.runtime.cli import chat, demo, drain, embed, generate, pull, reload, restart, scale, schema, serve, status
+from shardray.runtime.cli import (
+    chat,
+    demo,
+    doctor,
+    drain,
+    embed,
+    generate,
+    plan,
+    pull,
+    reload,
+    restart,
+    scale,
+    schema,
+    serve,
+    status,
+    trace,
+)
 from shardray.runtime.cli.access import connecting
 
 EXIT_FAILED = 1
@@ -27,7 +43,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (pull, serve, generate, chat, embed, status, scale, reload, restart, drain, schema, demo):
+for module in (
+    pull,
+    plan,
+    serve,
+    generate,
+    chat,
+    embed,
+    status,
+    scale,
+    reload,
+    restart,
+    drain,
+    schema,
+    demo,
+    doctor,
+    trace,
+):
     app.command(module.__name__.rpartition(".")[2])(connecting(module.command))
 
 

@@ -162,6 +162,12 @@ class AsyncClient:
             finally:
                 call.cancel()
 
+    async def trace(self, seconds: float = 5.0) -> list[control_pb2.RankTrace]:
+        """What every rank did for ``seconds`` from now on; a rank with many spans comes in several parts."""
+        with readable_errors(self.address):
+            call = self._control.Trace(control_pb2.TraceRequest(seconds=seconds))
+            return [response.trace async for response in call]
+
     def scale(self, **change: Unpack[ShapeOptions]) -> AsyncGenerator[Progress, None]:
         """Run in another shape or on another number of replicas, while clients stream; iterate how far it is.
 

@@ -144,6 +144,11 @@ class Client:
             finally:
                 call.cancel()
 
+    def trace(self, seconds: float = 5.0) -> list[control_pb2.RankTrace]:
+        """What every rank did for ``seconds`` from now on; a rank with many spans comes in several parts."""
+        with readable_errors(self.address):
+            return [response.trace for response in self._control.Trace(control_pb2.TraceRequest(seconds=seconds))]
+
     def scale(self, **change: Unpack[ShapeOptions]) -> Generator[Progress, None, None]:
         """Run in another shape or on another number of replicas, while clients stream; iterate how far it is.
 

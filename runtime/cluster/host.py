@@ -33,6 +33,7 @@ from shardray.runtime.cluster.reports import (
     HostState,
     RankFailure,
     RunReport,
+    SpanReport,
 )
 from shardray.runtime.engine.assignment import ShardAssignment
 
@@ -146,6 +147,24 @@ class Host:
     def renew(self, owner: str, lease_s: float) -> bool:
         """Stay alive for ``lease_s`` more seconds, as the host of ``owner``; False if another driver's it is."""
         return self._lease.renew(owner, lease_s)
+
+    @ray.method(concurrency_group="control")
+    def clock(self) -> int:
+        """This machine's CLOCK_MONOTONIC, in ns: what spans are written down by."""
+        return time.monotonic_ns()
+
+    @ray.method(concurrency_group="control")
+    def start_trace(self) -> None:
+        """Write down what every step does from now on. Does nothing without a place in a mesh."""
+        if self._shard is not None:
+            self._shard.start_trace()
+
+    @ray.method(concurrency_group="control")
+    def stop_trace(self) -> bytes:
+        """The SpanReport of what was written down."""
+        spans = None if self._shard is None else self._shard.stop_trace()
+        report = SpanReport() if spans is None else SpanReport(spans=spans.found, num_dropped=spans.num_dropped)
+        return msgspec.msgpack.encode(report)
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:

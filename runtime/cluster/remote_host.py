@@ -20,7 +20,7 @@ from shardray.parallel.tls import TlsFiles
 from shardray.runtime.cluster.errors import ClusterError, HostDied, HostSilent
 from shardray.runtime.cluster.host import HostActor
 from shardray.runtime.cluster.placement import HostsNeed
-from shardray.runtime.cluster.reports import FormReport, HostInfo, HostProgress, HostState, RunReport
+from shardray.runtime.cluster.reports import FormReport, HostInfo, HostProgress, HostState, RunReport, SpanReport
 from shardray.runtime.engine.assignment import ShardAssignment
 
 _log = logging.getLogger(__name__)
@@ -72,6 +72,16 @@ class RemoteHost:
 
     async def renew(self, owner: str, lease_s: float, timeout_s: float = _ANSWER_TIMEOUT_S) -> bool:
         return bool(await self._ask("renew", self._actor.renew.remote(owner, lease_s), timeout_s))
+
+    async def clock(self, timeout_s: float = _ANSWER_TIMEOUT_S) -> int:
+        return int(await self._ask("clock", self._actor.clock.remote(), timeout_s))
+
+    async def start_trace(self, timeout_s: float = _ANSWER_TIMEOUT_S) -> None:
+        await self._ask("start_trace", self._actor.start_trace.remote(), timeout_s)
+
+    async def stop_trace(self, timeout_s: float = _ANSWER_TIMEOUT_S) -> SpanReport:
+        report = await self._ask("stop_trace", self._actor.stop_trace.remote(), timeout_s)
+        return msgspec.msgpack.decode(report, type=SpanReport)
 
     async def stop(self, timeout_s: float = _ANSWER_TIMEOUT_S) -> None:
         await self._ask("stop", self._actor.stop.remote(), timeout_s)

@@ -68,6 +68,11 @@ class Replica:
         return self._slot.hosts
 
     @property
+    def mesh(self) -> FormedMesh | None:
+        """What runs now."""
+        return self._slot.mesh
+
+    @property
     def is_given_up(self) -> bool:
         return self.gave_up.done()
 

@@ -6,6 +6,7 @@ import enum
 
 import msgspec
 
+from shardray.parallel.spans import Span
 from shardray.runtime.engine.assignment import ShardAssignment, ShardInfo, ShardLoad
 
 
@@ -92,3 +93,10 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True):
     """The end of one host's run; ``failure`` is None after a clean stop."""
 
     failure: RankFailure | None = None
+
+
+class SpanReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rank did while a trace was on."""
+
+    spans: list[Span] = []
+    num_dropped: int = 0  # that came when there were too many

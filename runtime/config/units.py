@@ -15,6 +15,7 @@ _BYTES_PER_UNIT = {
     **{unit: 1024**power for power, unit in enumerate(("kib", "mib", "gib", "tib"), start=1)},
 }
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+_FLOPS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kMGTP])FLOP/s\s*")
 _SIZE_HINT = "a number of bytes or a size such as 512MiB or 2GiB"
 _LISTEN = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[^\s:\[\]/]+):(?P<port>\d{1,5})")
 _RAY_ADDRESS = re.compile(r"local|auto|(ray://)?[^\s:/]+:\d{1,5}")
@@ -32,6 +33,21 @@ def parse_bytes(text: str | int) -> int:
     if match is None or scale is None:
         raise ValueError(f"{text!r} is not {_SIZE_HINT}")
     return int(float(match[1]) * scale) if "." in match[1] else int(match[1]) * scale
+
+
+def parse_bandwidth(text: str) -> float:
+    """``"3.35TB/s"`` → bytes a second. Raises ValueError."""
+    if not text.endswith("/s"):
+        raise ValueError(f"{text!r} is no bandwidth such as 3.35TB/s or 900GB/s")
+    return float(parse_bytes(text.removesuffix("/s")))
+
+
+def parse_flops(text: str) -> float:
+    """``"989TFLOP/s"`` → floating point operations a second. Raises ValueError."""
+    match = _FLOPS.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is no rate such as 989TFLOP/s or 300GFLOP/s")
+    return float(match[1]) * 1000.0 ** (" kMGTP".index(match[2]))
 
 
 def parse_listen(address: str) -> tuple[str, int]:

@@ -25,6 +25,7 @@ from shardray.runtime.cluster.form import FormedMesh, MeshRecipe
 from shardray.runtime.cluster.replica import Replica
 from shardray.runtime.cluster.replica_set import ReplicaSet
 from shardray.runtime.cluster.reports import RankFailure
+from shardray.runtime.cluster.trace import RankTrace, trace_meshes
 from shardray.runtime.config import Config, ParallelSettings
 from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.fit import check_room, load_recipe
@@ -53,6 +54,7 @@ class FleetController:
         self._on_event = on_event
         self._replicas: ReplicaSet | None = None
         self._operation: OperationRun | None = None
+        self._traces = False  # whether a trace is being taken
         self.stop_asked = asyncio.Event()  # by Drain
 
     async def start(self, model_dir: Path) -> None:
@@ -89,6 +91,18 @@ class FleetController:
 
     def drain(self, timeout_s: float) -> AsyncIterator[OperationProgress]:
         return self._run(OperationKind.DRAIN, lambda say: self._drain(timeout_s, say))
+
+    async def trace(self, seconds: float) -> list[RankTrace]:
+        meshes = [(one.replica_id, one.mesh) for one in self._fleet.replicas if one.mesh is not None]
+        if not meshes:
+            raise OperationRefusedError("no replica runs; try again when one does")
+        if self._traces:
+            raise OperationConflictError("another trace is being taken; try again when it has ended")
+        self._traces = True
+        try:
+            return await trace_meshes(meshes, seconds)
+        finally:
+            self._traces = False
 
     async def _run(
         self, kind: OperationKind, work: Callable[[Say], Awaitable[None]]

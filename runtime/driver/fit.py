@@ -6,39 +6,33 @@ import asyncio
 import dataclasses
 from pathlib import Path
 
-from shardray.parallel.plan import PlanError, ShardPlan, make_plan
+from shardray.parallel.plan import PlanError, make_plan
 from shardray.runtime.cluster.form import MeshRecipe
 from shardray.runtime.cluster.replica_set import ReplicaSet
 from shardray.runtime.driver.operations import OperationRefusedError
+from shardray.runtime.engine.memory import rank_memory
+from shardray.runtime.engine.served import read_served
 from shardray.runtime.model.families import read_model_config
-from shardray.runtime.model.folder import read_json
-from shardray.runtime.model.parameters import model_sizes, num_cached_layers, num_owned_elements
+from shardray.runtime.model.parameters import model_sizes
 from shardray.runtime.model.sources import resolve_model
-from shardray.runtime.model.spec import DecoderSpec, ModelConfigError
+from shardray.runtime.model.spec import ModelConfigError
 
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _GIB = 1 << 30
 
 
 async def check_room(fleet: ReplicaSet, recipe: MeshRecipe, num_replicas: int) -> None:
     """Raises OperationRefusedError with numbers if ``num_replicas`` meshes of ``recipe`` cannot be had."""
     try:
-        _, spec = read_model_config(Path(recipe.model_dir))
-        parallel = recipe.config.parallel
-        plan = make_plan(
-            model_sizes(spec), parallel.tensor_parallel_size, parallel.pipeline_parallel_size,
-            parallel.tensor_split, parallel.stage_layers, parallel.expert_parallel,
-        )  # fmt: skip
+        needs = _needs(recipe, {host.info.device for replica in fleet.replicas for host in replica.hosts})
     except (PlanError, ModelConfigError) as error:
         raise OperationRefusedError(str(error)) from error
     if (reason := await fleet.shortage_of(recipe.size * num_replicas)) is not None:
         raise OperationRefusedError(reason)
-    _check_memory(fleet, recipe, spec, plan, num_replicas)
+    _check_memory(fleet, recipe, needs, num_replicas)
 
 
-def _check_memory(fleet: ReplicaSet, recipe: MeshRecipe, spec: DecoderSpec, plan: ShardPlan, num_replicas: int) -> None:
-    """Weights, and the keys and values of one sequence, against what the hosts' nodes had free when they started."""
-    needs = [_rank_bytes(recipe, spec, plan, rank) for rank in range(recipe.size)]
+def _check_memory(fleet: ReplicaSet, recipe: MeshRecipe, needs: list[int], num_replicas: int) -> None:
+    """What each rank needs against what the hosts' nodes had free when they started."""
     capacities = fleet.memory_of_nodes()
     share = recipe.config.engine.memory_utilization
     most, total = max(capacities, default=0) * share, sum(capacities) * share
@@ -54,23 +48,20 @@ def _check_memory(fleet: ReplicaSet, recipe: MeshRecipe, spec: DecoderSpec, plan
         )
 
 
-def _rank_bytes(recipe: MeshRecipe, spec: DecoderSpec, plan: ShardPlan, rank: int) -> int:
-    stage, tp_rank = divmod(rank, plan.tp_size)
-    item_bytes = _item_bytes(recipe)
-    kv_bytes = recipe.config.engine.kv_memory_bytes
-    if kv_bytes is None:
-        max_model_len = recipe.config.model.max_model_len or spec.max_positions
-        num_kv_heads, num_layers = len(plan.kv_heads[tp_rank]), num_cached_layers(spec, plan, stage)
-        kv_bytes = 2 * num_layers * num_kv_heads * spec.attention.head_dim * max_model_len * item_bytes
-    return num_owned_elements(spec, plan, stage, tp_rank) * item_bytes + kv_bytes
-
-
-def _item_bytes(recipe: MeshRecipe) -> int:
-    name: str = recipe.config.model.dtype
-    if name == "auto":
-        config = read_json(Path(recipe.model_dir) / "config.json")
-        name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    return _ITEM_BYTES[name]
+def _needs(recipe: MeshRecipe, devices: set[str]) -> list[int]:
+    """Bytes of each rank: weights, a step, and the pages that are granted or those of one sequence."""
+    config, parallel = recipe.config, recipe.config.parallel
+    served = read_served(Path(recipe.model_dir), config.model.dtype, config.model.max_model_len, config.engine)
+    plan = make_plan(
+        model_sizes(served.spec), parallel.tensor_parallel_size, parallel.pipeline_parallel_size,
+        parallel.tensor_split, parallel.stage_layers, parallel.expert_parallel,
+    )  # fmt: skip
+    packs = "cpu" in devices and served.dtype.itemsize == 2  # to ask this machine would not tell of the hosts'
+    ranks = (rank_memory(served, plan, *divmod(rank, plan.tp_size), packs) for rank in range(recipe.size))
+    return [
+        memory.loaded_bytes + memory.step_bytes + (config.engine.kv_memory_bytes or memory.sequence_bytes)
+        for memory in ranks
+    ]
 
 
 async def load_recipe(before: MeshRecipe, source: str) -> MeshRecipe:

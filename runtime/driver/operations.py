@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from shardray.runtime.cluster.trace import RankTrace
+
 
 @dataclass(frozen=True)
 class ShapeChange:
@@ -83,3 +85,6 @@ class FleetOperator(Protocol):
 
     def drain(self, timeout_s: float) -> AsyncIterator[OperationProgress]:
         """Take no new requests, let those in flight end for ``timeout_s`` seconds, then stop the server."""
+
+    async def trace(self, seconds: float) -> list[RankTrace]:
+        """What every rank of every replica does for ``seconds``. Changes nothing, and runs beside an operation."""

@@ -1,4 +1,8 @@
-"""How many KV pages fit: into what weights and activations leave of the device, or into what the operator grants."""
+"""What a rank needs of its device's memory, and how many KV pages fit into the rest.
+
+The one place where memory is reckoned: hosts size their pages by it, scales are refused by it, `shardray plan` shows it
+before anything is started.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,11 @@ from pathlib import Path
 import psutil
 import torch
 
+from shardray.parallel.plan import ShardPlan
+from shardray.runtime.engine.served import ServedSpec
+from shardray.runtime.model.attention import KVPages
+from shardray.runtime.model.parameters import num_cached_layers, num_copied_elements, num_owned_elements
+
 _GIB = 1 << 30
 _CGROUP_FILES = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
@@ -16,18 +25,17 @@ _CGROUP_FILES = (
 
 
 @dataclass(frozen=True)
-class PageBudget:
-    """What one rank knows when it sizes its pages."""
+class RankMemory:
+    """What one rank needs, in bytes, and what its pages have to hold at least and at most."""
 
-    page_bytes: int  # on this rank; 0 if it holds no KV head
+    page_bytes: int  # 0 if it keeps no keys and values
     block_size: int
     max_model_len: int
     max_num_seqs: int
-    num_ranks_here: int  # ranks that share this memory
-    step_bytes: int  # what the activations of one step may take
-    memory_utilization: float
-    kv_memory_bytes: int | None
     max_prompt_len: int = 0  # of prompts that an encoder reads, and that have pages of their own
+    weight_bytes: int = 0
+    encoder_bytes: int = 0  # the pages in which an encoder reads the prompts of one step
+    step_bytes: int = 0  # what the activations of one step may take
 
     @property
     def pages_of_one(self) -> int:
@@ -39,36 +47,96 @@ class PageBudget:
         """More than this can never be in use."""
         return self.pages_of_one * self.max_num_seqs
 
+    @property
+    def loaded_bytes(self) -> int:
+        """In use once the rank has loaded, before it takes its pages."""
+        return self.weight_bytes + self.encoder_bytes
 
-def choose_num_pages(budget: PageBudget, device: torch.device) -> int:
+    @property
+    def sequence_bytes(self) -> int:
+        """Keys and values of one full-length sequence: the least that a rank may keep."""
+        return self.page_bytes * self.pages_of_one
+
+    def num_pages(self, room_bytes: int) -> int:
+        """Pages that fit into ``room_bytes``; may be too few for one sequence."""
+        return self.most_pages if self.page_bytes == 0 else max(0, min(room_bytes // self.page_bytes, self.most_pages))
+
+
+def rank_memory(served: ServedSpec, plan: ShardPlan, stage: int, tp_rank: int, is_packed: bool) -> RankMemory:
+    """What the rank of ``stage`` and ``tp_rank`` needs. ``is_packed``: see ``parallel/layers.py``."""
+    spec, item_bytes = served.spec, served.dtype.itemsize
+    num_kv_heads, head_dim = len(plan.kv_heads[tp_rank]), spec.attention.head_dim
+    num_elements = num_owned_elements(spec, plan, stage, tp_rank)
+    if is_packed:
+        num_elements += num_copied_elements(spec, plan, stage, tp_rank)
+    one_layer = KVPages.page_bytes(1, served.block_size, num_kv_heads, head_dim, served.dtype)
+    return RankMemory(
+        page_bytes=one_layer * num_cached_layers(spec, plan, stage),
+        block_size=served.block_size,
+        max_model_len=served.max_model_len,
+        max_num_seqs=served.max_num_seqs,
+        max_prompt_len=served.max_prompt_len,
+        weight_bytes=num_elements * item_bytes,
+        encoder_bytes=one_layer * num_encoder_pages(served),
+        step_bytes=_step_bytes(served),
+    )
+
+
+def num_encoder_pages(served: ServedSpec) -> int:
+    """Room for the prompts of one step."""
+    if served.spec.encoder is None:
+        return 0
+    return served.max_num_batched_tokens // served.block_size + served.max_num_seqs
+
+
+def _step_bytes(served: ServedSpec) -> int:
+    """An upper estimate of what one step's activations take: the widest layer's inputs and outputs, and the logits."""
+    spec = served.spec
+    widest = 4 * spec.hidden_size + 3 * spec.widest_mlp + 3 * spec.attention.num_heads * spec.attention.head_dim
+    logits = 3 * 4 * served.max_num_seqs * spec.vocab_size
+    return int(served.max_num_batched_tokens * widest * max(served.dtype.itemsize, 4)) + logits
+
+
+@dataclass(frozen=True)
+class MemoryGrant:
+    """What the operator lets the rank of a mesh have."""
+
+    memory_utilization: float
+    kv_memory_bytes: int | None = None  # for pages, whatever is free
+    num_ranks_here: int = 1  # ranks that share this memory
+
+
+def room_on_gpu(free_bytes: int, total_bytes: int, memory: RankMemory, grant: MemoryGrant) -> int:
+    """For pages on a device of its own: what is free once weights are loaded, less what is to stay free and a step."""
+    return int(free_bytes - (1.0 - grant.memory_utilization) * total_bytes) - memory.step_bytes
+
+
+def room_on_cpu(available_bytes: int, memory: RankMemory, grant: MemoryGrant) -> int:
+    """For pages in memory that ranks share: a part of what is left once all of them have loaded, less a step."""
+    return int(available_bytes * grant.memory_utilization) // grant.num_ranks_here - memory.step_bytes
+
+
+def choose_num_pages(memory: RankMemory, grant: MemoryGrant, device: torch.device) -> int:
     """Pages for one rank. Raises MemoryError if not even one full-length sequence fits, with the numbers."""
-    if budget.page_bytes == 0:
-        return budget.most_pages
-    memory_bytes = budget.kv_memory_bytes
-    if memory_bytes is None:
-        memory_bytes = _free_bytes(budget, device)
-    num_pages = min(memory_bytes // budget.page_bytes, budget.most_pages)
-    if num_pages < budget.pages_of_one:
-        room = max(0, num_pages) * budget.block_size
+    if memory.page_bytes == 0:
+        return memory.most_pages
+    room_bytes = grant.kv_memory_bytes
+    if room_bytes is None and device.type == "cuda":
+        room_bytes = room_on_gpu(*torch.cuda.mem_get_info(device), memory, grant)
+    elif room_bytes is None:
+        room_bytes = room_on_cpu(available_bytes(), memory, grant)
+    num_pages = memory.num_pages(room_bytes)
+    if num_pages < memory.pages_of_one:
         raise MemoryError(
-            f"the KV cache of {max(0, memory_bytes) / _GIB:.2f} GiB holds {room} tokens, less than one sequence of "
-            f"max_model_len {budget.max_model_len}{_and_prompt(budget)}; lower model.max_model_len, raise "
-            f"engine.memory_utilization or engine.kv_memory_bytes, or use more shards"
+            f"the KV cache of {max(0, room_bytes) / _GIB:.2f} GiB holds {num_pages * memory.block_size} tokens, less "
+            f"than one sequence of max_model_len {memory.max_model_len}{_and_prompt(memory)}; lower "
+            f"model.max_model_len, raise engine.memory_utilization or engine.kv_memory_bytes, or use more shards"
         )
     return num_pages
 
 
-def _and_prompt(budget: PageBudget) -> str:
-    return f" and a prompt of {budget.max_prompt_len} tokens" if budget.max_prompt_len else ""
-
-
-def _free_bytes(budget: PageBudget, device: torch.device) -> int:
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        left = int(free - (1.0 - budget.memory_utilization) * total)
-    else:
-        left = int(available_bytes() * budget.memory_utilization) // budget.num_ranks_here
-    return left - budget.step_bytes
+def _and_prompt(memory: RankMemory) -> str:
+    return f" and a prompt of {memory.max_prompt_len} tokens" if memory.max_prompt_len else ""
 
 
 def held_bytes(device: torch.device) -> int:

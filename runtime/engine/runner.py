@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shardray.parallel.errors import MeshError
 from shardray.parallel.mesh import Mesh
+from shardray.parallel.spans import SpanKind, Spans
 from shardray.runtime.engine.sampler import Sampler
 from shardray.runtime.engine.step import PageGrant, Row, SlotStart, StepPlan, StepResult
 from shardray.runtime.model.attention import AttentionRow, KVPages, PromptsView, StepView
@@ -143,6 +144,27 @@ class ShardRunner:
         self._mesh = mesh
         self.num_steps = 0
         self.busy_s = 0.0  # within ``run``
+        self._spans: Spans | None = None
+
+    def start_trace(self) -> None:
+        """Write down what every step does from now on. Thread-safe, as is ``stop_trace``."""
+        self.stop_trace()
+        spans, mesh = Spans(), self._mesh
+        if mesh.tp.size > 1:
+            for method in ("all_reduce", "gather", "broadcast"):
+                spans.attach(mesh.tp, method, SpanKind.COLLECTIVE, method)
+        if mesh.upstream is not None:
+            spans.attach(mesh.upstream, "recv", SpanKind.BUBBLE, f"wait for stage {mesh.spec.stage - 1}")
+        if mesh.downstream is not None:
+            spans.attach(mesh.downstream, "send", SpanKind.HANDOVER, f"to stage {mesh.spec.stage + 1}")
+        self._spans = self._decoder.layers.spans = spans
+
+    def stop_trace(self) -> Spans:
+        """What was written down; empty if no trace was on."""
+        spans = self._spans or Spans()
+        self._spans = self._decoder.layers.spans = None
+        spans.detach()
+        return spans
 
     def expert_imbalance(self) -> float:
         """See ShardedDecoder."""
@@ -153,7 +175,12 @@ class ShardRunner:
         began_s = time.perf_counter()
         try:
             with torch.inference_mode():
-                return self._run(plan)
+                if (spans := self._spans) is None:
+                    return self._run(plan)
+                begin_ns = time.monotonic_ns()
+                result = self._run(plan)
+                spans.note(SpanKind.STEP, _describe(plan), begin_ns)
+                return result
         except MeshError as error:
             error.step = plan.step
             raise
@@ -193,3 +220,12 @@ class ShardRunner:
         if slots and self._mesh.spec.pp_size == 1:  # with more stages the next plan carries the tokens
             self._slots.set_last_tokens(slots, self._mesh.tp.broadcast(tokens))
         return result if self._sampler is not None else None
+
+
+def _describe(plan: StepPlan) -> str:
+    num_decodes = sum(row.num_tokens == 1 for row in plan.rows)
+    prompts = [row.num_tokens for row in plan.rows if row.num_tokens > 1]
+    prompts += [len(row.token_ids) for row in plan.encoder_rows]
+    parts = [f"{num_decodes} decodes"] if num_decodes else []
+    parts += [f"{sum(prompts)} tokens of {len(prompts)} prompts"] if prompts else []
+    return f"step {plan.step}: {', '.join(parts)}"

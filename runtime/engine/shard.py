@@ -18,33 +18,26 @@ import torch
 from shardray.parallel.checkpoint import Checkpoint
 from shardray.parallel.credentials import Credentials
 from shardray.parallel.exchange import choose_exchange
-from shardray.parallel.layers import Linear
+from shardray.parallel.layers import Linear, is_packed
 from shardray.parallel.mesh import Mesh, MeshSpec, Rendezvous, open_mesh
 from shardray.parallel.plan import ShardPlan, make_plan
+from shardray.parallel.spans import Spans
 from shardray.runtime.engine.assignment import ShardAssignment, ShardInfo, ShardLoad
 from shardray.runtime.engine.executor import MeshExecutor, serve_plans
 from shardray.runtime.engine.limits import SchedulerLimits
 from shardray.runtime.engine.loop import Engine
-from shardray.runtime.engine.memory import PageBudget, choose_num_pages, held_bytes
-from shardray.runtime.engine.request import EncoderInfo, ServedModel
+from shardray.runtime.engine.memory import MemoryGrant, choose_num_pages, held_bytes, num_encoder_pages, rank_memory
+from shardray.runtime.engine.request import ServedModel
 from shardray.runtime.engine.runner import ShardRunner, SlotTable
 from shardray.runtime.engine.sampler import Sampler
+from shardray.runtime.engine.served import ServedSpec, read_dtype, read_served
 from shardray.runtime.model.attention import KVPages
 from shardray.runtime.model.decoder import ShardedDecoder
-from shardray.runtime.model.families import read_model_config
-from shardray.runtime.model.families.family import Family
-from shardray.runtime.model.folder import (
-    read_eos_token_ids,
-    read_json,
-    read_max_text_len,
-    read_pooling,
-    read_suppressed_token_ids,
-    read_token_ids,
-)
+from shardray.runtime.model.folder import read_eos_token_ids, read_suppressed_token_ids
 from shardray.runtime.model.kernels import choose_ops, choose_recorder
 from shardray.runtime.model.load import ParameterLoader
 from shardray.runtime.model.parameters import model_sizes, num_cached_layers
-from shardray.runtime.model.spec import DecoderSpec, ModelConfigError
+from shardray.runtime.model.spec import ModelConfigError
 
 __all__ = ["Rendezvous", "Shard", "ShardAssignment", "ShardInfo", "form_shard", "open_rendezvous", "warm_up"]
 
@@ -52,7 +45,6 @@ Progress = Callable[[str, float], None]
 
 _log = logging.getLogger(__name__)
 _LOAD_TIMEOUT_S = 3600.0
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def open_rendezvous(bind_host: str, credentials: Credentials, size: int) -> Rendezvous:
@@ -66,7 +58,7 @@ def warm_up(model_dir: str, dtype: str, device: str, num_threads: int) -> None:
     What is wrong with the model is for ``form_shard`` to tell.
     """
     try:
-        kind = _dtype(dtype, Path(model_dir))
+        kind = read_dtype(dtype, Path(model_dir))
     except (ModelConfigError, OSError) as error:
         _log.info("nothing to warm up for in %s: %s", model_dir, error)
         return
@@ -113,6 +105,13 @@ class Shard:
         runner, memory_bytes = self._runner, held_bytes(self._mesh.spec.device)
         return ShardLoad(num_steps=runner.num_steps, busy_s=runner.busy_s, memory_bytes=memory_bytes)
 
+    def start_trace(self) -> None:
+        """See ShardRunner."""
+        self._runner.start_trace()
+
+    def stop_trace(self) -> Spans:
+        return self._runner.stop_trace()
+
     def abort(self) -> None:
         """Break off whatever this rank is blocked in. Thread-safe."""
         self._mesh.abort()
@@ -143,43 +142,41 @@ def form_shard(
     _pin(assignment)
     torch.set_num_threads(1)  # see _use_cores
     folder, device = Path(assignment.model_dir), torch.device(assignment.device)
-    family, spec, plan = read_plan(assignment)
-    dtype = _dtype(assignment.dtype, folder)
-    max_model_len = _max_model_len(assignment, spec)
+    served, plan = read_plan(assignment)
+    spec, dtype = served.spec, served.dtype
     progress("joining", 0.0)
     mesh = open_mesh(_mesh_spec(assignment), assignment.max_num_batched_tokens, spec.hidden_size, dtype)
     try:
         place = mesh.spec
-        loader = ParameterLoader(Checkpoint(folder), family, spec, plan, place.tp_rank, dtype)
+        loader = ParameterLoader(Checkpoint(folder), served.family, spec, plan, place.tp_rank, dtype)
         ops = choose_ops(device, dtype, assignment.num_threads)
         decoder = ShardedDecoder(
-            spec, plan, place.stage, place.tp_rank, mesh.tp, ops, loader, device, max_model_len,
-            _encoder_pages(assignment, spec, plan, place.tp_rank, dtype),
+            spec, plan, place.stage, place.tp_rank, mesh.tp, ops, loader, device, served.max_model_len,
+            _encoder_pages(served, plan, place.tp_rank, device),
             lambda fraction: progress("loading", fraction),
         )  # fmt: skip
-        encoder = _encoder_info(assignment, spec)
-        pages = _allocate_pages(assignment, spec, plan, mesh, max_model_len, encoder, dtype)
-        return _assemble(assignment, spec, plan, mesh, decoder, pages, max_model_len, encoder)
+        pages = _allocate_pages(assignment, served, plan, mesh)
+        return _assemble(assignment, served, plan, mesh, decoder, pages)
     except BaseException:
         mesh.close()
         raise
 
 
-def read_plan(assignment: ShardAssignment) -> tuple[Family, DecoderSpec, ShardPlan]:
+def read_plan(assignment: ShardAssignment) -> tuple[ServedSpec, ShardPlan]:
     """What is served, and how it is cut. Raises ModelConfigError or PlanError."""
-    family, spec = read_model_config(Path(assignment.model_dir))
+    served = read_served(Path(assignment.model_dir), assignment.dtype, assignment.max_model_len, assignment)
     plan = make_plan(
-        model_sizes(spec), assignment.tp_size, assignment.pp_size, assignment.tensor_split, assignment.stage_layers,
-        assignment.expert_parallel,
+        model_sizes(served.spec), assignment.tp_size, assignment.pp_size, assignment.tensor_split,
+        assignment.stage_layers, assignment.expert_parallel,
     )  # fmt: skip
-    return family, spec, plan
+    return served, plan
 
 
 def _assemble(
-    assignment: ShardAssignment, spec: DecoderSpec, plan: ShardPlan, mesh: Mesh, decoder: ShardedDecoder,
-    pages: KVPages, max_model_len: int, encoder: EncoderInfo | None,
+    assignment: ShardAssignment, served: ServedSpec, plan: ShardPlan, mesh: Mesh, decoder: ShardedDecoder,
+    pages: KVPages,
 ) -> Shard:  # fmt: skip
-    place, device = mesh.spec, mesh.spec.device
+    place, device, spec = mesh.spec, mesh.spec.device, served.spec
     eos_token_ids = read_eos_token_ids(Path(assignment.model_dir))
     samples = place.stage == place.pp_size - 1 and place.tp_rank == 0
     sampler: Sampler | None = None
@@ -187,20 +184,20 @@ def _assemble(
         suppressed_ids = read_suppressed_token_ids(Path(assignment.model_dir))
         sampler = Sampler(spec.vocab_size, eos_token_ids, device, suppressed_ids)
     slots = SlotTable(
-        assignment.max_num_seqs, max_model_len, assignment.block_size, device,
-        None if encoder is None else encoder.max_prompt_len,
+        served.max_num_seqs, served.max_model_len, served.block_size, device,
+        None if served.encoder is None else served.max_prompt_len,
     )  # fmt: skip
     num_pages = pages.num_pages
     limits = SchedulerLimits(
-        max_num_seqs=assignment.max_num_seqs,
-        max_num_batched_tokens=assignment.max_num_batched_tokens,
-        max_model_len=max_model_len,
-        block_size=assignment.block_size,
+        max_num_seqs=served.max_num_seqs,
+        max_num_batched_tokens=served.max_num_batched_tokens,
+        max_model_len=served.max_model_len,
+        block_size=served.block_size,
         num_pages=num_pages,
         max_in_flight=place.pp_size if place.pp_size > 1 else 2,
         lookahead=0 if place.pp_size > 1 else 1,
         eos_token_ids=frozenset(eos_token_ids),
-        encoder=encoder,
+        encoder=served.encoder,
     )
     layers = plan.stages[place.stage]
     info = ShardInfo(
@@ -217,88 +214,40 @@ def _assemble(
         vocab_size=spec.vocab_size,
         weight_bytes=decoder.num_bytes,
         kv_bytes=pages.num_bytes,
-        num_kv_tokens=num_pages * assignment.block_size,
+        num_kv_tokens=num_pages * served.block_size,
     )
     return Shard(assignment, info, mesh, ShardRunner(decoder, pages, slots, sampler, mesh), limits)
 
 
-def _allocate_pages(
-    assignment: ShardAssignment, spec: DecoderSpec, plan: ShardPlan, mesh: Mesh, max_model_len: int,
-    encoder: EncoderInfo | None, dtype: torch.dtype,
-) -> KVPages:  # fmt: skip
+def _allocate_pages(assignment: ShardAssignment, served: ServedSpec, plan: ShardPlan, mesh: Mesh) -> KVPages:
     """As many pages as every rank of the mesh has room for."""
     place, device = mesh.spec, mesh.spec.device
-    num_layers, num_kv_heads = num_cached_layers(spec, plan, place.stage), len(plan.kv_heads[place.tp_rank])
-    head_dim, block_size = spec.attention.head_dim, assignment.block_size
     # Free memory is measured once everyone's weights are in it. A rank that dies meanwhile is noticed at once; one that
     # loads from a slow disk may take its time.
     mesh.agree_on_minimum("weights loaded", 1, timeout_s=_LOAD_TIMEOUT_S)
-    budget = PageBudget(
-        page_bytes=KVPages.page_bytes(num_layers, block_size, num_kv_heads, head_dim, dtype),
-        block_size=block_size,
-        max_model_len=max_model_len,
-        max_num_seqs=assignment.max_num_seqs,
-        num_ranks_here=place.nodes.count(place.nodes[place.rank]) if device.type == "cpu" else 1,
-        step_bytes=_step_bytes(assignment, spec, dtype),
+    memory = rank_memory(served, plan, place.stage, place.tp_rank, is_packed(device.type, served.dtype))
+    grant = MemoryGrant(
         memory_utilization=assignment.memory_utilization,
         kv_memory_bytes=assignment.kv_memory_bytes,
-        max_prompt_len=0 if encoder is None else encoder.max_prompt_len,
+        num_ranks_here=place.nodes.count(place.nodes[place.rank]) if device.type == "cpu" else 1,
     )
-    num_pages = mesh.agree_on_minimum("pages", choose_num_pages(budget, device))
-    return KVPages(num_layers, num_pages, block_size, num_kv_heads, head_dim, dtype, device)
+    num_pages = mesh.agree_on_minimum("pages", choose_num_pages(memory, grant, device))
+    num_layers = num_cached_layers(served.spec, plan, place.stage)
+    return _pages(served, plan, place.tp_rank, num_layers, num_pages, device)
 
 
-def _encoder_pages(
-    assignment: ShardAssignment, spec: DecoderSpec, plan: ShardPlan, tp_rank: int, dtype: torch.dtype
-) -> KVPages | None:
+def _encoder_pages(served: ServedSpec, plan: ShardPlan, tp_rank: int, device: torch.device) -> KVPages | None:
     """Room for the prompts of one step, in one layer."""
-    if spec.encoder is None:
+    if served.spec.encoder is None:
         return None
-    num_pages = assignment.max_num_batched_tokens // assignment.block_size + assignment.max_num_seqs
-    return KVPages(
-        1, num_pages, assignment.block_size, len(plan.kv_heads[tp_rank]), spec.attention.head_dim, dtype,
-        torch.device(assignment.device),
-    )  # fmt: skip
+    return _pages(served, plan, tp_rank, 1, num_encoder_pages(served), device)
 
 
-def _encoder_info(assignment: ShardAssignment, spec: DecoderSpec) -> EncoderInfo | None:
-    """A prompt has to fit into one step, beside a step full of decodes."""
-    if spec.encoder is None:
-        return None
-    folder = Path(assignment.model_dir)
-    room = assignment.max_num_batched_tokens - assignment.max_num_seqs
-    if not spec.layers:
-        most = min(spec.encoder.max_positions, read_max_text_len(folder) or room, room)
-        return EncoderInfo(most, pooling=read_pooling(folder))
-    start_ids = read_token_ids(folder, "decoder_start_token_id") or read_token_ids(folder, "bos_token_id")
-    if not start_ids:
-        raise ModelConfigError("config.json: decoder_start_token_id is missing: nothing for the decoder to begin with")
-    forced_ids = read_token_ids(folder, "forced_bos_token_id")
-    return EncoderInfo(min(spec.encoder.max_positions, room), start_ids, forced_ids)
-
-
-def _step_bytes(assignment: ShardAssignment, spec: DecoderSpec, dtype: torch.dtype) -> int:
-    """An upper estimate of what one step's activations take: the widest layer's inputs and outputs, and the logits."""
-    widest = 4 * spec.hidden_size + 3 * spec.widest_mlp + 3 * spec.attention.num_heads * spec.attention.head_dim
-    logits = 3 * 4 * assignment.max_num_seqs * spec.vocab_size
-    return int(assignment.max_num_batched_tokens * widest * max(dtype.itemsize, 4)) + logits
-
-
-def _dtype(name: str, folder: Path) -> torch.dtype:
-    """``auto`` is what the checkpoint was saved in."""
-    if name == "auto":
-        config = read_json(folder / "config.json")
-        name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    return _DTYPES[name]
-
-
-def _max_model_len(assignment: ShardAssignment, spec: DecoderSpec) -> int:
-    wanted = assignment.max_model_len or spec.max_positions
-    if wanted > spec.max_positions:
-        raise ModelConfigError(
-            f"model.max_model_len {wanted} exceeds the model's window of {spec.max_positions} tokens (config.json)"
-        )
-    return wanted
+def _pages(
+    served: ServedSpec, plan: ShardPlan, tp_rank: int, num_layers: int, num_pages: int, device: torch.device
+) -> KVPages:
+    num_kv_heads, head_dim = len(plan.kv_heads[tp_rank]), served.spec.attention.head_dim
+    return KVPages(num_layers, num_pages, served.block_size, num_kv_heads, head_dim, served.dtype, device)
 
 
 def _mesh_spec(assignment: ShardAssignment) -> MeshSpec:

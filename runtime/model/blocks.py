@@ -35,7 +35,6 @@ class AttentionBlock:
         self._attention = PagedAttention(
             attention, heads, parameters["o.weight"].device, parameters.get("sinks"), parameters.get("relative.weight")
         )
-        self.num_bytes = self._qkv.num_bytes + self._out.num_bytes
 
     def __call__(self, x: Tensor, layer: int, pages: KVPages, view: StepView, angles: Angles | None) -> Tensor:
         """(T, H) -> (T, H)"""
@@ -74,8 +73,6 @@ class CrossAttentionBlock:
         self._keys_and_values = _merged(attention, parameters, "k", "v")
         self._out = RowParallelLinear(parameters["o.weight"], parameters.get("o.bias"), comm)
         self._attention = PagedAttention(attention, heads, parameters["o.weight"].device)
-        linears = self._queries, self._keys_and_values, self._out
-        self.num_bytes = sum(linear.num_bytes for linear in linears)
 
     def remember(self, encoded: Tensor, layer: int, pages: KVPages, prompts: PromptsView) -> None:
         """Store what (S, H) of the encoder are to this layer."""
@@ -138,8 +135,6 @@ class DecoderLayer:
         self._parallel = layer.parallel
         self._shares_norm = layer.mlp_norms.before is None
         self.rotary = layer.attention.rotary
-        blocks = self._attention, self._cross, self._mlp
-        self.num_bytes = sum(block.num_bytes for block in blocks if block is not None)
 
     def remember(self, encoded: Tensor, layer: int, pages: KVPages, prompts: PromptsView) -> None:
         """Take in what the encoder gave, (S, H), for cross-attention."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardray.parallel.comm import Comm
-from shardray.parallel.layers import VocabParallelHead
+from shardray.parallel.layers import VocabParallelHead, is_packed
 from shardray.parallel.plan import ShardPlan
 from shardray.runtime.model.attention import KVPages, OwnHeads, PromptsView, StepView
 from shardray.runtime.model.blocks import DecoderLayer
@@ -28,7 +28,10 @@ Progress = Callable[[float], None]
 
 
 class ShardedDecoder:
-    """Loads and runs one rank's part: token ids or hidden states in, hidden states, logits or embeddings out."""
+    """Loads and runs one rank's part: token ids or hidden states in, hidden states, logits or embeddings out.
+
+    ``num_bytes``: of its weights, as they are held.
+    """
 
     def __init__(
         self, spec: DecoderSpec, plan: ShardPlan, stage: int, tp_rank: int, comm: Comm, ops: Ops,
@@ -37,10 +40,8 @@ class ShardedDecoder:
     ) -> None:  # fmt: skip
         """``encoder_pages``: of one layer, with room for all tokens of a step; where the model has an encoder."""
         self._hidden_size = spec.hidden_size
-        self.embeddings = (
-            _Embeddings(spec, plan, tp_rank, comm, _to(device, loader.embedding())) if stage == 0 else None
-        )
-        self.num_bytes = 0 if self.embeddings is None else self.embeddings.num_bytes
+        of_embedding = _to(device, loader.embedding()) if stage == 0 else {}
+        self.embeddings = _Embeddings(spec, plan, tp_rank, comm, of_embedding) if stage == 0 else None
         layers, blocks = plan.stages[stage], []
         for index in layers:
             parameters = _to(device, loader.layer(index))
@@ -50,7 +51,6 @@ class ShardedDecoder:
                     layer, OwnHeads.of(plan, tp_rank), OwnExperts.of(layer.mlp, plan, tp_rank), parameters, comm, ops
                 )
             )
-            self.num_bytes += blocks[-1].num_bytes
             progress((index - layers.start + 1) / len(layers))
         self._experts = [block.experts for block in blocks if block.experts is not None]
         num_encoding = max(0, min(layers.stop, spec.num_encoder_layers) - layers.start)
@@ -64,9 +64,16 @@ class ShardedDecoder:
             self.encoder = EncoderStack(blocks[:num_encoding], norm, spec.encoder.max_positions, encoder_pages, device)
         self.layers = LayerStack(blocks[num_encoding:], max_positions, device, records=spec.encoder is None)
         self.head: _Head | _Pooler | None = None
-        if stage == plan.pp_size - 1:
-            self.head = _Head(spec, plan, comm, ops, _to(device, loader.head())) if spec.layers else _Pooler()
-            self.num_bytes += self.head.num_bytes
+        copied: list[Tensor] = []
+        if stage == plan.pp_size - 1 and spec.layers:
+            of_head = loader.head()
+            if spec.head.tied and stage == 0:
+                of_head["head.weight"] = of_embedding["embed.weight"]
+                copied = [of_head["head.weight"]] if is_packed(device.type, of_head["head.weight"].dtype) else []
+            self.head = _Head(spec, plan, comm, ops, _to(device, of_head))
+        elif stage == plan.pp_size - 1:
+            self.head = _Pooler()
+        self.num_bytes = loader.num_bytes + sum(tensor.nbytes for tensor in copied)
 
     def __call__(self, x: Tensor | None, pages: KVPages, view: StepView) -> Tensor | None:
         """Hidden states of the stage before (None on the first) to hidden states (T, H), or on the last stage the
@@ -110,16 +117,13 @@ class _Embeddings:
         first_row = plan.vocab[tp_rank].start
         self._own: TokenEmbedding | None = None
         self._encoded: TokenEmbedding | None = None
-        self.num_bytes = 0
         if spec.layers:
             self._own = TokenEmbedding(spec.embedding, first_row, comm, parameters)
-            self.num_bytes += self._own.num_bytes
         if spec.encoder is not None:
             of_encoder = below("encoder.", parameters)
             if spec.encoder.shares_tokens:
                 of_encoder = {**of_encoder, "embed.weight": parameters["embed.weight"]}
             self._encoded = TokenEmbedding(spec.encoder.embedding, first_row, comm, of_encoder)
-            self.num_bytes += 0 if spec.encoder.shares_tokens else self._encoded.num_bytes
 
     def __call__(self, view: StepView) -> Tensor:
         """(T, H), every prompt that is read included"""
@@ -140,7 +144,6 @@ class _Head:
         self._projection = parameters.get("head_projection.weight")
         weight, bias = parameters["head.weight"], parameters.get("head.bias")
         self._logits = VocabParallelHead(weight, bias, [len(block) for block in plan.vocab], comm)
-        self.num_bytes = self._logits.num_bytes
 
     def __call__(self, x: Tensor, delta: Tensor | None, view: StepView) -> Tensor | None:
         if view.sampled_tokens.numel() == 0:
@@ -162,8 +165,6 @@ class _Head:
 
 class _Pooler:
     """From the hidden states of whole prompts to their embeddings."""
-
-    num_bytes = 0
 
     def __call__(self, encoded: Tensor | None, prompts: PromptsView | None) -> Tensor:
         assert encoded is not None

@@ -33,7 +33,6 @@ class TokenEmbedding:
         self._offset = 0 if positions is None else positions.offset
         self._type = parameters["types.weight"][0] if embedding.num_types else None
         self._norm = None if embedding.norm is None else NormWeights.of(embedding.norm, "embed_norm", parameters)
-        self.num_bytes = weight.numel() * weight.element_size()
 
     def __call__(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """(T,) and (T,) -> (T, H)"""

@@ -36,8 +36,6 @@ class LatentProjections:
             self._q_down = Linear(parameters["q_down.weight"])
             self._q_norm = NormWeights.of(latent.norm, "q_norm", parameters)
         self._q = ColumnParallelLinear(parameters["q.weight"])
-        linears = [self._kv_down, self._kv_up, self._q, *([self._q_down] if self._q_down is not None else [])]
-        self.num_bytes = sum(linear.num_bytes for linear in linears)
         self.num_heads = self._q.out_size // self._head_dim
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -31,7 +31,10 @@ Parameters = dict[str, Tensor]
 
 
 class ParameterLoader:
-    """One rank's reader: whole parameters in the checkpoint, owned slices out, in the model's dtype."""
+    """One rank's reader: whole parameters in the checkpoint, owned slices out, in the model's dtype.
+
+    ``num_bytes``: of all that was read so far, in that dtype.
+    """
 
     def __init__(
         self,
@@ -49,6 +52,7 @@ class ParameterLoader:
         self._plan = plan
         self._tp_rank = tp_rank
         self._dtype = dtype
+        self.num_bytes = 0
         self._embedding: Tensor | None = None  # kept for a tied head on the same rank
         self._check(family)
 
@@ -73,9 +77,11 @@ class ParameterLoader:
         return self._load(layer_parameters(self._spec, self._spec.all_layers[index]), *_place(self._spec, index))
 
     def _load(self, parameters: dict[str, Parameter], prefix: str = "", layer: int | None = None) -> Parameters:
-        return {
+        found = {
             name: self._read(self._sources[prefix + name], parameter, layer) for name, parameter in parameters.items()
         }
+        self.num_bytes += sum(tensor.nbytes for tensor in found.values())
+        return found
 
     def _read(self, source: Source, parameter: Parameter, layer: int | None) -> Tensor:
         rows, *rest = parameter.owned(self._plan, self._tp_rank)

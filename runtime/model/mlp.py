@@ -47,7 +47,6 @@ class MlpPart:
         self._mlp = mlp
         self._in = ColumnParallelLinear.merged([parameters[f"{name}.weight"] for name in names], biases)
         self._out = Linear(parameters["down.weight"], parameters.get("down.bias") if adds_bias else None)
-        self.num_bytes = self._in.num_bytes + self._out.num_bytes
 
     def __call__(self, x: Tensor) -> Tensor:
         """(T, H) -> (T, H)"""
@@ -60,7 +59,6 @@ class MlpBlock:
     def __init__(self, mlp: Mlp, parameters: Parameters, comm: Comm, ops: Ops) -> None:
         self._part = MlpPart(mlp, parameters, comm.rank == 0, ops)
         self._comm = comm
-        self.num_bytes = self._part.num_bytes
 
     def __call__(self, x: Tensor) -> Tensor:
         """(T, H) -> (T, H)"""
@@ -87,8 +85,6 @@ class ExpertsBlock:
         self._shared = None if experts.shared is None else MlpPart(experts.shared, shared, comm.rank == 0, ops)
         self._shared_gate = parameters.get("shared_gate.weight")
         self.load = torch.zeros(experts.num_experts, device=self._router.device)
-        parts = [*self._experts.values(), *([self._shared] if self._shared is not None else [])]
-        self.num_bytes = sum(part.num_bytes for part in parts) + self._router.numel() * self._router.element_size()
 
     def __call__(self, x: Tensor) -> Tensor:
         """(T, H) -> (T, H)"""

@@ -16,6 +16,7 @@ Those of an encoder are told apart by ``encoder.`` before their names; those of 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -186,11 +187,12 @@ def _expert_parameters(experts: Experts, hidden: int) -> dict[str, Parameter]:
 
 def model_sizes(spec: DecoderSpec) -> ModelSizes:
     """The sizes that the shard plan splits; costs are parameters read per token."""
+    costs = {layer: float(_num_elements(layer_parameters(spec, layer))) for layer in set(spec.all_layers)}
     return ModelSizes(
         num_heads=spec.attention.num_heads,
         num_kv_heads=spec.attention.num_kv_heads,
         vocab_size=spec.vocab_size,
-        layer_costs=tuple(float(_num_elements(layer_parameters(spec, layer))) for layer in spec.all_layers),
+        layer_costs=tuple(costs[layer] for layer in spec.all_layers),
         embed_cost=float(spec.hidden_size),
         head_cost=float(spec.vocab_size * spec.hidden_size) if spec.layers else 0.0,
     )
@@ -203,7 +205,12 @@ def num_cached_layers(spec: DecoderSpec, plan: ShardPlan, stage: int) -> int:
 
 def num_owned_elements(spec: DecoderSpec, plan: ShardPlan, stage: int, tp_rank: int) -> int:
     """Parameters that one rank holds. A head tied to an embedding on the same rank is held once."""
-    parts = [layer_parameters(spec, spec.all_layers[index]) for index in plan.stages[stage]]
+    all_layers = spec.all_layers
+    alike = Counter(all_layers[index] for index in plan.stages[stage])
+    of_layers = sum(
+        count * _num_owned_of(layer_parameters(spec, layer), plan, tp_rank) for layer, count in alike.items()
+    )
+    parts = []
     if spec.num_encoder_layers - 1 in plan.stages[stage]:
         parts.append(encoder_end_parameters(spec))
     if stage == 0:
@@ -213,7 +220,14 @@ def num_owned_elements(spec: DecoderSpec, plan: ShardPlan, stage: int, tp_rank: 
         if stage == 0 and spec.head.tied:
             head.pop("head.weight", None)
         parts.append(head)
-    return sum(_num_owned(parameter, plan, tp_rank) for part in parts for parameter in part.values())
+    return of_layers + sum(_num_owned_of(part, plan, tp_rank) for part in parts)
+
+
+def num_copied_elements(spec: DecoderSpec, plan: ShardPlan, stage: int, tp_rank: int) -> int:
+    """Parameters that one rank holds twice where products keep weights in a layout of their own: a tied head's."""
+    if not (spec.layers and spec.head.tied and plan.pp_size == 1):
+        return 0
+    return _num_owned(head_parameters(spec)["head.weight"], plan, tp_rank)
 
 
 def _within(prefix: str, parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
@@ -230,6 +244,10 @@ def _linear(name: str, shape: tuple[int, int], split: Split, bias: bool) -> dict
 def _norm(name: str, norm: Norm | None, shape: tuple[int, ...], *splits: Split) -> dict[str, Parameter]:
     parts = {"weight": norm is not None and norm.has_weight, "bias": norm is not None and norm.has_bias}
     return {f"{name}.{part}": Parameter(shape, splits) for part, there in parts.items() if there}
+
+
+def _num_owned_of(parameters: Mapping[str, Parameter], plan: ShardPlan, tp_rank: int) -> int:
+    return sum(_num_owned(parameter, plan, tp_rank) for parameter in parameters.values())
 
 
 def _num_owned(parameter: Parameter, plan: ShardPlan, tp_rank: int) -> int:

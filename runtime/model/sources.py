@@ -13,10 +13,10 @@ from pathlib import Path
 from shardray.parallel.checkpoint import Checkpoint, CheckpointError
 from shardray.runtime.model.bundled import BUNDLED_MODELS, BundledModel, fetch_bundled
 from shardray.runtime.model.gguf_import import CONVERTER_VERSION, convert_gguf
-from shardray.runtime.model.hub import fetch_from_hub
+from shardray.runtime.model.hub import fetch_from_hub, fetch_headers, find_in_hub_cache
 from shardray.runtime.model.model_cache import ModelSourceError, Progress, build_folder, default_cache_dir, silent
 
-__all__ = ["ModelSourceError", "Progress", "resolve_model"]
+__all__ = ["ModelSourceError", "Progress", "read_headers", "resolve_model"]
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -40,44 +40,86 @@ def resolve_model(
         raise _unknown_source(source)
     path = Path(source).expanduser()
     models_dir = (cache_dir or default_cache_dir()) / "models"
-    is_hub_id = _HUB_ID.fullmatch(source) is not None and not path.exists() and path.suffix != ".gguf"
-    if revision is not None and not is_hub_id:
-        raise ModelSourceError(f"{source}: revision {revision!r} applies to hub ids only; leave it out")
+    is_hub_id = _is_hub_id(source, revision)
     if source in BUNDLED_MODELS:
-        return _resolve_bundled(BUNDLED_MODELS[source], models_dir, progress)
+        model = BUNDLED_MODELS[source]
+        return build_folder(
+            _bundled_folder(model, models_dir), lambda folder: fetch_bundled(model, folder, progress), progress
+        )
     if path.is_dir():
         return _check_folder(path.resolve())
     if path.suffix == ".gguf":
-        return _resolve_gguf(path, models_dir, progress)
+        target = _gguf_folder(path, models_dir)
+        return build_folder(target, lambda folder: convert_gguf(path.resolve(), folder, progress), progress)
     if is_hub_id:
         return _check_folder(fetch_from_hub(source, revision, progress))
     raise _unknown_source(source)
 
 
-def _resolve_bundled(model: BundledModel, models_dir: Path, progress: Progress) -> Path:
-    target = models_dir / f"{model.name}-{model.sha256[:12]}-v{CONVERTER_VERSION}"
-    return build_folder(target, lambda folder: fetch_bundled(model, folder, progress), progress)
+def read_headers(source: str, *, revision: str | None = None, cache_dir: Path | None = None) -> Checkpoint:
+    """The headers of ``source`` in a folder with its ``config.json``; of a hub id that is not on this machine, only
+    these are fetched. ``source`` is as for ``resolve_model``. Raises ModelSourceError, also for what has to be pulled
+    before anything can be said of it.
+    """
+    if not source:
+        raise _unknown_source(source)
+    path = Path(source).expanduser()
+    models_dir = (cache_dir or default_cache_dir()) / "models"
+    is_hub_id = _is_hub_id(source, revision)
+    if source in BUNDLED_MODELS:
+        return _pulled(source, _bundled_folder(BUNDLED_MODELS[source], models_dir))
+    if path.is_dir():
+        return _open(path.resolve())
+    if path.suffix == ".gguf":
+        return _pulled(source, _gguf_folder(path, models_dir))
+    if is_hub_id:
+        folder = find_in_hub_cache(source, revision)
+        has_weights = folder is not None and any(folder.glob("*.safetensors"))
+        return _open(folder) if folder is not None and has_weights else fetch_headers(source, revision)
+    raise _unknown_source(source)
 
 
-def _resolve_gguf(path: Path, models_dir: Path, progress: Progress) -> Path:
+def _is_hub_id(source: str, revision: str | None) -> bool:
+    path = Path(source).expanduser()
+    is_hub_id = _HUB_ID.fullmatch(source) is not None and not path.exists() and path.suffix != ".gguf"
+    if revision is not None and not is_hub_id:
+        raise ModelSourceError(f"{source}: revision {revision!r} applies to hub ids only; leave it out")
+    return is_hub_id
+
+
+def _pulled(source: str, folder: Path) -> Checkpoint:
+    if not folder.is_dir():
+        raise ModelSourceError(f"{source}: is not in the cache yet; fetch it first: shardray pull {source}")
+    return _open(folder)
+
+
+def _bundled_folder(model: BundledModel, models_dir: Path) -> Path:
+    return models_dir / f"{model.name}-{model.sha256[:12]}-v{CONVERTER_VERSION}"
+
+
+def _gguf_folder(path: Path, models_dir: Path) -> Path:
     if not path.is_file():
         raise ModelSourceError(f"{path}: no such file")
     path = path.resolve()
     stat = path.stat()
     key = f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}"  # another file under the same path is another model
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-    target = models_dir / f"{path.stem}-{digest}-v{CONVERTER_VERSION}"
-    return build_folder(target, lambda folder: convert_gguf(path, folder, progress), progress)
+    return models_dir / f"{path.stem}-{digest}-v{CONVERTER_VERSION}"
 
 
 def _check_folder(folder: Path) -> Path:
+    _open(folder)  # a missing or truncated shard shows here, not on a rank
+    return folder
+
+
+def _open(folder: Path) -> Checkpoint:
+    """Reads the headers only."""
     if not (folder / "config.json").is_file():
         raise ModelSourceError(f"{folder}: has no config.json; a model folder holds config.json and *.safetensors")
     try:
-        Checkpoint(folder)  # reads the headers only: a missing or truncated shard shows here, not on a rank
+        return Checkpoint(folder)
     except CheckpointError as error:
         raise ModelSourceError(str(error)) from error
-    return folder
 
 
 def _unknown_source(source: str) -> ModelSourceError:

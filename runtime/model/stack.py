@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from shardray.parallel.spans import Spans
 from shardray.runtime.model.attention import KVPages, PromptsView, StepView
 from shardray.runtime.model.blocks import DecoderLayer, Pending
 from shardray.runtime.model.kernels import choose_recorder
@@ -38,6 +39,7 @@ class LayerStack:
         self._angles = _angle_tables(layers, max_positions, device)
         self._max_positions = max_positions
         self._recorder = choose_recorder(device) if records else None
+        self.spans: Spans | None = None  # while a trace is on
         self._recordings: dict[int, _Recording | None] = {}  # by number of rows; None once such a step has run
 
     def __call__(self, x: Tensor, pages: KVPages, view: StepView) -> Pending:
@@ -48,7 +50,7 @@ class LayerStack:
             return self._run(inputs, pages)
         recording = self._recordings.get(view.num_decodes)
         if recording is not None and recording.pages is pages:
-            return recording.replay(inputs)
+            return recording.replay(inputs, self.spans)
         if view.num_decodes in self._recordings:
             return self._record(inputs, pages)
         self._recordings[view.num_decodes] = None
@@ -148,7 +150,10 @@ class _Recording:
     pages: KVPages
     program: Program
 
-    def replay(self, inputs: _Inputs) -> Pending:
+    def replay(self, inputs: _Inputs, spans: Spans | None) -> Pending:
         self.inputs.fill(inputs)
-        self.program.run()
+        if spans is None:
+            self.program.run()
+        else:
+            self.program.run_timed(spans)
         return self.output

@@ -15,6 +15,7 @@ from shardray.runtime.engine.assignment import ShardInfo, ShardLoad
 from shardray.runtime.engine.request import FieldError
 from shardray.runtime.server.messages import stats_to_proto
 from shardray.runtime.server.operations import OperationRunner, check_drain_timeout, check_scale, check_source
+from shardray.runtime.server.traces import check_seconds, trace_to_proto
 from shardray.v1 import control_pb2, control_pb2_grpc
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -86,6 +87,15 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         operator = await self._require_operator(context)
         async for progress in self._operations.run(operator.drain(timeout_s)):
             yield control_pb2.DrainResponse(progress=progress)
+
+    async def Trace(
+        self, request: control_pb2.TraceRequest, context: _Context
+    ) -> AsyncIterator[control_pb2.TraceResponse]:
+        seconds = check_seconds(request.seconds)
+        operator = await self._require_operator(context)
+        for trace in await operator.trace(seconds):
+            for part in trace_to_proto(trace):
+                yield control_pb2.TraceResponse(trace=part)
 
     async def _require_operator(self, context: _Context) -> FleetOperator:
         if self._operator is None:

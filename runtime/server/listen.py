@@ -21,7 +21,8 @@ class ListenError(OSError):
     def __init__(self, key: str, listen: str, reason: str) -> None:
         host, port = parse_listen(listen)
         example = join_listen(host, port + 1 if 1023 < port < 65535 else 50051)
-        super().__init__(f"{key}: cannot listen on {listen}: {reason}, for example --set {key}={example}")
+        self.reason = f"cannot listen on {listen}: {reason}"
+        super().__init__(f"{key}: {self.reason}, for example --set {key}={example}")
 
 
 def check_listen(key: str, listen: str) -> None:

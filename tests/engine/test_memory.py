@@ -9,39 +9,34 @@ import psutil
 import pytest
 import torch
 
-from shardray.runtime.engine.memory import PageBudget, available_bytes, choose_num_pages
+from shardray.runtime.engine.memory import MemoryGrant, RankMemory, available_bytes, choose_num_pages
 
 CPU = torch.device("cpu")
 GIB = 1 << 30
-BUDGET = PageBudget(
-    page_bytes=1 << 20,
-    block_size=16,
-    max_model_len=100,
-    max_num_seqs=4,
-    num_ranks_here=1,
-    step_bytes=0,
-    memory_utilization=0.9,
-    kv_memory_bytes=20 << 20,
-)
+MEMORY = RankMemory(page_bytes=1 << 20, block_size=16, max_model_len=100, max_num_seqs=4)
+
+
+def granted(kv_memory_bytes: int | None) -> MemoryGrant:
+    return MemoryGrant(memory_utilization=0.9, kv_memory_bytes=kv_memory_bytes)
 
 
 def test_what_the_operator_grants_is_used_to_the_last_whole_page() -> None:
-    assert choose_num_pages(BUDGET, CPU) == 20
-    assert choose_num_pages(dataclasses.replace(BUDGET, kv_memory_bytes=(9 << 20) - 1), CPU) == 8
+    assert choose_num_pages(MEMORY, granted(20 << 20), CPU) == 20
+    assert choose_num_pages(MEMORY, granted((9 << 20) - 1), CPU) == 8
 
 
 def test_more_pages_than_all_sequences_could_fill_are_not_taken() -> None:
-    assert BUDGET.pages_of_one == 7
-    assert choose_num_pages(dataclasses.replace(BUDGET, kv_memory_bytes=GIB), CPU) == 7 * 4
+    assert MEMORY.pages_of_one == 7
+    assert choose_num_pages(MEMORY, granted(GIB), CPU) == 7 * 4
 
 
 def test_exactly_one_full_sequence_is_enough() -> None:
-    assert choose_num_pages(dataclasses.replace(BUDGET, kv_memory_bytes=7 << 20), CPU) == 7
+    assert choose_num_pages(MEMORY, granted(7 << 20), CPU) == 7
 
 
 def test_less_than_one_sequence_is_refused_with_the_numbers_and_the_fixes() -> None:
     with pytest.raises(MemoryError) as caught:
-        choose_num_pages(dataclasses.replace(BUDGET, kv_memory_bytes=6 << 20), CPU)
+        choose_num_pages(MEMORY, granted(6 << 20), CPU)
     assert str(caught.value) == (
         "the KV cache of 0.01 GiB holds 96 tokens, less than one sequence of max_model_len 100; lower "
         "model.max_model_len, raise engine.memory_utilization or engine.kv_memory_bytes, or use more shards"
@@ -49,26 +44,25 @@ def test_less_than_one_sequence_is_refused_with_the_numbers_and_the_fixes() -> N
 
 
 def test_a_rank_without_kv_heads_limits_nobody() -> None:
-    for granted in (None, 0):
-        budget = dataclasses.replace(BUDGET, page_bytes=0, kv_memory_bytes=granted)
-        assert choose_num_pages(budget, CPU) == budget.most_pages
+    memory = dataclasses.replace(MEMORY, page_bytes=0)
+    for kv_memory_bytes in (None, 0):
+        assert choose_num_pages(memory, granted(kv_memory_bytes), CPU) == memory.most_pages
 
 
 def test_free_memory_is_shared_by_the_ranks_of_a_machine_after_a_step_has_its_part() -> None:
     page_bytes = available_bytes() // 1000
-    budget = dataclasses.replace(
-        BUDGET, page_bytes=page_bytes, kv_memory_bytes=None, max_num_seqs=10_000, memory_utilization=0.5
-    )
-    alone = choose_num_pages(budget, CPU)
-    assert 450 < alone < 550
-    assert 200 < choose_num_pages(dataclasses.replace(budget, num_ranks_here=2), CPU) < 300
-    assert 350 < choose_num_pages(dataclasses.replace(budget, step_bytes=100 * page_bytes), CPU) < 450
+    memory = dataclasses.replace(MEMORY, page_bytes=page_bytes, max_num_seqs=10_000)
+    alone, with_another = MemoryGrant(memory_utilization=0.5), MemoryGrant(memory_utilization=0.5, num_ranks_here=2)
+    assert 450 < choose_num_pages(memory, alone, CPU) < 550
+    assert 200 < choose_num_pages(memory, with_another, CPU) < 300
+    large_steps = dataclasses.replace(memory, step_bytes=100 * page_bytes)
+    assert 350 < choose_num_pages(large_steps, alone, CPU) < 450
 
 
 def test_weights_that_leave_nothing_are_refused_not_counted_negative() -> None:
-    budget = dataclasses.replace(BUDGET, kv_memory_bytes=None, step_bytes=10**15)
+    memory = dataclasses.replace(MEMORY, step_bytes=10**15)
     with pytest.raises(MemoryError, match=r"0\.00 GiB holds 0 tokens"):
-        choose_num_pages(budget, CPU)
+        choose_num_pages(memory, granted(None), CPU)
 
 
 def write_cgroup(folder: Path, prefix: str, names: tuple[str, str], limit: str, used: int, stat: str) -> Path:

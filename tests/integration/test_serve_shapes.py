@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from shardray import Client
 from shardray.runtime.model.sources import resolve_model
 from shardray.runtime.model.tokenizer import Tokenizer
 from tests.command import Command, shardray
@@ -46,8 +47,25 @@ def test_a_served_shape_gives_the_tokens_of_transformers(expected: list[int], sh
         assert len(event["shards"]) == tp_size * pp_size
         options = ("--temperature", "0", "--max-tokens", str(NUM_TOKENS), "--ignore-eos", "--json")
         lines = shardray("generate", PROMPT, "--server", event["address"], *options).splitlines()
+        assert_every_rank_is_traced(event["address"], shape)
     finally:
         command.process.terminate()
         command.process.communicate(timeout=60)
     assert [token_id for line in lines for token_id in json.loads(line).get("token_ids", [])] == expected
     assert command.left_behind() == []
+
+
+def assert_every_rank_is_traced(address: str, shape: tuple[int, int]) -> None:
+    """While a stream runs."""
+    tp_size, pp_size = shape
+    with Client(address, timeout_s=60) as client:
+        stream = client.stream(PROMPT, max_tokens=400, temperature=0.0, ignore_eos=True)
+        next(stream)
+        ranks = client.trace(2.0)
+        stream.close()
+    assert [(rank.stage, rank.tp_rank) for rank in ranks] == [divmod(r, tp_size) for r in range(tp_size * pp_size)]
+    for rank in ranks:
+        expected = {"step", *(["collective"] if tp_size > 1 else []), *(["bubble"] if rank.stage > 0 else [])}
+        expected |= {"hand-over"} if rank.stage < pp_size - 1 else set()
+        assert {span.kind for span in rank.spans} == expected, (rank.rank, len(rank.spans))
+        assert rank.clock_error_ns == 0

@@ -27,6 +27,17 @@ FILES = {  # of org/tiny; org/pickled has the .bin only
     "README.md": b"words",
     "tokenizer.json": b"{}",
 }
+HEADERS_SCRIPT = """
+import json, sys
+from shardray.runtime.model.model_cache import ModelSourceError
+from shardray.runtime.model.sources import read_headers
+try:
+    checkpoint = read_headers(sys.argv[1])
+    tensors = {name: [str(info.dtype), list(info.shape)] for name, info in checkpoint.tensors.items()}
+    print(json.dumps({"tensors": tensors, "files": sorted(path.name for path in checkpoint.folder.iterdir())}))
+except ModelSourceError as error:
+    print(json.dumps({"error": str(error)}))
+"""
 SCRIPT = """
 import json, sys
 from shardray.runtime.model.hub import fetch_from_hub
@@ -47,12 +58,13 @@ class Hub:
     endpoint: str
     home: Path
     seen: list[tuple[str, str | None]] = field(default_factory=list)  # (path, Authorization)
+    num_bytes: int = 0  # that were sent
 
-    def fetch(self, *arguments: str, **environment: str) -> list[dict[str, Any]]:
+    def fetch(self, *arguments: str, script: str = SCRIPT, **environment: str) -> list[dict[str, Any]]:
         """The outcome for each ``repo_id`` or ``repo_id@revision``."""
         base = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
         hub = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(self.home), "HF_HUB_DISABLE_XET": "1"}
-        command = [sys.executable, "-c", SCRIPT, *arguments]
+        command = [sys.executable, "-c", script, *arguments]
         done = subprocess.run(command, env=base | hub | environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]
@@ -72,6 +84,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         def answer(self, with_body: bool) -> None:
             found.seen.append((self.path, self.headers.get("Authorization")))
             status, body, headers = route(self.path)
+            if status == 200 and (wanted := self.headers.get("Range")):
+                first, last = map(int, wanted.removeprefix("bytes=").split("-"))
+                status, body = 206, body[first : last + 1]
+            found.num_bytes += len(body) if with_body else 0
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(name, value)
@@ -147,3 +163,21 @@ def test_what_a_hub_refuses_is_one_clear_line(hub: Hub) -> None:
 def test_a_hub_out_of_reach_is_one_clear_line(hub: Hub) -> None:
     (answer,) = hub.fetch("org/other", HF_ENDPOINT="http://127.0.0.1:9")
     assert answer["error"] == "org/other: not in the local hub cache and the hub cannot be reached"
+
+
+def test_of_a_model_that_is_not_here_the_headers_are_fetched_and_no_weights(hub: Hub, tmp_path: Path) -> None:
+    before, home = hub.num_bytes, str(tmp_path)
+    (found,) = hub.fetch("org/tiny", script=HEADERS_SCRIPT, HF_HOME=home)
+    assert found == {"tensors": {"weight": ["torch.float32", [300_000]]}, "files": ["config.json"]}
+    assert hub.num_bytes - before < 110_000 < len(FILES["model.safetensors"]) / 10
+    (fetched,) = hub.fetch("org/tiny", HF_HOME=home)
+    assert fetched["files"] == ["config.json", "model.safetensors", "tokenizer.json"]
+    (cached,) = hub.fetch("org/tiny", script=HEADERS_SCRIPT, HF_HOME=home, HF_HUB_OFFLINE="1")
+    assert cached.get("tensors") == found["tensors"], cached
+
+
+def test_a_hub_s_refusal_of_headers_is_one_clear_line(hub: Hub, tmp_path: Path) -> None:
+    (gated,) = hub.fetch("org/gated", script=HEADERS_SCRIPT, HF_HOME=str(tmp_path))
+    assert gated["error"] == "org/gated: access is gated; accept its terms on its page and set HF_TOKEN"
+    (offline,) = hub.fetch("org/tiny", script=HEADERS_SCRIPT, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert offline["error"] == "org/tiny: not in the local hub cache and HF_HUB_OFFLINE is set"

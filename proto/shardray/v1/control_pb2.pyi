@@ -762,3 +762,139 @@ class DrainResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
+
+@_typing.final
+class TraceRequest(_message.Message):
+    """Asks for a trace of all replicas."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECONDS_FIELD_NUMBER: _builtins.int
+    seconds: _builtins.float
+    """How long to look, in seconds, in (0, 60]."""
+    def __init__(
+        self,
+        *,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceRequest: _TypeAlias = TraceRequest  # noqa: Y015
+
+@_typing.final
+class TraceResponse(_message.Message):
+    """Comes when the time is over, in as many messages as it takes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRACE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def trace(self) -> Global___RankTrace:
+        """A rank, or a part of its spans."""
+
+    def __init__(
+        self,
+        *,
+        trace: Global___RankTrace | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["trace", b"trace"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["trace", b"trace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceResponse: _TypeAlias = TraceResponse  # noqa: Y015
+
+@_typing.final
+class RankTrace(_message.Message):
+    """What one rank did."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    TP_RANK_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    SPANS_FIELD_NUMBER: _builtins.int
+    CLOCK_ERROR_NS_FIELD_NUMBER: _builtins.int
+    NUM_DROPPED_SPANS_FIELD_NUMBER: _builtins.int
+    replica_id: _builtins.int
+    """Replica that it belongs to."""
+    rank: _builtins.int
+    """stage * tensor-parallel size + tensor rank."""
+    stage: _builtins.int
+    """Pipeline stage."""
+    tp_rank: _builtins.int
+    """Tensor-parallel rank within the stage."""
+    host: _builtins.str
+    """Machine on which it runs."""
+    pid: _builtins.int
+    """Process id on that machine."""
+    clock_error_ns: _builtins.int
+    """By how much its clock may be off from that of the first rank, in nanoseconds; 0 on the machine of that."""
+    num_dropped_spans: _builtins.int
+    """Spans that were not kept, because there were too many."""
+    @_builtins.property
+    def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___Span]:
+        """In the order of their ends."""
+
+    def __init__(
+        self,
+        *,
+        replica_id: _builtins.int = ...,
+        rank: _builtins.int = ...,
+        stage: _builtins.int = ...,
+        tp_rank: _builtins.int = ...,
+        host: _builtins.str = ...,
+        pid: _builtins.int = ...,
+        spans: _abc.Iterable[Global___Span] | None = ...,
+        clock_error_ns: _builtins.int = ...,
+        num_dropped_spans: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_error_ns", b"clock_error_ns", "host", b"host", "num_dropped_spans", b"num_dropped_spans", "pid", b"pid", "rank", b"rank", "replica_id", b"replica_id", "spans", b"spans", "stage", b"stage", "tp_rank", b"tp_rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RankTrace: _TypeAlias = RankTrace  # noqa: Y015
+
+@_typing.final
+class Span(_message.Message):
+    """A stretch of time on one rank. On a GPU it is the time in which work was handed to the device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    BEGIN_NS_FIELD_NUMBER: _builtins.int
+    DURATION_NS_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """"step", "collective", "hand-over" (to the next stage) or "bubble" (waiting for the stage before)."""
+    name: _builtins.str
+    """Which one."""
+    begin_ns: _builtins.int
+    """When it began, in nanoseconds on the monotonic clock of the first rank's machine."""
+    duration_ns: _builtins.int
+    """How long it took, in nanoseconds."""
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        name: _builtins.str = ...,
+        begin_ns: _builtins.int = ...,
+        duration_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["begin_ns", b"begin_ns", "duration_ns", b"duration_ns", "kind", b"kind", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Span: _TypeAlias = Span  # noqa: Y015

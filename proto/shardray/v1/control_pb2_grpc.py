@@ -73,6 +73,11 @@ class ControlServiceStub:
                 request_serializer=shardray_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
                 response_deserializer=shardray_dot_v1_dot_control__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Trace = channel.unary_stream(
+                '/shardray.v1.ControlService/Trace',
+                request_serializer=shardray_dot_v1_dot_control__pb2.TraceRequest.SerializeToString,
+                response_deserializer=shardray_dot_v1_dot_control__pb2.TraceResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServiceServicer:
@@ -129,6 +134,13 @@ class ControlServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Trace(self, request, context):
+        """What every rank did for some seconds, from now on. No operation: it changes nothing. ABORTED: one is being taken.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -161,6 +173,11 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=shardray_dot_v1_dot_control__pb2.DrainRequest.FromString,
                     response_serializer=shardray_dot_v1_dot_control__pb2.DrainResponse.SerializeToString,
+            ),
+            'Trace': grpc.unary_stream_rpc_method_handler(
+                    servicer.Trace,
+                    request_deserializer=shardray_dot_v1_dot_control__pb2.TraceRequest.FromString,
+                    response_serializer=shardray_dot_v1_dot_control__pb2.TraceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -334,6 +351,33 @@ class ControlService:
             '/shardray.v1.ControlService/Drain',
             shardray_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
             shardray_dot_v1_dot_control__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shardray.v1.ControlService/Trace',
+            shardray_dot_v1_dot_control__pb2.TraceRequest.SerializeToString,
+            shardray_dot_v1_dot_control__pb2.TraceResponse.FromString,
             options,
             channel_credentials,
             insecure,

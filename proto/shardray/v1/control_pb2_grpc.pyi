@@ -54,6 +54,8 @@ class ControlServiceStub:
     """Replaces every host by a new process, replica by replica."""
     Drain: _grpc.UnaryStreamMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]
     """Takes no new requests, lets those in flight end, then stops the server."""
+    Trace: _grpc.UnaryStreamMultiCallable[_control_pb2.TraceRequest, _control_pb2.TraceResponse]
+    """What every rank did for some seconds, from now on. No operation: it changes nothing. ABORTED: one is being taken."""
 
 @_typing.type_check_only
 class ControlServiceAsyncStub(ControlServiceStub):
@@ -81,6 +83,8 @@ class ControlServiceAsyncStub(ControlServiceStub):
     """Replaces every host by a new process, replica by replica."""
     Drain: _aio.UnaryStreamMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]  # type: ignore[assignment]
     """Takes no new requests, lets those in flight end, then stops the server."""
+    Trace: _aio.UnaryStreamMultiCallable[_control_pb2.TraceRequest, _control_pb2.TraceResponse]  # type: ignore[assignment]
+    """What every rank did for some seconds, from now on. No operation: it changes nothing. ABORTED: one is being taken."""
 
 class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
     """Shows the fleet, available while the model loads, and changes it while clients stream.
@@ -141,5 +145,13 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_control_pb2.DrainResponse], _abc.AsyncIterator[_control_pb2.DrainResponse]]:
         """Takes no new requests, lets those in flight end, then stops the server."""
+
+    @_abc_1.abstractmethod
+    def Trace(
+        self,
+        request: _control_pb2.TraceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_control_pb2.TraceResponse], _abc.AsyncIterator[_control_pb2.TraceResponse]]:
+        """What every rank did for some seconds, from now on. No operation: it changes nothing. ABORTED: one is being taken."""
 
 def add_ControlServiceServicer_to_server(servicer: ControlServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

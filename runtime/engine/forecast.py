@@ -1,0 +1,143 @@
+"""How fast a mesh can be at best: the larger of arithmetic and reading, for each rank, and what messages add.
+
+The roofline of Williams, Waterman and Patterson (2009), once for the products and once for attention of a step. What
+kernels, launches and the scheduler lose comes on top: give the bandwidth and the compute that kernels reach, rather
+than the data sheet's, and the forecast is that much nearer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shardray.parallel.plan import ShardPlan
+from shardray.runtime.engine.served import ServedSpec
+from shardray.runtime.model.costs import StepCost, StepLoad, Traffic, Work, step_cost
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Of one host, and of what joins it to the others."""
+
+    memory_bytes_per_s: float
+    flops_per_s: float
+    link_bytes_per_s: float
+    message_s: float  # before the first byte of a message arrives
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a mesh does at best."""
+
+    stream_tokens_per_s: float  # one sequence alone; 0 for a model that generates nothing
+    decode_tokens_per_s: float  # all sequences of the batch
+    prefill_tokens_per_s: float  # prompts one after the other, every stage busy
+    first_token_s: float  # of one prompt alone
+
+
+@dataclass(frozen=True)
+class TokenCost:
+    """A token of a decode batch, or of a prompt: over all ranks, but what is sent by the rank that sends most."""
+
+    flops: float
+    num_bytes: float
+    sent_bytes: float
+    num_messages: float
+
+
+def work_time_s(work: Work, hardware: Hardware) -> float:
+    return max(work.flops / hardware.flops_per_s, work.num_bytes / hardware.memory_bytes_per_s)
+
+
+def traffic_time_s(traffic: Traffic, hardware: Hardware) -> float:
+    return traffic.num_messages * hardware.message_s + traffic.num_bytes / hardware.link_bytes_per_s
+
+
+def rank_time_s(cost: StepCost, hardware: Hardware) -> float:
+    """Of one rank's part of a step, until its stage is done."""
+    own = work_time_s(cost.products, hardware) + work_time_s(cost.attention, hardware)
+    return own + traffic_time_s(cost.tensor, hardware)
+
+
+def stage_times_s(served: ServedSpec, plan: ShardPlan, load: StepLoad, hardware: Hardware) -> list[tuple[float, float]]:
+    """(computing, handing over) of each stage, as slow as its slowest rank."""
+    times = []
+    for stage in range(plan.pp_size):
+        costs = [_cost(served, plan, stage, tp_rank, load) for tp_rank in range(plan.tp_size)]
+        handing_s = max(traffic_time_s(cost.pipeline, hardware) for cost in costs)
+        times.append((max(rank_time_s(cost, hardware) for cost in costs), handing_s))
+    return times
+
+
+def decode_tokens_per_s(
+    served: ServedSpec, plan: ShardPlan, num_seqs: int, context_len: int, hardware: Hardware
+) -> float:
+    """Sequences are divided over as many steps in flight as there are stages; a round gives each its token."""
+    if not served.spec.layers or num_seqs < 1:
+        return 0.0
+    num_lanes = min(plan.pp_size, num_seqs)
+    load = StepLoad(-(-num_seqs // num_lanes), 1, context_len, min(context_len, served.max_prompt_len))
+    times = stage_times_s(served, plan, load, hardware)
+    round_s = max(sum(map(sum, times)), num_lanes * max(computing_s for computing_s, _ in times))
+    return num_seqs / round_s
+
+
+def prefill_rates(served: ServedSpec, plan: ShardPlan, prompt_len: int, hardware: Hardware) -> tuple[float, float]:
+    """(tokens a second with every stage busy, seconds to the first token of a prompt alone)."""
+    of_stages, alone_s = [0.0] * plan.pp_size, 0.0
+    for load in prompt_steps(served, prompt_len):
+        for stage, (computing_s, handing_s) in enumerate(stage_times_s(served, plan, load, hardware)):
+            of_stages[stage] += computing_s
+            alone_s += computing_s + handing_s
+    return prompt_len / max(of_stages), alone_s
+
+
+def prompt_steps(served: ServedSpec, prompt_len: int) -> list[StepLoad]:
+    """The steps in which a prompt is read: chunks of a full step, or whole where an encoder reads it."""
+    if served.encoder is not None:
+        return [StepLoad(1, prompt_len, 0, is_encoding=True)]
+    most = served.max_num_batched_tokens
+    return [StepLoad(1, min(most, prompt_len - done), done) for done in range(0, prompt_len, most)]
+
+
+def mesh_rates(
+    served: ServedSpec, plan: ShardPlan, num_seqs: int, context_len: int, prompt_len: int, hardware: Hardware
+) -> Rates:
+    """``num_seqs`` sequences of ``context_len`` decode; prompts are of ``prompt_len``."""
+    prefill, first_token_s = prefill_rates(served, plan, prompt_len, hardware)
+    return Rates(
+        stream_tokens_per_s=decode_tokens_per_s(served, plan, 1, context_len, hardware),
+        decode_tokens_per_s=decode_tokens_per_s(served, plan, num_seqs, context_len, hardware),
+        prefill_tokens_per_s=prefill,
+        first_token_s=first_token_s,
+    )
+
+
+def decode_cost(served: ServedSpec, plan: ShardPlan, num_seqs: int, context_len: int) -> TokenCost:
+    """Of one token, where ``num_seqs`` sequences decode together."""
+    load = StepLoad(num_seqs, 1, context_len, min(context_len, served.max_prompt_len))
+    return _token_cost(served, plan, [load] if served.spec.layers else [])
+
+
+def prompt_cost(served: ServedSpec, plan: ShardPlan, prompt_len: int) -> TokenCost:
+    """Of one token of a prompt."""
+    return _token_cost(served, plan, prompt_steps(served, prompt_len))
+
+
+def _token_cost(served: ServedSpec, plan: ShardPlan, loads: list[StepLoad]) -> TokenCost:
+    num_tokens = sum(load.num_tokens for load in loads) or 1
+    flops = num_bytes = 0.0
+    busiest = Traffic()
+    for stage in range(plan.pp_size):
+        for tp_rank in range(plan.tp_size):
+            costs = [_cost(served, plan, stage, tp_rank, load) for load in loads]
+            flops += sum(cost.products.flops + cost.attention.flops for cost in costs)
+            num_bytes += sum(cost.products.num_bytes + cost.attention.num_bytes for cost in costs)
+            sent = sum((cost.tensor + cost.pipeline for cost in costs), Traffic())
+            busiest = max(busiest, sent, key=lambda traffic: (traffic.num_bytes, traffic.num_messages))
+    return TokenCost(
+        flops / num_tokens, num_bytes / num_tokens, busiest.num_bytes / num_tokens, busiest.num_messages / num_tokens
+    )
+
+
+def _cost(served: ServedSpec, plan: ShardPlan, stage: int, tp_rank: int, load: StepLoad) -> StepCost:
+    return step_cost(served.spec, plan, stage, tp_rank, load, served.dtype.itemsize)
