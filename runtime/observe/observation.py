@@ -24,7 +24,7 @@ class Observation:
         """Raises MissingExtraError."""
         check_extras(config)
         self._listen = config.metrics.listen
-        self._calls: Counter[tuple[str, str]] = Counter()
+        self.calls: Counter[tuple[str, str]] = Counter()
         self._port: MetricsPort | None = None
         self._tracer: Tracer | None = None
         others: RequestObserver = RequestLog()
@@ -38,7 +38,7 @@ class Observation:
 
     def on_call(self, method: str, code: str) -> None:
         """A call of our gRPC services has ended."""
-        self._calls[method, code] += 1
+        self.calls[method, code] += 1
 
     def start(self, fleet: Fleet) -> str | None:
         """Answer at the metrics port from now on; its address, None if there is none. Raises MetricsListenError."""
@@ -46,7 +46,7 @@ class Observation:
             return None
         from shardray.runtime.observe.port import MetricsPort
 
-        self._port = MetricsPort(self._listen, fleet, self._metrics, self._calls)
+        self._port = MetricsPort(self._listen, fleet, self._metrics, self.calls)
         return self._port.address
 
     async def stop(self) -> None:

@@ -35,12 +35,14 @@ class CallCounter(grpc.aio.ServerInterceptor):
         name = handler_call_details.method
         if handler is None or not name.startswith(_OUR_SERVICES):
             return handler
-        method, parse = name.rpartition("/")[2], handler.request_deserializer
-        if handler.response_streaming:
-            stream = self._counted(handler.unary_stream, method)
-            return grpc.unary_stream_rpc_method_handler(stream, parse, handler.response_serializer)
-        unary = self._counted(handler.unary_unary, method)
-        return grpc.unary_unary_rpc_method_handler(unary, parse, handler.response_serializer)
+        # What refuses a call may be of another kind than its method.
+        kinds = (
+            "stream" if is_stream else "unary" for is_stream in (handler.request_streaming, handler.response_streaming)
+        )
+        kind = "_".join(kinds)
+        counted = self._counted(getattr(handler, kind), name.rpartition("/")[2])
+        make: Callable[..., grpc.RpcMethodHandler[Any, Any]] = getattr(grpc, f"{kind}_rpc_method_handler")
+        return make(counted, handler.request_deserializer, handler.response_serializer)
 
     def _counted(self, behavior: Any, method: str) -> Any:
         async def counted(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:

@@ -12,8 +12,9 @@ import grpc.aio
 import pytest
 
 from shardray.runtime.client import Access, AccessError, AsyncClient, Client, ServerError
-from shardray.runtime.config import GrpcAuthSettings, GrpcSettings
+from shardray.runtime.config import Config, GrpcAuthSettings, GrpcSettings, ModelSettings
 from shardray.runtime.model.tokenizer import Tokenizer
+from shardray.runtime.observe.observation import Observation
 from shardray.runtime.server import secret_files
 from shardray.v1 import control_pb2, inference_pb2
 from tests.server.test_server import services
@@ -62,7 +63,8 @@ HEALTH = "/grpc.health.v1.Health/Check"
 
 
 async def test_roles_open_their_service_and_nothing_else(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    async with guarded(tokenizer, tmp_path) as up:
+    observation = Observation(Config(model=ModelSettings(source="stub")))
+    async with guarded(tokenizer, tmp_path, observation=observation) as up:
         expected = {"ci": ("OK", "PERMISSION_DENIED"), "ops": ("PERMISSION_DENIED", "OK")}
         for name, codes in expected.items():
             bearer = f"Bearer {TOKENS[name]}"
@@ -75,6 +77,8 @@ async def test_roles_open_their_service_and_nothing_else(tokenizer: Tokenizer, t
         assert await code_of(up, HEALTH) == "OK"
         assert await code_of(up, "/shardray.v1.InferenceService/Nothing") == "UNAUTHENTICATED"
         assert await code_of(up, "/shardray.v1.InferenceService/Nothing", f"Bearer {TOKENS['ci']}") == "UNIMPLEMENTED"
+    counted = {code: observation.calls["GetModel", code] for code in ("OK", "PERMISSION_DENIED", "UNAUTHENTICATED")}
+    assert counted == {"OK": 2, "PERMISSION_DENIED": 1, "UNAUTHENTICATED": 7}
 
 
 async def test_a_refusal_says_what_to_do_and_the_log_holds_no_token(
