@@ -19,6 +19,9 @@ from benchmarks.kinds import DEFAULT_LABELS, KINDS, parse_label
 from benchmarks.machine import measure_machine
 from benchmarks.peers import PeerError, make_environments
 from benchmarks.recovery import Recovery, RecoverySetup, measure, to_table
+from benchmarks.scaling import ScalePause, ScalingSetup
+from benchmarks.scaling import measure as measure_scaling
+from benchmarks.scaling import to_table as scaling_table
 from benchmarks.workloads import WORKLOADS, make_workload
 from shardray.runtime.model.sources import resolve_model
 
@@ -125,6 +128,36 @@ def recovery(
         return found
 
     print(f"\n{to_table(asyncio.run(measure_all()), spares)}", file=sys.stderr)
+
+
+@app.command()
+def scaling(
+    shapes: Annotated[str, typer.Option(help="Tensor x pipeline, one after the other.")] = "1x1,2x1,1x2,3x1,1x1",
+    model: Annotated[str, typer.Option(help="What shardray pull takes.")] = "smollm2-135m",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    threads: Annotated[int, typer.Option(help="Compute threads of each host.")] = 1,
+    output: Annotated[Path | None, typer.Option(help="Default: a new file in benchmarks/results.")] = None,
+) -> None:
+    """Change the counts under a stream; print one JSON line a change, then the table of its pauses on stderr."""
+    started = time.strftime("%Y%m%d-%H%M%S")
+    setup = ScalingSetup(model, dtype, tuple(_or_exit(_shape, word) for word in shapes.split(",")), threads)
+    emit = _emitter(output or RESULTS_DIR / f"{started}-scaling.jsonl", {"run_id": started, "model": model})
+
+    async def measure_all() -> list[ScalePause]:
+        found = []
+        async for one in measure_scaling(setup):
+            emit(dataclasses.asdict(one))
+            found.append(one)
+        return found
+
+    print(f"\n{scaling_table(asyncio.run(measure_all()))}", file=sys.stderr)
+
+
+def _shape(word: str) -> tuple[int, int]:
+    tp_size, _, pp_size = word.strip().partition("x")
+    if not (tp_size.isdigit() and pp_size.isdigit() and int(tp_size) and int(pp_size)):
+        raise ValueError(f"--shapes: {word!r} is no shape; write tensor x pipeline, like 2x1")
+    return int(tp_size), int(pp_size)
 
 
 def _or_exit(work: Any, *arguments: Any) -> Any:

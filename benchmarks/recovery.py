@@ -6,28 +6,20 @@ One stream runs on two tensor ranks. The non-leader and the leader are killed in
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import itertools
-import json
 import os
 import signal
 import statistics
-import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from benchmarks.live_fleet import EndlessStream, serving
 from shardray.runtime.client import AsyncClient
 from shardray.v1 import control_pb2
 
 TARGETS_S = {0: 5.0, 1: 1.5}  # by number of spares, on the demo model
-_PROMPT_IDS = tuple(range(5, 69))
-_MAX_TOKENS = 1500
 _TOKENS_BEFORE = 30  # of the stream, before its host is killed
-_PEACE_S = (
-    6.0  # between the fleet being whole again and the next kill; a mesh that lives shorter counts as a crash loop
-)
 _ROUND_TIMEOUT_S = 120.0
 
 
@@ -58,53 +50,23 @@ class RecoverySetup:
     peace_s: float  # in which nothing fails before a kill; a fleet that is hit again within 5 s takes its time
 
 
-class _Stream:
-    """A stream that never ends, and when its tokens came."""
-
-    def __init__(self, client: AsyncClient) -> None:
-        self._client = client
-        self.arrivals_s: list[float] = []
-        self._task = asyncio.create_task(self._read())
-
-    async def close(self) -> None:
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-
-    async def until(self, num_tokens: int) -> None:
-        while len(self.arrivals_s) < num_tokens:
-            if self._task.done():
-                self._task.result()
-            await asyncio.sleep(0.01)
-
-    def end_of_pause(self, since_s: float) -> float:
-        """When the longest pause that ended after ``since_s`` did."""
-        gaps = [(later - earlier, later) for earlier, later in itertools.pairwise(self.arrivals_s) if later > since_s]
-        return max(gaps)[1]
-
-    async def _read(self) -> None:
-        while True:
-            options: dict[str, Any] = {"temperature": 0.0, "max_tokens": _MAX_TOKENS, "ignore_eos": True}
-            async for delta in self._client.stream(_PROMPT_IDS, **options):
-                self.arrivals_s += [time.time()] * len(delta.token_ids)
-
-
 async def measure(setup: RecoverySetup) -> AsyncIterator[Recovery]:
     """One result a round."""
-    async with _serving(setup) as (address, recovered), AsyncClient(address) as client:
+    async with serving(_settings(setup)) as (address, events), AsyncClient(address) as client:
         for number in range(setup.num_rounds):
             shards = await _whole_fleet(client)
             await asyncio.sleep(setup.peace_s)
-            stream = _Stream(client)
+            stream = EndlessStream(client)
             try:
                 async with asyncio.timeout(_ROUND_TIMEOUT_S):
                     await stream.until(_TOKENS_BEFORE)
-                    yield await _kill(shards, (number + 1) % 2, stream, recovered)
+                    yield await _kill(shards, (number + 1) % 2, stream, events["recovered"])
             finally:
                 await stream.close()
 
 
 async def _kill(
-    shards: Sequence[control_pb2.Shard], rank: int, stream: _Stream, recovered: asyncio.Queue[dict[str, Any]]
+    shards: Sequence[control_pb2.Shard], rank: int, stream: EndlessStream, recovered: asyncio.Queue[dict[str, Any]]
 ) -> Recovery:
     num_before, killed_s = len(stream.arrivals_s), time.time()
     os.kill(shards[rank].pid, signal.SIGKILL)
@@ -131,46 +93,14 @@ async def _whole_fleet(client: AsyncClient) -> list[control_pb2.Shard]:
         await asyncio.sleep(0.1)
 
 
-@contextlib.asynccontextmanager
-async def _serving(setup: RecoverySetup) -> AsyncIterator[tuple[str, asyncio.Queue[dict[str, Any]]]]:
-    """The address of a server, and the recoveries that it tells of."""
-    server = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "shardray", "serve", "--json", *_settings(setup), stdout=asyncio.subprocess.PIPE
-    )
-    events: dict[str, asyncio.Queue[dict[str, Any]]] = {"serving": asyncio.Queue(), "recovered": asyncio.Queue()}
-    reading = asyncio.create_task(_read_events(server, events))
-    try:
-        serving = asyncio.create_task(events["serving"].get())
-        await asyncio.wait([serving, reading], return_when=asyncio.FIRST_COMPLETED)
-        if not serving.done():
-            raise RuntimeError("shardray serve ended before it served")
-        yield serving.result()["address"], events["recovered"]
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            server.terminate()
-        await asyncio.gather(server.wait(), reading)
-
-
-async def _read_events(server: asyncio.subprocess.Process, events: dict[str, asyncio.Queue[dict[str, Any]]]) -> None:
-    assert server.stdout is not None
-    async for line in server.stdout:
-        event = json.loads(line)
-        if event["event"] in events:
-            events[event["event"]].put_nowait(event)
-
-
-def _settings(setup: RecoverySetup) -> list[str]:
-    settings = {
+def _settings(setup: RecoverySetup) -> dict[str, Any]:
+    return {
         "model.source": setup.model,
         "model.dtype": setup.dtype,
         "parallel.tensor_parallel_size": 2,
-        "engine.device": "cpu",
         "engine.threads_per_host": setup.num_threads,
-        "engine.kv_memory_bytes": "256MiB",
         "cluster.spares": setup.num_spares,
-        "grpc.listen": "127.0.0.1:0",
     }
-    return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
 
 
 def to_table(recoveries: Sequence[Recovery], num_spares: int) -> str:

@@ -1,4 +1,4 @@
-"""The recovery benchmark on a tiny random model, and its table."""
+"""The benchmarks of recovery and scaling on a tiny random model, and their tables."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.recovery import Recovery, to_table
+from benchmarks.scaling import ScalePause
+from benchmarks.scaling import to_table as scaling_table
 from tests.tiny_models import save_llama
 
 REPOSITORY = Path(__file__).parents[1]
@@ -38,3 +40,29 @@ def test_the_table_has_each_kill_the_median_the_worst_and_the_target() -> None:
     assert lines[2].split(" | ")[0] == "| 1 leader"
     assert [line.split(" | ")[-1] for line in lines[5:7]] == ["1.20 |", "3.00 |"]
     assert lines[-1] == "Seconds. Target: below 1.5 s with 1 spare, median; met."
+
+
+@pytest.mark.integration
+def test_a_stream_is_timed_while_the_counts_change_under_it(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "model", num_hidden_layers=2, max_position_embeddings=4096)
+    command = [sys.executable, "-m", "benchmarks", "scaling", "--model", str(folder), "--dtype", "float32"]
+    command += ["--shapes", "1x1,2x1", "--output", str(tmp_path / "out.jsonl")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    (record,) = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (record["before"], record["after"]) == ("1 x 1", "2 x 1")
+    assert 0 < record["gap_s"] <= record["pause_s"] < record["operation_s"]
+    assert "| 1 x 1 | 2 x 1 |" in done.stderr
+
+
+def test_a_shape_that_is_none_is_one_line() -> None:
+    command = [sys.executable, "-m", "benchmarks", "scaling", "--shapes", "1x1,2"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: --shapes: '2' is no shape; write tensor x pipeline, like 2x1\n"
+
+
+def test_the_table_of_pauses_holds_the_worst_against_the_target() -> None:
+    pauses = [ScalePause("1 x 1", "2 x 1", 5.0, pause_s, 0.02) for pause_s in (0.4, 1.2)]
+    assert scaling_table(pauses[:1]).endswith("below 1 s; met.")
+    assert scaling_table(pauses).endswith("below 1 s; missed.")
