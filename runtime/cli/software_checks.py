@@ -15,7 +15,7 @@ from shardray.runtime.config import Config
 _OLDEST_PYTHON = (3, 11)
 _OLDEST_TORCH = (2, 11)
 _DRIVER = Path("/proc/driver/nvidia/version")
-_STUBS = ("shardray.v1.inference_pb2_grpc", "shardray.v1.control_pb2_grpc", "shardray.v1.replica_pb2_grpc")
+_STUBS = ("shardray.v1.inference_pb2_grpc", "shardray.v1.control_pb2_grpc")
 
 
 def check_python(config: Config) -> Finding:
