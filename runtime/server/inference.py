@@ -29,7 +29,7 @@ from shardray.runtime.server.checks import (
     tokenize,
 )
 from shardray.runtime.server.messages import encoder_to_proto, finish_to_proto, logprob_to_proto
-from shardray.runtime.server.request_log import RequestLog
+from shardray.runtime.server.prompt_log import PromptLog
 from shardray.v1 import inference_pb2, inference_pb2_grpc
 
 _EMBED_WINDOW = 64  # texts of one call that are under way at once
@@ -41,7 +41,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     def __init__(self, driver: Driver, log_prompts: bool = False) -> None:
         self._driver = driver
-        self._log = RequestLog(driver.tokenizer, log_prompts)
+        self._prompts = PromptLog(driver.tokenizer, log_prompts)
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: _Context
@@ -65,7 +65,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 seed = None
         finally:  # cancel, deadline, lost connection, a client that does not read, last token
             driver.release(stream)
-            self._log.left(stream.entry)
+            self._prompts.left(stream.entry)
 
     async def _submit(self, request: inference_pb2.GenerateRequest, timeout_s: float | None) -> RequestStream:
         driver = self._driver
@@ -77,7 +77,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         stream = driver.submit(
             request_id, checked.prompt_ids, checked.params, timeout_s, checked.priority, checked.resumable_s
         )
-        self._log.accepted(stream.entry)
+        self._prompts.accepted(stream.entry)
         return stream
 
     async def Embed(self, request: inference_pb2.EmbedRequest, context: _Context) -> inference_pb2.EmbedResponse:

@@ -41,8 +41,7 @@ async def test_a_run_at_debug_logs_ids_and_no_words_of_clients(
                 await stranger.generate(SECRET)
         up.replicas[0].kill()
     logged = caplog.text + "".join(capfd.readouterr())
-    assert "request ci·r1: 14 prompt tokens" in logged
-    assert "request ci·r1: its call is over, 20 tokens were made" in logged
+    assert "request ci·r1 ended: finish_reason length, num_prompt_tokens 14, num_output_tokens 20" in logged
     assert [word for word in (SECRET, "8213", TOKEN, WRONG) if word in logged] == []
 
 
