@@ -132,7 +132,7 @@ def recovery(
 
 @app.command()
 def scaling(
-    shapes: Annotated[str, typer.Option(help="Tensor x pipeline, one after the other.")] = "1x1,2x1,1x2,3x1,1x1",
+    shapes: Annotated[str, typer.Option(help="Tensor x pipeline, one after the other.")] = "1x1,2x1,1x2,1x1",
     model: Annotated[str, typer.Option(help="What shardray pull takes.")] = "smollm2-135m",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     threads: Annotated[int, typer.Option(help="Compute threads of each host.")] = 1,

@@ -42,6 +42,7 @@ def test_the_table_has_each_kill_the_median_the_worst_and_the_target() -> None:
     assert lines[-1] == "Seconds. Target: below 1.5 s with 1 spare, median; met."
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 def test_a_stream_is_timed_while_the_counts_change_under_it(tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "model", num_hidden_layers=2, max_position_embeddings=4096)

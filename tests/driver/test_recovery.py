@@ -148,7 +148,7 @@ async def test_a_shutdown_while_nothing_runs_fails_what_waits(slow: Serving) -> 
         await read_ids(stream)
 
 
-@pytest.mark.parametrize("position", [0, 2, 9])
+@pytest.mark.parametrize("position", [0, pytest.param(2, marks=pytest.mark.slow), 9])
 async def test_a_request_that_breaks_every_step_fails_alone(tokenizer: Tokenizer, position: int) -> None:
     poison = {"poison_id": POISON_ID, "poison_position": position}
     async with serving(tokenizer, step_time_s=0.02, **poison) as up:
