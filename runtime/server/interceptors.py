@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from google.protobuf.message import DecodeError
 
 from shardray.runtime.driver.errors import StalledError
 from shardray.runtime.engine.request import FieldError
+from shardray.runtime.server.stall import StallGuard
 from shardray.runtime.server.status import to_status
 from shardray.runtime.server.wire import request_type, text_that_is_no_utf8
 
@@ -63,10 +65,13 @@ def _guard_unary(behavior: Any, parse: Callable[[bytes], Any]) -> Any:
 def _guard_stream(behavior: Any, parse: Callable[[bytes], Any], stall_s: float) -> Any:
     async def guarded(data: bytes, context: _Context) -> None:
         try:
-            async with contextlib.aclosing(behavior(parse(data), context)) as responses:
-                async for response in responses:
-                    # Returns once the client has room for it. Not ``yield``: then gRPC would wait for ever.
-                    await _within(stall_s, context.write(response))
+            with _client_may_be_gone(), StallGuard(stall_s) as guard:
+                async with contextlib.aclosing(behavior(parse(data), context)) as responses:
+                    async for response in responses:
+                        guard.writing_since_s = time.monotonic()
+                        # Returns once the client has room for it. Not ``yield``: then gRPC would wait for ever.
+                        await context.write(response)
+                        guard.writing_since_s = None
         except grpc.aio.AbortError:
             raise
         except Exception as error:
@@ -83,15 +88,6 @@ def _parsed(parse: Callable[[bytes], Any], method: str, data: bytes) -> Any:
         if (field := text_that_is_no_utf8(data, request_type(method))) is not None:
             raise FieldError(field, "is not UTF-8") from None
         raise FieldError("request", "its bytes are not a message of this method") from None
-
-
-async def _within(stall_s: float, write: Awaitable[None]) -> None:
-    try:
-        async with asyncio.timeout(stall_s):
-            with _client_may_be_gone():
-                await write
-    except TimeoutError:
-        raise StalledError(f"the client took no message for {stall_s:g} s") from None
 
 
 async def _abort(context: _Context, error: Exception) -> None:
