@@ -40,7 +40,7 @@ class MeshRecipe:
 
     @property
     def tp_size(self) -> int:
-        return self.config.parallel.tensor_parallel_size
+        return self.config.parallel.tp_size
 
     @property
     def size(self) -> int:
@@ -131,7 +131,7 @@ async def _assign(
             tls=known.tls,
             rank=rank,
             tp_size=recipe.tp_size,
-            pp_size=config.parallel.pipeline_parallel_size,
+            pp_size=config.parallel.pp_size,
             nodes=nodes,
             store_host=store_host,
             store_port=store_port,

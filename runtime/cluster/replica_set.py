@@ -137,6 +137,11 @@ class ReplicaSet:
                 free[host.info.node_id] = max(free.get(host.info.node_id, 0), host.info.free_memory_bytes)
         return list(free.values())
 
+    def memory_of_gpus(self) -> list[int]:
+        """Bytes of each GPU in a mesh; empty for a fleet of CPUs, and while no mesh runs."""
+        meshes = [replica.mesh for replica in self.replicas if replica.mesh is not None]
+        return [shard.device_bytes for mesh in meshes for shard in mesh.shards if shard.device_bytes]
+
     async def stop(self) -> None:
         """Stop every replica and leave Ray; a local Ray ends. Idempotent."""
         try:

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from shardray.runtime.cluster.form import MeshRecipe
-from shardray.runtime.engine.shapes import cut, largest_share, shapes_within
+from shardray.runtime.engine.shapes import cut, merit, shapes_within
 from shardray.runtime.model.families import read_model_config
 
 
@@ -18,11 +18,10 @@ def smaller_recipes(recipe: MeshRecipe) -> list[MeshRecipe]:
     _, spec = read_model_config(Path(recipe.model_dir))
     by_experts = recipe.config.parallel.expert_parallel
 
-    def merit(shape: tuple[int, int]) -> tuple[int, int, int]:
-        tp_size, pp_size = shape
-        return -tp_size * pp_size, largest_share(spec, cut(spec, tp_size, pp_size, by_experts)), pp_size
+    def key(shape: tuple[int, int]) -> tuple[int, int, int]:
+        return merit(spec, cut(spec, *shape, by_experts))
 
-    return [_with_shape(recipe, *shape) for shape in sorted(shapes_within(recipe.size - 1, spec.num_layers), key=merit)]
+    return [_with_shape(recipe, *shape) for shape in sorted(shapes_within(recipe.size - 1, spec.num_layers), key=key)]
 
 
 def _with_shape(recipe: MeshRecipe, tp_size: int, pp_size: int) -> MeshRecipe:

@@ -78,8 +78,16 @@ class ParallelSettings:
             _refuse(key, list(entries), f"has {has}, but {size_key} is {size}; give {meaning}")
 
     @property
+    def tp_size(self) -> int:
+        return self.tensor_parallel_size
+
+    @property
+    def pp_size(self) -> int:
+        return self.pipeline_parallel_size
+
+    @property
     def hosts_per_replica(self) -> int:
-        return self.tensor_parallel_size * self.pipeline_parallel_size
+        return self.tp_size * self.pp_size
 
     @property
     def num_hosts(self) -> int:

@@ -6,14 +6,14 @@ import asyncio
 import dataclasses
 from pathlib import Path
 
-from shardray.parallel.plan import PlanError, make_plan
+from shardray.parallel.plan import PlanError
 from shardray.runtime.cluster.form import MeshRecipe
 from shardray.runtime.cluster.replica_set import ReplicaSet
 from shardray.runtime.driver.operations import OperationRefusedError
 from shardray.runtime.engine.memory import rank_memory
 from shardray.runtime.engine.served import read_served
+from shardray.runtime.engine.shapes import cut_as_configured
 from shardray.runtime.model.families import read_model_config
-from shardray.runtime.model.parameters import model_sizes
 from shardray.runtime.model.sources import resolve_model
 from shardray.runtime.model.spec import ModelConfigError
 
@@ -28,34 +28,45 @@ async def check_room(fleet: ReplicaSet, recipe: MeshRecipe, num_replicas: int) -
         raise OperationRefusedError(str(error)) from error
     if (reason := await fleet.shortage_of(recipe.size * num_replicas)) is not None:
         raise OperationRefusedError(reason)
-    _check_memory(fleet, recipe, needs, num_replicas)
+    offer = Offer(fleet.memory_of_gpus(), fleet.memory_of_nodes(), recipe.config.engine.memory_utilization)
+    if (reason := lack_of_memory(needs, num_replicas, offer)) is not None:
+        raise OperationRefusedError(reason)
 
 
-def _check_memory(fleet: ReplicaSet, recipe: MeshRecipe, needs: list[int], num_replicas: int) -> None:
-    """What each rank needs against what the hosts' nodes had free when they started."""
-    capacities = fleet.memory_of_nodes()
-    share = recipe.config.engine.memory_utilization
-    most, total = max(capacities, default=0) * share, sum(capacities) * share
-    if max(needs) > most:
-        raise OperationRefusedError(
-            f"rank {needs.index(max(needs))} needs {max(needs) / _GIB:.2f} GiB for its weights and one sequence, "
-            f"a host has {most / _GIB:.2f} GiB; use more shards"
+@dataclasses.dataclass(frozen=True)
+class Offer:
+    """Bytes of each GPU that the fleet knows, or none; what each node had free when its first host started."""
+
+    gpus: list[int]
+    nodes: list[int]
+    memory_utilization: float
+
+
+def lack_of_memory(needs: list[int], num_replicas: int, offer: Offer) -> str | None:
+    """Why meshes whose ranks need ``needs`` bytes do not fit; None if they do.
+
+    A rank has a GPU of its own, of which the largest counts that is known; ranks on CPUs share their nodes' memory.
+    """
+    share, largest = offer.memory_utilization, max(needs)
+    most, total = max(offer.gpus or offer.nodes, default=0) * share, sum(offer.nodes) * share
+    if largest > most:
+        return (
+            f"rank {needs.index(largest)} needs {largest / _GIB:.2f} GiB for its weights and one sequence, "
+            f"a {'GPU' if offer.gpus else 'host'} has {most / _GIB:.2f} GiB; use more shards"
         )
-    if sum(needs) * num_replicas > total:
-        raise OperationRefusedError(
-            f"{num_replicas} × {recipe.size} shards need {sum(needs) * num_replicas / _GIB:.2f} GiB for weights and a "
+    if not offer.gpus and sum(needs) * num_replicas > total:
+        return (
+            f"{num_replicas} × {len(needs)} shards need {sum(needs) * num_replicas / _GIB:.2f} GiB for weights and a "
             f"sequence each, the hosts have {total / _GIB:.2f} GiB in all; use fewer replicas"
         )
+    return None
 
 
 def _needs(recipe: MeshRecipe, devices: set[str]) -> list[int]:
     """Bytes of each rank: weights, a step, and the pages that are granted or those of one sequence."""
-    config, parallel = recipe.config, recipe.config.parallel
+    config = recipe.config
     served = read_served(Path(recipe.model_dir), config.model.dtype, config.model.max_model_len, config.engine)
-    plan = make_plan(
-        model_sizes(served.spec), parallel.tensor_parallel_size, parallel.pipeline_parallel_size,
-        parallel.tensor_split, parallel.stage_layers, parallel.expert_parallel,
-    )  # fmt: skip
+    plan = cut_as_configured(served.spec, config.parallel)
     packs = "cpu" in devices and served.dtype.itemsize == 2  # to ask this machine would not tell of the hosts'
     ranks = (rank_memory(served, plan, *divmod(rank, plan.tp_size), packs) for rank in range(recipe.size))
     return [

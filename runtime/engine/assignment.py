@@ -60,6 +60,7 @@ class ShardInfo(msgspec.Struct, frozen=True, kw_only=True):
     weight_bytes: int
     kv_bytes: int
     num_kv_tokens: int
+    device_bytes: int = 0  # memory of its GPU, used or not; 0 on a CPU
 
 
 class ShardLoad(msgspec.Struct, frozen=True, kw_only=True):

@@ -139,6 +139,11 @@ def _and_prompt(memory: RankMemory) -> str:
     return f" and a prompt of {memory.max_prompt_len} tokens" if memory.max_prompt_len else ""
 
 
+def device_bytes(device: torch.device) -> int:
+    """The memory of a GPU, used or not; 0 for a CPU, which has none of its own."""
+    return int(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else 0
+
+
 def held_bytes(device: torch.device) -> int:
     """What this process holds of a device: what PyTorch has reserved, or on a CPU the process's resident memory."""
     if device.type == "cuda":

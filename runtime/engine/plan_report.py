@@ -10,15 +10,15 @@ import torch
 
 from shardray.parallel.checkpoint import Checkpoint
 from shardray.parallel.layers import is_packed
-from shardray.parallel.plan import ShardPlan, make_plan
 from shardray.runtime.config import Config
 from shardray.runtime.engine.forecast import Hardware, TokenCost, decode_cost, prompt_cost
 from shardray.runtime.engine.memory import available_bytes
 from shardray.runtime.engine.obstacles import remedies, shortage
 from shardray.runtime.engine.served import ServedSpec, read_served
+from shardray.runtime.engine.shapes import cut, cut_as_configured
 from shardray.runtime.engine.sizing import Candidate, HostMemory, Load, PlannedHost, candidates, try_shape
 from shardray.runtime.model.load import ParameterLoader
-from shardray.runtime.model.parameters import model_sizes, num_owned_elements
+from shardray.runtime.model.parameters import num_owned_elements
 from shardray.runtime.model.sources import read_headers
 from shardray.runtime.model.spec import ModelConfigError
 
@@ -66,12 +66,12 @@ def make_report(config: Config, wishes: Wishes) -> Report:
     """Reads the headers of the model, or fetches them. Raises what is wrong with the file, the model or the wishes."""
     model, parallel = config.model, config.parallel
     _, served = open_model(config)
-    plan = _configured(config, served)
+    plan = cut_as_configured(served.spec, parallel)
     offer, load, hardware = _offer(config, served, wishes), _load(served, wishes), _hardware(wishes)
     num_hosts = wishes.num_hosts or parallel.num_hosts
     shapes = candidates(served, num_hosts, offer, load, hardware, parallel.expert_parallel)
     chosen = shapes[0] if wishes.num_hosts else try_shape(served, plan, parallel.replicas, offer, load, hardware)
-    num_seqs, cut, fits = max(1, chosen.num_seqs), chosen.mesh.plan, chosen.mesh.fits
+    num_seqs, fits = max(1, chosen.num_seqs), chosen.mesh.fits
     return Report(
         model_id=model.source,
         served=served,
@@ -80,8 +80,8 @@ def make_report(config: Config, wishes: Wishes) -> Report:
         num_hosts=num_hosts,
         chosen=chosen,
         shapes=shapes,
-        decode=decode_cost(served, cut, num_seqs, load.context_len),
-        prompt=prompt_cost(served, cut, load.prompt_len),
+        decode=decode_cost(served, chosen.mesh.plan, num_seqs, load.context_len),
+        prompt=prompt_cost(served, chosen.mesh.plan, load.prompt_len),
         obstacle=None if fits else shortage(chosen.mesh, offer),
         remedies=[] if fits else remedies(served, chosen.mesh, offer),
     )
@@ -91,17 +91,9 @@ def open_model(config: Config) -> tuple[Checkpoint, ServedSpec]:
     """The headers of a model that is whole, and that can be cut as configured. Raises ValueError of several kinds."""
     checkpoint = read_headers(config.model.source, revision=config.model.revision)
     served = read_served(checkpoint.folder, config.model.dtype, config.model.max_model_len, config.engine)
-    plan = _configured(config, served)
+    plan = cut_as_configured(served.spec, config.parallel)
     ParameterLoader(checkpoint, served.family, served.spec, plan, 0, served.dtype)  # names what is missing
     return checkpoint, served
-
-
-def _configured(config: Config, served: ServedSpec) -> ShardPlan:
-    parallel = config.parallel
-    return make_plan(
-        model_sizes(served.spec), parallel.tensor_parallel_size, parallel.pipeline_parallel_size,
-        parallel.tensor_split, parallel.stage_layers, parallel.expert_parallel,
-    )  # fmt: skip
 
 
 def _offer(config: Config, served: ServedSpec, wishes: Wishes) -> HostMemory:
@@ -169,7 +161,7 @@ def to_jsonable(report: Report) -> dict[str, Any]:
 def num_parameters(report: Report) -> int:
     """Of the whole model, each counted once."""
     spec = report.served.spec
-    return num_owned_elements(spec, make_plan(model_sizes(spec), 1, 1), 0, 0)
+    return num_owned_elements(spec, cut(spec, 1, 1, expert_parallel=False), 0, 0)
 
 
 def _host_to_jsonable(report: Report, host: PlannedHost) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from shardray.parallel.plan import ShardPlan, make_plan
 from shardray.runtime.model.parameters import model_sizes, num_owned_elements
 from shardray.runtime.model.spec import DecoderSpec
@@ -21,7 +24,35 @@ def cut(spec: DecoderSpec, tp_size: int, pp_size: int, expert_parallel: bool) ->
     return make_plan(model_sizes(spec), tp_size, pp_size, expert_parallel=expert_parallel)
 
 
-def largest_share(spec: DecoderSpec, plan: ShardPlan) -> int:
+class Cut(Protocol):
+    """What a serving file or an assignment says of the cut."""
+
+    @property
+    def tp_size(self) -> int: ...
+    @property
+    def pp_size(self) -> int: ...
+    @property
+    def tensor_split(self) -> Sequence[float] | None: ...
+    @property
+    def stage_layers(self) -> Sequence[int] | None: ...
+    @property
+    def expert_parallel(self) -> bool: ...
+
+
+def cut_as_configured(spec: DecoderSpec, parallel: Cut) -> ShardPlan:
+    """The cut that ``parallel`` asks for. Raises PlanError."""
+    return make_plan(
+        model_sizes(spec), parallel.tp_size, parallel.pp_size,
+        parallel.tensor_split, parallel.stage_layers, parallel.expert_parallel,
+    )  # fmt: skip
+
+
+def merit(spec: DecoderSpec, plan: ShardPlan) -> tuple[int, int, int]:
+    """Less is better: more hosts, then the smaller largest share of the weights, then fewer stages."""
+    return -plan.tp_size * plan.pp_size, _largest_share(spec, plan), plan.pp_size
+
+
+def _largest_share(spec: DecoderSpec, plan: ShardPlan) -> int:
     """Parameters on the rank that holds most."""
     ranks = range(plan.tp_size * plan.pp_size)
     return max(num_owned_elements(spec, plan, *divmod(rank, plan.tp_size)) for rank in ranks)

@@ -20,23 +20,31 @@ from shardray.parallel.credentials import Credentials
 from shardray.parallel.exchange import choose_exchange
 from shardray.parallel.layers import Linear, is_packed
 from shardray.parallel.mesh import Mesh, MeshSpec, Rendezvous, open_mesh
-from shardray.parallel.plan import ShardPlan, make_plan
+from shardray.parallel.plan import ShardPlan
 from shardray.parallel.spans import Spans
 from shardray.runtime.engine.assignment import ShardAssignment, ShardInfo, ShardLoad
 from shardray.runtime.engine.executor import MeshExecutor, serve_plans
 from shardray.runtime.engine.limits import SchedulerLimits
 from shardray.runtime.engine.loop import Engine
-from shardray.runtime.engine.memory import MemoryGrant, choose_num_pages, held_bytes, num_encoder_pages, rank_memory
+from shardray.runtime.engine.memory import (
+    MemoryGrant,
+    choose_num_pages,
+    device_bytes,
+    held_bytes,
+    num_encoder_pages,
+    rank_memory,
+)
 from shardray.runtime.engine.request import ServedModel
 from shardray.runtime.engine.runner import ShardRunner, SlotTable
 from shardray.runtime.engine.sampler import Sampler
 from shardray.runtime.engine.served import ServedSpec, read_dtype, read_served
+from shardray.runtime.engine.shapes import cut_as_configured
 from shardray.runtime.model.attention import KVPages
 from shardray.runtime.model.decoder import ShardedDecoder
 from shardray.runtime.model.folder import read_eos_token_ids, read_suppressed_token_ids
 from shardray.runtime.model.kernels import choose_ops, choose_recorder
 from shardray.runtime.model.load import ParameterLoader
-from shardray.runtime.model.parameters import model_sizes, num_cached_layers
+from shardray.runtime.model.parameters import num_cached_layers
 from shardray.runtime.model.spec import ModelConfigError
 
 __all__ = ["Rendezvous", "Shard", "ShardAssignment", "ShardInfo", "form_shard", "open_rendezvous", "warm_up"]
@@ -165,11 +173,7 @@ def form_shard(
 def read_plan(assignment: ShardAssignment) -> tuple[ServedSpec, ShardPlan]:
     """What is served, and how it is cut. Raises ModelConfigError or PlanError."""
     served = read_served(Path(assignment.model_dir), assignment.dtype, assignment.max_model_len, assignment)
-    plan = make_plan(
-        model_sizes(served.spec), assignment.tp_size, assignment.pp_size, assignment.tensor_split,
-        assignment.stage_layers, assignment.expert_parallel,
-    )  # fmt: skip
-    return served, plan
+    return served, cut_as_configured(served.spec, assignment)
 
 
 def _assemble(
@@ -215,6 +219,7 @@ def _assemble(
         weight_bytes=decoder.num_bytes,
         kv_bytes=pages.num_bytes,
         num_kv_tokens=num_pages * served.block_size,
+        device_bytes=device_bytes(mesh.spec.device),
     )
     return Shard(assignment, info, mesh, ShardRunner(decoder, pages, slots, sampler, mesh), limits)
 

@@ -12,7 +12,7 @@ from shardray.parallel.plan import PlanError, ShardPlan
 from shardray.runtime.engine.forecast import Hardware, Rates, mesh_rates
 from shardray.runtime.engine.memory import MemoryGrant, RankMemory, rank_memory, room_on_cpu, room_on_gpu
 from shardray.runtime.engine.served import ServedSpec
-from shardray.runtime.engine.shapes import cut, largest_share, shapes_within
+from shardray.runtime.engine.shapes import cut, merit, shapes_within
 
 _MIB = 1 << 20
 # Memory of a process before its weights: the interpreter, torch and compiled kernels; on a GPU its context, its kernels
@@ -189,14 +189,13 @@ def candidates(
         plan, replicas = cut(served.spec, tp_size, pp_size, expert_parallel), num_hosts // (tp_size * pp_size)
         found.append(try_shape(served, plan, replicas, offer, load, hardware))
 
-    def merit(one: Candidate) -> tuple[float, ...]:
-        plan = one.mesh.plan
-        alike = (-plan.tp_size * plan.pp_size, largest_share(served.spec, plan), plan.pp_size)
+    def key(one: Candidate) -> tuple[float, ...]:
+        alike = merit(served.spec, one.mesh.plan)
         if one.rates is None:
             return (not one.mesh.fits, 0.0, 0.0, *alike)
         return (not one.mesh.fits, -one.decode_tokens_per_s, -one.rates.stream_tokens_per_s, *alike)
 
-    return sorted(found, key=merit)
+    return sorted(found, key=key)
 
 
 def fewest_hosts(

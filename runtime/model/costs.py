@@ -16,7 +16,6 @@ Left out, for being small beside these: norms, activations, rotary, sampling, on
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -93,7 +92,7 @@ def step_cost(
         attention += count * _attention_work(layer, plan, tp_rank, load, item_bytes)
     makes_logits = stage == plan.pp_size - 1 and not load.is_encoding
     if makes_logits:
-        weight = _owned(head_parameters(spec)["head.weight"], plan, tp_rank)
+        weight = head_parameters(spec)["head.weight"].num_owned(plan, tp_rank)
         products += Work(2.0 * weight * load.num_seqs, weight * item_bytes)
     hidden_bytes = load.num_tokens * spec.hidden_size * item_bytes
     tensor = _layer_sums(layers, plan, load, hidden_bytes) + _end_traffic(plan, stage, makes_logits, load, hidden_bytes)
@@ -151,7 +150,7 @@ def _layer_products(
 ) -> Work:
     total = Work()
     for parameter in _matrices(layer_parameters(spec, layer)):
-        size = _owned(parameter, plan, tp_rank)
+        size = parameter.num_owned(plan, tp_rank)
         met, read = 1.0, 1.0
         if any(split.axis is Axis.EXPERTS for split in parameter.splits):
             assert isinstance(layer.mlp, Experts)
@@ -188,7 +187,3 @@ def _end_traffic(plan: ShardPlan, stage: int, makes_logits: bool, load: StepLoad
         total += Traffic(others, load.num_seqs * max(map(len, plan.vocab)) * _FLOAT32_BYTES)
         total += Traffic(others, load.num_seqs * _TOKEN_BYTES) if plan.pp_size == 1 else Traffic()
     return total
-
-
-def _owned(parameter: Parameter, plan: ShardPlan, tp_rank: int) -> int:
-    return math.prod(part.stop - part.start for part in parameter.owned(plan, tp_rank))

@@ -51,6 +51,10 @@ class Parameter:
             index[split.dim] = slice(units.start * split.unit, units.stop * split.unit)
         return tuple(index)
 
+    def num_owned(self, plan: ShardPlan, tp_rank: int) -> int:
+        """Elements of that slice."""
+        return math.prod(part.stop - part.start for part in self.owned(plan, tp_rank))
+
 
 def embedding_parameters(spec: DecoderSpec) -> dict[str, Parameter]:
     """What the first stage holds besides its layers."""
@@ -227,7 +231,7 @@ def num_copied_elements(spec: DecoderSpec, plan: ShardPlan, stage: int, tp_rank:
     """Parameters that one rank holds twice where products keep weights in a layout of their own: a tied head's."""
     if not (spec.layers and spec.head.tied and plan.pp_size == 1):
         return 0
-    return _num_owned(head_parameters(spec)["head.weight"], plan, tp_rank)
+    return head_parameters(spec)["head.weight"].num_owned(plan, tp_rank)
 
 
 def _within(prefix: str, parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
@@ -247,11 +251,7 @@ def _norm(name: str, norm: Norm | None, shape: tuple[int, ...], *splits: Split) 
 
 
 def _num_owned_of(parameters: Mapping[str, Parameter], plan: ShardPlan, tp_rank: int) -> int:
-    return sum(_num_owned(parameter, plan, tp_rank) for parameter in parameters.values())
-
-
-def _num_owned(parameter: Parameter, plan: ShardPlan, tp_rank: int) -> int:
-    return math.prod(part.stop - part.start for part in parameter.owned(plan, tp_rank))
+    return sum(parameter.num_owned(plan, tp_rank) for parameter in parameters.values())
 
 
 def _num_elements(parameters: Mapping[str, Parameter]) -> int:

@@ -17,7 +17,7 @@ from shardray.runtime.engine.obstacles import remedies, shortage
 from shardray.runtime.engine.served import ServedSpec, read_served
 from shardray.runtime.engine.shapes import cut, shapes_within
 from shardray.runtime.engine.sizing import HostMemory, Load, PlannedMesh, candidates, fewest_hosts, plan_mesh
-from shardray.runtime.model.sources import ModelSourceError, read_headers
+from shardray.runtime.model.sources import resolve_model
 from tests.ranks import RankPool
 from tests.tiny_models import save_llama
 
@@ -67,10 +67,7 @@ def test_hosts_report_what_was_planned(pool: RankPool, folder: Path, shape: tupl
 
 
 def test_hosts_of_a_real_model_report_what_was_planned(pool: RankPool) -> None:
-    try:
-        real = read_headers("smollm2-135m").folder
-    except ModelSourceError as error:
-        pytest.skip(str(error))
+    real = resolve_model("smollm2-135m")
     assert_as_reported(pool, real, "auto", (2, 1), kv_memory_bytes=32 << 20)
 
 

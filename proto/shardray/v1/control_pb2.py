@@ -26,17 +26,17 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from shardray.v1 import common_pb2 as shardray_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19shardray/v1/control.proto\x12\x0bshardray.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18shardray/v1/common.proto\"\x11\n\x0fGetFleetRequest\"5\n\x10GetFleetResponse\x12!\n\x05\x66leet\x18\x01 \x01(\x0b\x32\x12.shardray.v1.Fleet\",\n\x11WatchFleetRequest\x12\x17\n\x0fmin_interval_ms\x18\x01 \x01(\r\"7\n\x12WatchFleetResponse\x12!\n\x05\x66leet\x18\x01 \x01(\x0b\x32\x12.shardray.v1.Fleet\"\xc1\x02\n\x05\x46leet\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.shardray.v1.FleetState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12&\n\x08replicas\x18\x04 \x03(\x0b\x32\x14.shardray.v1.Replica\x12\x1b\n\x13num_queued_requests\x18\x05 \x01(\r\x12\x19\n\x11num_live_requests\x18\x06 \x01(\r\x12.\n\nstart_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x18\n\x10num_ready_spares\x18\x08 \x01(\r\x12\x19\n\x11num_wanted_spares\x18\t \x01(\r\x12)\n\toperation\x18\n \x01(\x0b\x32\x16.shardray.v1.Operation\"\x97\x01\n\tOperation\x12(\n\x04kind\x18\x01 \x01(\x0e\x32\x1a.shardray.v1.OperationKind\x12\x30\n\x08progress\x18\x02 \x01(\x0b\x32\x1e.shardray.v1.OperationProgress\x12.\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xe0\x02\n\x07Replica\x12\x12\n\nreplica_id\x18\x01 \x01(\r\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.shardray.v1.FleetState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x10\n\x08progress\x18\x04 \x01(\x02\x12\"\n\x06shards\x18\x05 \x03(\x0b\x32\x12.shardray.v1.Shard\x12\'\n\x05stats\x18\x06 \x01(\x0b\x32\x18.shardray.v1.EngineStats\x12\x19\n\x11num_live_requests\x18\x07 \x01(\r\x12\x1b\n\x13output_tokens_per_s\x18\x08 \x01(\x01\x12.\n\nstate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0enum_recoveries\x18\n \x01(\r\x12*\n\x0clast_failure\x18\x0b \x01(\x0b\x32\x14.shardray.v1.Failure\"\xe8\x01\n\x07\x46\x61ilure\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\x05stage\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07tp_rank\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x10\n\x03pid\x18\x05 \x01(\rH\x02\x88\x01\x01\x12\x0c\n\x04kind\x18\x06 \x01(\t\x12\x11\n\x04step\x18\x07 \x01(\x04H\x03\x88\x01\x01\x12\x12\n\ncollective\x18\x08 \x01(\t\x12\r\n\x05\x63\x61use\x18\t \x01(\tB\x08\n\x06_stageB\n\n\x08_tp_rankB\x06\n\x04_pidB\x07\n\x05_step\"\xab\x02\n\x05Shard\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x0f\n\x07tp_rank\x18\x03 \x01(\r\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x07 \x01(\r\x12\x12\n\nnum_layers\x18\x08 \x01(\r\x12\x11\n\tnum_heads\x18\t \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\n \x01(\r\x12\x12\n\nvocab_size\x18\x0b \x01(\r\x12\x14\n\x0cweight_bytes\x18\x0c \x01(\x04\x12\x10\n\x08kv_bytes\x18\r \x01(\x04\x12\x15\n\rnum_kv_tokens\x18\x0e \x01(\x04\x12$\n\x04load\x18\x0f \x01(\x0b\x32\x16.shardray.v1.ShardLoad\"D\n\tShardLoad\x12\x11\n\tnum_steps\x18\x01 \x01(\x04\x12\x0e\n\x06\x62usy_s\x18\x02 \x01(\x01\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\"4\n\x11OperationProgress\x12\r\n\x05\x64oing\x18\x01 \x01(\t\x12\x10\n\x08\x66raction\x18\x02 \x01(\x01\"\xda\x01\n\x0cScaleRequest\x12!\n\x14tensor_parallel_size\x18\x01 \x01(\rH\x00\x88\x01\x01\x12#\n\x16pipeline_parallel_size\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x15\n\x08replicas\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x14\n\x0ctensor_split\x18\x04 \x03(\x01\x12\x14\n\x0cstage_layers\x18\x05 \x03(\rB\x17\n\x15_tensor_parallel_sizeB\x19\n\x17_pipeline_parallel_sizeB\x0b\n\t_replicas\"A\n\rScaleResponse\x12\x30\n\x08progress\x18\x01 \x01(\x0b\x32\x1e.shardray.v1.OperationProgress\"\x1f\n\rReloadRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\"B\n\x0eReloadResponse\x12\x30\n\x08progress\x18\x01 \x01(\x0b\x32\x1e.shardray.v1.OperationProgress\"\x10\n\x0eRestartRequest\"C\n\x0fRestartResponse\x12\x30\n\x08progress\x18\x01 \x01(\x0b\x32\x1e.shardray.v1.OperationProgress\"4\n\x0c\x44rainRequest\x12\x16\n\ttimeout_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"A\n\rDrainResponse\x12\x30\n\x08progress\x18\x01 \x01(\x0b\x32\x1e.shardray.v1.OperationProgress\"\x1f\n\x0cTraceRequest\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\"6\n\rTraceResponse\x12%\n\x05trace\x18\x01 \x01(\x0b\x32\x16.shardray.v1.RankTrace\"\xbd\x01\n\tRankTrace\x12\x12\n\nreplica_id\x18\x01 \x01(\r\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\r\n\x05stage\x18\x03 \x01(\r\x12\x0f\n\x07tp_rank\x18\x04 \x01(\r\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12 \n\x05spans\x18\x07 \x03(\x0b\x32\x11.shardray.v1.Span\x12\x16\n\x0e\x63lock_error_ns\x18\x08 \x01(\x04\x12\x19\n\x11num_dropped_spans\x18\t \x01(\x04\"I\n\x04Span\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08\x62\x65gin_ns\x18\x03 \x01(\x03\x12\x13\n\x0b\x64uration_ns\x18\x04 \x01(\x03*\xa7\x01\n\nFleetState\x12\x1b\n\x17\x46LEET_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x46LEET_STATE_LOADING\x10\x01\x12\x15\n\x11\x46LEET_STATE_READY\x10\x02\x12\x16\n\x12\x46LEET_STATE_FAILED\x10\x03\x12\x18\n\x14\x46LEET_STATE_STOPPING\x10\x04\x12\x1a\n\x16\x46LEET_STATE_RECOVERING\x10\x05*\x9a\x01\n\rOperationKind\x12\x1e\n\x1aOPERATION_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14OPERATION_KIND_SCALE\x10\x01\x12\x19\n\x15OPERATION_KIND_RELOAD\x10\x02\x12\x1a\n\x16OPERATION_KIND_RESTART\x10\x03\x12\x18\n\x14OPERATION_KIND_DRAIN\x10\x04\x32\xfd\x03\n\x0e\x43ontrolService\x12G\n\x08GetFleet\x12\x1c.shardray.v1.GetFleetRequest\x1a\x1d.shardray.v1.GetFleetResponse\x12O\n\nWatchFleet\x12\x1e.shardray.v1.WatchFleetRequest\x1a\x1f.shardray.v1.WatchFleetResponse0\x01\x12@\n\x05Scale\x12\x19.shardray.v1.ScaleRequest\x1a\x1a.shardray.v1.ScaleResponse0\x01\x12\x43\n\x06Reload\x12\x1a.shardray.v1.ReloadRequest\x1a\x1b.shardray.v1.ReloadResponse0\x01\x12\x46\n\x07Restart\x12\x1b.shardray.v1.RestartRequest\x1a\x1c.shardray.v1.RestartResponse0\x01\x12@\n\x05\x44rain\x12\x19.shardray.v1.DrainRequest\x1a\x1a.shardray.v1.DrainResponse0\x01\x12@\n\x05Trace\x12\x19.shardray.v1.TraceRequest\x1a\x1a.shardray.v1.TraceResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19shardray/v1/control.proto\x12\x0bshardray.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18shardray/v1/common.proto\"\x11\n\x0fGetFleetRequest\"5\n\x10GetFleetResponse\x12!\n\x05\x66leet\x18\x01 \x01(\x0b\x32\x12.shardray.v1.Fleet\",\n\x11WatchFleetRequest\x12\x17\n\x0fmin_interval_ms\x18\x01 \x01(\r\"7\n\x12WatchFleetResponse\x12!\n\x05\x66leet\x18\x01 \x01(\x0b\x32\x12.shardray.v1.Fleet\"\xc1\x02\n\x05\x46leet\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.shardray.v1.FleetState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12&\n\x08replicas\x18\x04 \x03(\x0b\x32\x14.shardray.v1.Replica\x12\x1b\n\x13num_queued_requests\x18\x05 \x01(\r\x12\x19\n\x11num_live_requests\x18\x06 \x01(\r\x12.\n\nstart_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x18\n\x10num_ready_spares\x18\x08 \x01(\r\x12\x19\n\x11num_wanted_spares\x18\t \x01(\r\x12)\n\toperation\x18\n \x01(\x0b\x32\x16.shardray.v1.Operation\"\x97\x01\n\tOperation\x12(\n\x04kind\x18\x01 \x01(\x0e\x32\x1a.shardray.v1.OperationKind\x12\x30\n\x08progress\x18\x02 \x01(\x0b\x32\x1e.shardray.v1.OperationProgress\x12.\n\nstart_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xe0\x02\n\x07Replica\x12\x12\n\nreplica_id\x18\x01 \x01(\r\x12&\n\x05state\x18\x02 \x01(\x0e\x32\x17.shardray.v1.FleetState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x10\n\x08progress\x18\x04 \x01(\x02\x12\"\n\x06shards\x18\x05 \x03(\x0b\x32\x12.shardray.v1.Shard\x12\'\n\x05stats\x18\x06 \x01(\x0b\x32\x18.shardray.v1.EngineStats\x12\x19\n\x11num_live_requests\x18\x07 \x01(\r\x12\x1b\n\x13output_tokens_per_s\x18\x08 \x01(\x01\x12.\n\nstate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0enum_recoveries\x18\n \x01(\r\x12*\n\x0clast_failure\x18\x0b \x01(\x0b\x32\x14.shardray.v1.Failure\"\xe8\x01\n\x07\x46\x61ilure\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\x05stage\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07tp_rank\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x10\n\x03pid\x18\x05 \x01(\rH\x02\x88\x01\x01\x12\x0c\n\x04kind\x18\x06 \x01(\t\x12\x11\n\x04step\x18\x07 \x01(\x04H\x03\x88\x01\x01\x12\x12\n\ncollective\x18\x08 \x01(\t\x12\r\n\x05\x63\x61use\x18\t \x01(\tB\x08\n\x06_stageB\n\n\x08_tp_rankB\x06\n\x04_pidB\x07\n\x05_step\"\xc1\x02\n\x05Shard\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x0f\n\x07tp_rank\x18\x03 \x01(\r\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x0b\n\x03pid\x18\x05 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\x13\n\x0b\x66irst_layer\x18\x07 \x01(\r\x12\x12\n\nnum_layers\x18\x08 \x01(\r\x12\x11\n\tnum_heads\x18\t \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\n \x01(\r\x12\x12\n\nvocab_size\x18\x0b \x01(\r\x12\x14\n\x0cweight_bytes\x18\x0c \x01(\x04\x12\x10\n\x08kv_bytes\x18\r \x01(\x04\x12\x15\n\rnum_kv_tokens\x18\x0e \x01(\x04\x12$\n\x04load\x18\x0f \x01(\x0b\x32\x16.shardray.v1.ShardLoad\x12\x14\n\x0c\x64\x65vice_bytes\x18\x10 \x01(\x04\"D\n\tShardLoad\x12\x11\n\tnum_steps\x18\x01 \x01(\x04\x12\x0e\n\x06\x62usy_s\x18\x02 \x01(\x01\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\"4\n\x11OperationProgress\x12\r\n\x05\x64oing\x18\x01 \x01(\t\x12\x10\n\x08\x66raction\x18\x02 \x01(\x01\"\xda\x01\n\x0cScaleRequest\x12!\n\x14tensor_parallel_size\x18\x01 \x01(\rH\x00\x88\x01\x01\x12#\n\x16pipeline_parallel_size\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x15\n\x08replicas\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x14\n\x0ctensor_split\x18\x04 \x03(\x01\x12\x14\n\x0cstage_layers\x18\x05 \x03(\rB\x17\n\x15_tensor_parallel_sizeB\x19\n\x17_pipeline_parallel_sizeB\x0b\n\t_replicas\"A\n\rScaleResponse\x12\x30\n\x08progress\x18\x01 \x01(\x0b\x32\x1e.shardray.v1.OperationProgress\"\x1f\n\rReloadRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\"B\n\x0eReloadResponse\x12\x30\n\x08progress\x18\x01 \x01(\x0b\x32\x1e.shardray.v1.OperationProgress\"\x10\n\x0eRestartRequest\"C\n\x0fRestartResponse\x12\x30\n\x08progress\x18\x01 \x01(\x0b\x32\x1e.shardray.v1.OperationProgress\"4\n\x0c\x44rainRequest\x12\x16\n\ttimeout_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"A\n\rDrainResponse\x12\x30\n\x08progress\x18\x01 \x01(\x0b\x32\x1e.shardray.v1.OperationProgress\"\x1f\n\x0cTraceRequest\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\"6\n\rTraceResponse\x12%\n\x05trace\x18\x01 \x01(\x0b\x32\x16.shardray.v1.RankTrace\"\xbd\x01\n\tRankTrace\x12\x12\n\nreplica_id\x18\x01 \x01(\r\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\r\n\x05stage\x18\x03 \x01(\r\x12\x0f\n\x07tp_rank\x18\x04 \x01(\r\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12 \n\x05spans\x18\x07 \x03(\x0b\x32\x11.shardray.v1.Span\x12\x16\n\x0e\x63lock_error_ns\x18\x08 \x01(\x04\x12\x19\n\x11num_dropped_spans\x18\t \x01(\x04\"I\n\x04Span\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08\x62\x65gin_ns\x18\x03 \x01(\x03\x12\x13\n\x0b\x64uration_ns\x18\x04 \x01(\x03*\xa7\x01\n\nFleetState\x12\x1b\n\x17\x46LEET_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x46LEET_STATE_LOADING\x10\x01\x12\x15\n\x11\x46LEET_STATE_READY\x10\x02\x12\x16\n\x12\x46LEET_STATE_FAILED\x10\x03\x12\x18\n\x14\x46LEET_STATE_STOPPING\x10\x04\x12\x1a\n\x16\x46LEET_STATE_RECOVERING\x10\x05*\x9a\x01\n\rOperationKind\x12\x1e\n\x1aOPERATION_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14OPERATION_KIND_SCALE\x10\x01\x12\x19\n\x15OPERATION_KIND_RELOAD\x10\x02\x12\x1a\n\x16OPERATION_KIND_RESTART\x10\x03\x12\x18\n\x14OPERATION_KIND_DRAIN\x10\x04\x32\xfd\x03\n\x0e\x43ontrolService\x12G\n\x08GetFleet\x12\x1c.shardray.v1.GetFleetRequest\x1a\x1d.shardray.v1.GetFleetResponse\x12O\n\nWatchFleet\x12\x1e.shardray.v1.WatchFleetRequest\x1a\x1f.shardray.v1.WatchFleetResponse0\x01\x12@\n\x05Scale\x12\x19.shardray.v1.ScaleRequest\x1a\x1a.shardray.v1.ScaleResponse0\x01\x12\x43\n\x06Reload\x12\x1a.shardray.v1.ReloadRequest\x1a\x1b.shardray.v1.ReloadResponse0\x01\x12\x46\n\x07Restart\x12\x1b.shardray.v1.RestartRequest\x1a\x1c.shardray.v1.RestartResponse0\x01\x12@\n\x05\x44rain\x12\x19.shardray.v1.DrainRequest\x1a\x1a.shardray.v1.DrainResponse0\x01\x12@\n\x05Trace\x12\x19.shardray.v1.TraceRequest\x1a\x1a.shardray.v1.TraceResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shardray.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FLEETSTATE']._serialized_start=2726
-  _globals['_FLEETSTATE']._serialized_end=2893
-  _globals['_OPERATIONKIND']._serialized_start=2896
-  _globals['_OPERATIONKIND']._serialized_end=3050
+  _globals['_FLEETSTATE']._serialized_start=2748
+  _globals['_FLEETSTATE']._serialized_end=2915
+  _globals['_OPERATIONKIND']._serialized_start=2918
+  _globals['_OPERATIONKIND']._serialized_end=3072
   _globals['_GETFLEETREQUEST']._serialized_start=101
   _globals['_GETFLEETREQUEST']._serialized_end=118
   _globals['_GETFLEETRESPONSE']._serialized_start=120
@@ -54,35 +54,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FAILURE']._serialized_start=1112
   _globals['_FAILURE']._serialized_end=1344
   _globals['_SHARD']._serialized_start=1347
-  _globals['_SHARD']._serialized_end=1646
-  _globals['_SHARDLOAD']._serialized_start=1648
-  _globals['_SHARDLOAD']._serialized_end=1716
-  _globals['_OPERATIONPROGRESS']._serialized_start=1718
-  _globals['_OPERATIONPROGRESS']._serialized_end=1770
-  _globals['_SCALEREQUEST']._serialized_start=1773
-  _globals['_SCALEREQUEST']._serialized_end=1991
-  _globals['_SCALERESPONSE']._serialized_start=1993
-  _globals['_SCALERESPONSE']._serialized_end=2058
-  _globals['_RELOADREQUEST']._serialized_start=2060
-  _globals['_RELOADREQUEST']._serialized_end=2091
-  _globals['_RELOADRESPONSE']._serialized_start=2093
-  _globals['_RELOADRESPONSE']._serialized_end=2159
-  _globals['_RESTARTREQUEST']._serialized_start=2161
-  _globals['_RESTARTREQUEST']._serialized_end=2177
-  _globals['_RESTARTRESPONSE']._serialized_start=2179
-  _globals['_RESTARTRESPONSE']._serialized_end=2246
-  _globals['_DRAINREQUEST']._serialized_start=2248
-  _globals['_DRAINREQUEST']._serialized_end=2300
-  _globals['_DRAINRESPONSE']._serialized_start=2302
-  _globals['_DRAINRESPONSE']._serialized_end=2367
-  _globals['_TRACEREQUEST']._serialized_start=2369
-  _globals['_TRACEREQUEST']._serialized_end=2400
-  _globals['_TRACERESPONSE']._serialized_start=2402
-  _globals['_TRACERESPONSE']._serialized_end=2456
-  _globals['_RANKTRACE']._serialized_start=2459
-  _globals['_RANKTRACE']._serialized_end=2648
-  _globals['_SPAN']._serialized_start=2650
-  _globals['_SPAN']._serialized_end=2723
-  _globals['_CONTROLSERVICE']._serialized_start=3053
-  _globals['_CONTROLSERVICE']._serialized_end=3562
+  _globals['_SHARD']._serialized_end=1668
+  _globals['_SHARDLOAD']._serialized_start=1670
+  _globals['_SHARDLOAD']._serialized_end=1738
+  _globals['_OPERATIONPROGRESS']._serialized_start=1740
+  _globals['_OPERATIONPROGRESS']._serialized_end=1792
+  _globals['_SCALEREQUEST']._serialized_start=1795
+  _globals['_SCALEREQUEST']._serialized_end=2013
+  _globals['_SCALERESPONSE']._serialized_start=2015
+  _globals['_SCALERESPONSE']._serialized_end=2080
+  _globals['_RELOADREQUEST']._serialized_start=2082
+  _globals['_RELOADREQUEST']._serialized_end=2113
+  _globals['_RELOADRESPONSE']._serialized_start=2115
+  _globals['_RELOADRESPONSE']._serialized_end=2181
+  _globals['_RESTARTREQUEST']._serialized_start=2183
+  _globals['_RESTARTREQUEST']._serialized_end=2199
+  _globals['_RESTARTRESPONSE']._serialized_start=2201
+  _globals['_RESTARTRESPONSE']._serialized_end=2268
+  _globals['_DRAINREQUEST']._serialized_start=2270
+  _globals['_DRAINREQUEST']._serialized_end=2322
+  _globals['_DRAINRESPONSE']._serialized_start=2324
+  _globals['_DRAINRESPONSE']._serialized_end=2389
+  _globals['_TRACEREQUEST']._serialized_start=2391
+  _globals['_TRACEREQUEST']._serialized_end=2422
+  _globals['_TRACERESPONSE']._serialized_start=2424
+  _globals['_TRACERESPONSE']._serialized_end=2478
+  _globals['_RANKTRACE']._serialized_start=2481
+  _globals['_RANKTRACE']._serialized_end=2670
+  _globals['_SPAN']._serialized_start=2672
+  _globals['_SPAN']._serialized_end=2745
+  _globals['_CONTROLSERVICE']._serialized_start=3075
+  _globals['_CONTROLSERVICE']._serialized_end=3584
 # @@protoc_insertion_point(module_scope)

@@ -436,6 +436,7 @@ class Shard(_message.Message):
     KV_BYTES_FIELD_NUMBER: _builtins.int
     NUM_KV_TOKENS_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    DEVICE_BYTES_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     """stage * tensor-parallel size + tensor rank."""
     stage: _builtins.int
@@ -464,6 +465,8 @@ class Shard(_message.Message):
     """Memory of its key-value cache, in bytes."""
     num_kv_tokens: _builtins.int
     """Tokens whose keys and values fit in its cache."""
+    device_bytes: _builtins.int
+    """Memory of its GPU in bytes, used or not. 0 on a CPU."""
     @_builtins.property
     def load(self) -> Global___ShardLoad:
         """What it has done and holds, as it told last. Unset before it has."""
@@ -486,10 +489,11 @@ class Shard(_message.Message):
         kv_bytes: _builtins.int = ...,
         num_kv_tokens: _builtins.int = ...,
         load: Global___ShardLoad | None = ...,
+        device_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "first_layer", b"first_layer", "host", b"host", "kv_bytes", b"kv_bytes", "load", b"load", "num_heads", b"num_heads", "num_kv_heads", b"num_kv_heads", "num_kv_tokens", b"num_kv_tokens", "num_layers", b"num_layers", "pid", b"pid", "rank", b"rank", "stage", b"stage", "tp_rank", b"tp_rank", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "device_bytes", b"device_bytes", "first_layer", b"first_layer", "host", b"host", "kv_bytes", b"kv_bytes", "load", b"load", "num_heads", b"num_heads", "num_kv_heads", b"num_kv_heads", "num_kv_tokens", b"num_kv_tokens", "num_layers", b"num_layers", "pid", b"pid", "rank", b"rank", "stage", b"stage", "tp_rank", b"tp_rank", "vocab_size", b"vocab_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
