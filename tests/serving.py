@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
+import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TypeVar
 
 from shardray.runtime.client import Access, AsyncClient
 from shardray.runtime.config import Config, GrpcSettings, LimitsSettings, ModelSettings
@@ -17,6 +20,8 @@ from shardray.runtime.model.tokenizer import Tokenizer
 from shardray.runtime.observe.observation import Observation
 from shardray.runtime.server.server import Server
 from tests.stub_replica import SECRET, StubReplica
+
+T = TypeVar("T")
 
 SHARD = ShardInfo(
     rank=0,
@@ -73,6 +78,34 @@ async def serving(
         await server.stop(0)
         for replica in replicas:
             replica.kill()
+
+
+@contextlib.contextmanager
+def in_thread(opened: contextlib.AbstractAsyncContextManager[T]) -> Iterator[T]:
+    """What ``opened`` gives, open in the loop of another thread."""
+    entered: concurrent.futures.Future[T] = concurrent.futures.Future()
+    may_end = threading.Event()
+
+    async def hold() -> None:
+        async with opened as value:
+            entered.set_result(value)
+            await asyncio.to_thread(may_end.wait)
+
+    def run() -> None:
+        try:
+            asyncio.run(hold())
+        except BaseException as error:
+            if entered.done():
+                raise
+            entered.set_exception(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield entered.result(30)
+    finally:
+        may_end.set()
+        thread.join()
 
 
 async def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ from shardray.runtime.cli.app import run
 from shardray.runtime.client import Access
 from shardray.runtime.config import GrpcAuthSettings, GrpcSettings, GrpcTlsSettings
 from tests.certificates import make_tls
-from tests.serving import serving
+from tests.serving import in_thread, serving
 
 TOKENS = {"ci": "token-of-ci-00001", "ops": "token-of-ops-0001"}
 
@@ -49,21 +47,8 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
         tls=GrpcTlsSettings(cert=files.cert, key=files.key),
         auth=GrpcAuthSettings(tokens=str(folder / "tokens")),
     )
-    started: list[Guarded] = []
-    is_up, may_end = threading.Event(), threading.Event()
-
-    async def serve() -> None:
-        async with serving(None, num_replicas=0, grpc=settings, access=Access(ca=files.ca)) as up:
-            started.append(Guarded(up.address, folder))
-            is_up.set()
-            await asyncio.to_thread(may_end.wait)
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    assert is_up.wait(30)
-    yield started[0]
-    may_end.set()
-    thread.join()
+    with in_thread(serving(None, num_replicas=0, grpc=settings, access=Access(ca=files.ca))) as up:
+        yield Guarded(up.address, folder)
 
 
 def test_certificates_and_tokens_come_from_options_or_the_environment(

@@ -16,6 +16,7 @@ import threading
 from rich.console import Console
 
 from shardray.runtime.cli.fleet_view import FleetView
+from shardray.runtime.driver.operations import OperationKind, OperationProgress, OperationStatus
 from shardray.v1 import common_pb2, control_pb2
 from tests.serving import eventually, serving
 
@@ -47,7 +48,7 @@ def fleet(num_prompt_tokens: int) -> control_pb2.Fleet:
 def drawn(*fleets: tuple[float, control_pb2.Fleet]) -> str:
     """The last of (time, fleet), as plain text."""
     times = iter(when for when, _ in fleets)
-    view = FleetView(lambda message: "ready", lambda replica: "  1 recovery", clock=lambda: next(times))
+    view = FleetView(clock=lambda: next(times))
     console = Console(file=io.StringIO(), width=120)
     pictures = [view.draw(fleet) for _, fleet in fleets]
     console.print(pictures[-1])
@@ -103,6 +104,8 @@ async def _watch_a_change() -> None:
         await eventually(lambda: b"replica 0 " in screen, 30)
         up.driver.fleet.set_recovering(0, "loading weights", 0.5)
         await eventually(lambda: b"loading weights 50%" in screen, 30)
+        up.driver.fleet.set_operation(OperationStatus(OperationKind.RESTART, OperationProgress("1 of 2 hosts", 0.5)))
+        await eventually(lambda: re.search(rb"restart since [0-9:]+: 1 of 2 hosts 50%", screen) is not None, 30)
         watching.send_signal(signal.SIGINT)
         assert await asyncio.to_thread(watching.wait, 20) == 130
         await asyncio.to_thread(reader.join)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import pytest
 
 from shardray.runtime.cli.app import run
-from shardray.runtime.cli.status import describe_failure
+from shardray.runtime.cli.fleet_words import describe_failure
 from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.fleet import FailureStatus
 from shardray.runtime.driver.operations import OperationKind, OperationProgress, OperationStatus, ShapeChange

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shardray.runtime.cli import options
+
 if TYPE_CHECKING:
     from shardray.runtime.config import Config
     from shardray.runtime.driver.fleet import FleetStatus
@@ -20,9 +22,7 @@ _QUESTION = "What is gravity? Answer in two sentences."
 
 def command(
     question: Annotated[str, typer.Argument(help="What to ask.")] = _QUESTION,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Override one setting: parallel.tensor_parallel_size=3")
-    ] = None,
+    overrides: options.Overrides = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 96,
 ) -> None:
     """Serve a small model here and ask it something."""

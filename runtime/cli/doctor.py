@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -21,13 +20,8 @@ _ANY_MODEL = "smollm2-135m"
 
 
 def command(
-    config: Annotated[
-        Path | None,
-        typer.Argument(help="The YAML file that is to be served; left out: the defaults.", show_default=False),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Override one setting: parallel.tensor_parallel_size=3")
-    ] = None,
+    config: options.ConfigFile = None,
+    overrides: options.Overrides = None,
     as_json: options.Json = False,
 ) -> None:
     """Check this machine for what serving needs: a line for each check, and what to fix.

@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from shardray.runtime.cli.fleet_words import operation_line, recovery_line, state_word
 from shardray.runtime.cli.shard_table import format_bytes, layer_range
 from shardray.v1 import common_pb2, control_pb2
 
@@ -26,22 +27,19 @@ class FleetView:
 
     def __init__(
         self,
-        state_of: Callable[[control_pb2.Fleet | control_pb2.Replica], str],
-        recovery_line: Callable[[control_pb2.Replica], str],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._state_of = state_of
-        self._recovery_line = recovery_line
         self._clock = clock
         self._prompt_tokens: deque[tuple[float, int]] = deque()  # (time, prompt tokens so far)
 
     def draw(self, fleet: control_pb2.Fleet) -> RenderableType:
         """The fleet in two lines, then its replicas."""
         replicas = [self._replica(replica) for replica in fleet.replicas]
-        return Group(self._head(fleet), self._rates(fleet), *replicas)
+        operation = [Text(operation_line(fleet.operation), style="yellow")] if fleet.HasField("operation") else []
+        return Group(self._head(fleet), self._rates(fleet), *operation, *replicas)
 
     def _head(self, fleet: control_pb2.Fleet) -> Text:
-        state = self._state_of(fleet)
+        state = state_word(fleet)
         head = Text.assemble((f"{fleet.model_id} ", "bold"), (state, f"bold {_STYLES.get(state, '')}"))
         return head.append(f" – {fleet.reason}") if fleet.reason else head
 
@@ -66,7 +64,7 @@ class FleetView:
         return max(0, now - before) / (now_s - began_s) if now_s > began_s else 0.0
 
     def _replica(self, replica: control_pb2.Replica) -> Panel:
-        state = self._state_of(replica)
+        state = state_word(replica)
         style = _STYLES.get(state, "")
         lines: list[RenderableType] = []
         if replica.reason:
@@ -75,8 +73,8 @@ class FleetView:
             lines += [_kv_bar(replica.stats), Text(_load_line(replica))]
         if replica.shards:
             lines.append(_grid(replica))
-        if replica.num_recoveries or replica.HasField("last_failure"):
-            lines.append(Text(self._recovery_line(replica).strip(), style="red"))
+        if line := recovery_line(replica):
+            lines.append(Text(line, style="red"))
         title = Text.assemble(f"replica {replica.replica_id} ", (state, f"bold {style}"))
         return Panel(Group(*lines), title=title, title_align="left", border_style=style, expand=False)
 

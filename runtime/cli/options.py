@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
@@ -12,6 +13,12 @@ T = TypeVar("T")
 
 DEFAULT_SERVER = "127.0.0.1:50051"
 
+ConfigFile = Annotated[
+    Path | None, typer.Argument(help="A YAML file; may be left out if --set says all.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one setting: parallel.tensor_parallel_size=3")
+]
 Server = Annotated[
     str, typer.Option("--server", "-s", help="Address of a running `shardray serve`.", metavar="HOST:PORT")
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
@@ -15,12 +14,8 @@ T = TypeVar("T")
 
 
 def command(
-    config: Annotated[
-        Path | None, typer.Argument(help="A YAML file; may be left out if --set says all.", show_default=False)
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Override one setting: parallel.tensor_parallel_size=3")
-    ] = None,
+    config: options.ConfigFile = None,
+    overrides: options.Overrides = None,
     gpus: Annotated[
         int | None, typer.Option(min=1, help="Hosts to find the best shape for; left out: the shape of the file.")
     ] = None,

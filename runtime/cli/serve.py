@@ -13,17 +13,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shardray.runtime.cli import options
+
 if TYPE_CHECKING:
     from shardray.runtime.config import Config
 
 
 def command(
-    config: Annotated[
-        Path | None, typer.Argument(help="A YAML file; may be left out if --set says all.", show_default=False)
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Override one setting: parallel.tensor_parallel_size=3")
-    ] = None,
+    config: options.ConfigFile = None,
+    overrides: options.Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line for each event.")] = False,
 ) -> None:
     """Serve the model of a YAML file.

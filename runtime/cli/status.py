@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from datetime import UTC
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -47,7 +46,7 @@ def _watch(watch_fleet: Callable[[], Iterator[control_pb2.Fleet]], as_json: bool
     from shardray.runtime.cli.fleet_view import FleetView
     from shardray.runtime.cli.shard_table import table_console
 
-    console, view = table_console(), FleetView(_word, _recovery_line)
+    console, view = table_console(), FleetView()
     if as_json or not console.is_terminal:
         for fleet in watch_fleet():
             _print_json(fleet) if as_json else console.print(describe(fleet))
@@ -68,9 +67,10 @@ def describe(fleet: control_pb2.Fleet) -> Group:
     from rich.console import Group
     from rich.text import Text
 
+    from shardray.runtime.cli.fleet_words import operation_line, recovery_line, state_word
     from shardray.runtime.cli.shard_table import shard_table
 
-    state = _word(fleet)
+    state = state_word(fleet)
     head = (
         f"{fleet.model_id}: {state}, {fleet.num_live_requests} requests in flight, {fleet.num_queued_requests} queued"
     )
@@ -78,31 +78,22 @@ def describe(fleet: control_pb2.Fleet) -> Group:
         head += f", {fleet.num_ready_spares} of {fleet.num_wanted_spares} spares ready"
     lines = [Text(head + (f" – {fleet.reason}" if fleet.reason else ""), style="bold")]
     if fleet.HasField("operation"):
-        lines.append(Text(_operation_line(fleet.operation)))
+        lines.append(Text(operation_line(fleet.operation)))
     for replica in fleet.replicas:
         lines.append(Text(_replica_line(replica)))
-        if replica.num_recoveries or replica.HasField("last_failure"):
-            lines.append(Text(_recovery_line(replica)))
+        if line := recovery_line(replica):
+            lines.append(Text(f"  {line}"))
     table = shard_table((replica.replica_id, replica.shards) for replica in fleet.replicas)
     return Group(*lines, table) if table.row_count else Group(*lines)
 
 
-def _operation_line(operation: control_pb2.Operation) -> str:
-    """What is being done to the fleet, since when, and how far it is."""
-    from shardray.runtime.cli.json_messages import enum_word
-    from shardray.v1 import control_pb2
-
-    kind = enum_word(control_pb2.OperationKind.DESCRIPTOR, operation.kind)
-    since = operation.start_time.ToDatetime(UTC).astimezone()
-    return f"{kind} since {since:%H:%M:%S}: {operation.progress.doing} {operation.progress.fraction:.0%}"
-
-
 def _replica_line(replica: control_pb2.Replica) -> str:
+    from shardray.runtime.cli.fleet_words import state_word
     from shardray.runtime.server.messages import stats_from_proto
 
-    line = f"replica {replica.replica_id}: {_word(replica)}"
+    line = f"replica {replica.replica_id}: {state_word(replica)}"
     if replica.reason:
-        done = f" {replica.progress:.0%}" if _word(replica) in ("loading", "recovering") else ""
+        done = f" {replica.progress:.0%}" if state_word(replica) in ("loading", "recovering") else ""
         line += f" – {replica.reason}{done}"
     if replica.stats.num_pages:
         stats = stats_from_proto(replica.stats)
@@ -115,34 +106,3 @@ def _replica_line(replica: control_pb2.Replica) -> str:
         if stats.expert_imbalance:
             line += f", busiest expert {stats.expert_imbalance:.1f}x the mean"
     return line
-
-
-def _recovery_line(replica: control_pb2.Replica) -> str:
-    """How often it was formed again, and what last made that necessary."""
-    count = replica.num_recoveries
-    parts = [f"{count} recovery" if count == 1 else f"{count} recoveries"] if count else []
-    if replica.HasField("last_failure"):
-        time = replica.last_failure.time.ToDatetime(UTC).astimezone()
-        parts.append(f"last failure {time:%Y-%m-%d %H:%M:%S}: {describe_failure(replica.last_failure)}")
-    return "  " + "; ".join(parts)
-
-
-def describe_failure(failure: control_pb2.Failure) -> str:
-    """Who failed, how, where and why, in one line."""
-    where = ""
-    if failure.HasField("stage"):
-        where = f"stage {failure.stage} tensor rank {failure.tp_rank} (host {failure.host} pid {failure.pid})"
-    words = [where, failure.kind]
-    if failure.HasField("step"):
-        words.append(f"at step {failure.step}")
-    if failure.collective and failure.collective not in failure.cause:
-        words.append(f"in {failure.collective}")
-    event = " ".join(word for word in words if word)
-    return f"{event}: {failure.cause}" if event else failure.cause
-
-
-def _word(message: control_pb2.Fleet | control_pb2.Replica) -> str:
-    from shardray.runtime.cli.json_messages import enum_word
-    from shardray.v1 import control_pb2
-
-    return enum_word(control_pb2.FleetState.DESCRIPTOR, message.state)

@@ -142,14 +142,12 @@ class Fleet:
     def set_operation(self, operation: OperationStatus | None) -> None:
         """What is being done to the fleet, and how far it is; None once that has ended."""
         self._operation = operation
+        self._notify()
 
     def count_operation(self, name: str, outcome: str) -> None:
         """An operation on the fleet has ended: ok, refused, failed or cancelled."""
         self._operations[name, outcome] += 1
         self._notify()
-
-    def set_stopping(self, replica_id: int, reason: str) -> None:
-        self._enter(replica_id, FleetState.STOPPING, reason)
 
     def remove(self, replica_id: int) -> None:
         """Forget a replica that will not come back."""

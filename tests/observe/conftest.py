@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
-import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
 import pytest
 
 from shardray.runtime.config import Config, MetricsSettings, ModelSettings
 from shardray.runtime.observe.observation import Observation
-from tests.serving import Serving, serving
+from tests.serving import Serving, in_thread, serving
 
 SECRET_PROMPT = (71, 72, 73, 74, 75, 76)
 
@@ -44,23 +44,16 @@ class Observed:
 
 @pytest.fixture(scope="package")
 def observed() -> Iterator[Observed]:
-    started: list[Observed] = []
-    is_up, may_end = threading.Event(), threading.Event()
+    with in_thread(_observed()) as found:
+        yield found
 
-    async def serve() -> None:
-        config = Config(model=ModelSettings(source="stub"), metrics=MetricsSettings(listen="127.0.0.1:0"))
-        observation = Observation(config)
-        async with serving(None, num_replicas=2, observation=observation, step_time_s=0.004) as up:
-            address = observation.start(up.driver.fleet)
-            assert address is not None
-            started.append(Observed(up, address, asyncio.get_running_loop()))
-            is_up.set()
-            await asyncio.to_thread(may_end.wait)
-            await observation.stop()
 
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    assert is_up.wait(30)
-    yield started[0]
-    may_end.set()
-    thread.join()
+@contextlib.asynccontextmanager
+async def _observed() -> AsyncIterator[Observed]:
+    config = Config(model=ModelSettings(source="stub"), metrics=MetricsSettings(listen="127.0.0.1:0"))
+    observation = Observation(config)
+    async with serving(None, num_replicas=2, observation=observation, step_time_s=0.004) as up:
+        address = observation.start(up.driver.fleet)
+        assert address is not None
+        yield Observed(up, address, asyncio.get_running_loop())
+        await observation.stop()

@@ -154,6 +154,11 @@ function replicaCard(replica, before) {
   return card;
 }
 
+function operationLine(operation) {
+  const since = new Date(1000 * operation.start_time_s).toLocaleTimeString();
+  return `${operation.kind} since ${since}: ${operation.progress.doing} ${Math.round(100 * operation.progress.fraction)} %`;
+}
+
 function show(now) {
   while (history.length > 1 && 1000 * (now.time_s - history[0].time_s) > WINDOW_MS) history.shift();
   const before = history[0] || now;
@@ -164,6 +169,7 @@ function show(now) {
   document.body.replaceChildren(
     element("header", "", element("h1", "", fleet.model_id, " ", element("span", `state ${fleet.state}`, fleet.state)), element("span", "detail", `shardray ${now.version}`)),
     ...(fleet.reason ? [element("p", "reason", fleet.reason)] : []),
+    ...(fleet.operation ? [element("p", "reason", operationLine(fleet.operation))] : []),
     tiles(now, before),
     ...fleet.replicas.map((replica) => replicaCard(replica, sameMesh(replica, former.get(replica.replica_id)))),
   );
