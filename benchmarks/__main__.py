@@ -8,8 +8,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -24,6 +25,8 @@ from benchmarks.scaling import measure as measure_scaling
 from benchmarks.scaling import to_table as scaling_table
 from benchmarks.workloads import WORKLOADS, make_workload
 from shardray.runtime.model.sources import resolve_model
+
+Record = TypeVar("Record", Recovery, ScalePause)
 
 RESULTS_DIR = Path(__file__).parent / "results"
 
@@ -119,15 +122,7 @@ def recovery(
     started = time.strftime("%Y%m%d-%H%M%S")
     setup = RecoverySetup(model, dtype, spares, rounds, threads, peace)
     emit = _emitter(output or RESULTS_DIR / f"{started}-recovery.jsonl", {"run_id": started, **vars(setup)})
-
-    async def measure_all() -> list[Recovery]:
-        found = []
-        async for one in measure(setup):
-            emit(dataclasses.asdict(one))
-            found.append(one)
-        return found
-
-    print(f"\n{to_table(asyncio.run(measure_all()), spares)}", file=sys.stderr)
+    print(f"\n{to_table(asyncio.run(_emit_all(measure(setup), emit)), spares)}", file=sys.stderr)
 
 
 @app.command()
@@ -142,15 +137,15 @@ def scaling(
     started = time.strftime("%Y%m%d-%H%M%S")
     setup = ScalingSetup(model, dtype, tuple(_or_exit(_shape, word) for word in shapes.split(",")), threads)
     emit = _emitter(output or RESULTS_DIR / f"{started}-scaling.jsonl", {"run_id": started, "model": model})
+    print(f"\n{scaling_table(asyncio.run(_emit_all(measure_scaling(setup), emit)))}", file=sys.stderr)
 
-    async def measure_all() -> list[ScalePause]:
-        found = []
-        async for one in measure_scaling(setup):
-            emit(dataclasses.asdict(one))
-            found.append(one)
-        return found
 
-    print(f"\n{scaling_table(asyncio.run(measure_all()))}", file=sys.stderr)
+async def _emit_all(records: AsyncIterator[Record], emit: Any) -> list[Record]:
+    found = []
+    async for record in records:
+        emit(dataclasses.asdict(record))
+        found.append(record)
+    return found
 
 
 def _shape(word: str) -> tuple[int, int]:

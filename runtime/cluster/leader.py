@@ -118,8 +118,10 @@ class LeaderServer:
                         self._submit(request, driver)
                     case Cancel(request_id):
                         self._engine.cancel(request_id)
-        except (MeshError, msgspec.MsgspecError) as error:
+        except MeshError as error:
             _log.debug("a driver is gone: %s", error)
+        except msgspec.MsgspecError as error:
+            _log.warning("a driver sent what is no command, is it of another version? Its connection ends: %s", error)
         finally:
             driver.drop()
             with self._lock:
@@ -184,12 +186,12 @@ class _DriverLink:
             if self._writes:
                 return
             payload = msgspec.msgpack.encode(self._pending)
+            self._pending = None
             if len(payload) <= _SMALL_BYTES and self._link.has_room():
-                self._pending = None
                 self._send(payload)
             else:
                 self._writes = True
-                threading.Thread(target=self._write, name="leader-writer", daemon=True).start()
+                threading.Thread(target=self._write, args=(payload,), name="leader-writer", daemon=True).start()
 
     def close(self, timeout_s: float) -> None:
         """The end was sent: wait until the driver has gone by itself, then end the connection."""
@@ -202,14 +204,16 @@ class _DriverLink:
         with self._lock:
             self._link.close()
 
-    def _write(self) -> None:
+    def _write(self, payload: bytes) -> None:
+        """Send it, and what came meanwhile."""
         while True:
+            self._send(payload)
             with self._lock:
                 events, self._pending = self._pending, None
                 self._writes = events is not None
             if events is None:
                 return
-            self._send(msgspec.msgpack.encode(events))
+            payload = msgspec.msgpack.encode(events)
 
     def _send(self, payload: bytes) -> None:
         try:

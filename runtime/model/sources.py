@@ -8,6 +8,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from shardray.parallel.checkpoint import Checkpoint, CheckpointError
@@ -36,24 +39,13 @@ def resolve_model(
     Conversions are kept in ``cache_dir`` (default: ``$SHARDRAY_CACHE`` or ``~/.cache/shardray``); hub snapshots stay
     in the hub's own cache. Raises ModelSourceError, in one line that names the fix.
     """
-    if not source:
-        raise _unknown_source(source)
-    path = Path(source).expanduser()
-    models_dir = (cache_dir or default_cache_dir()) / "models"
-    is_hub_id = _is_hub_id(source, revision)
-    if source in BUNDLED_MODELS:
-        model = BUNDLED_MODELS[source]
-        return build_folder(
-            _bundled_folder(model, models_dir), lambda folder: fetch_bundled(model, folder, progress), progress
-        )
-    if path.is_dir():
-        return _check_folder(path.resolve())
-    if path.suffix == ".gguf":
-        target = _gguf_folder(path, models_dir)
-        return build_folder(target, lambda folder: convert_gguf(path.resolve(), folder, progress), progress)
-    if is_hub_id:
-        return _check_folder(fetch_from_hub(source, revision, progress))
-    raise _unknown_source(source)
+    match _locate(source, revision, cache_dir):
+        case _Converted(folder, convert):
+            return build_folder(folder, lambda target: convert(target, progress), progress)
+        case _HubId():
+            return _check_folder(fetch_from_hub(source, revision, progress))
+        case folder:
+            return _check_folder(folder)
 
 
 def read_headers(source: str, *, revision: str | None = None, cache_dir: Path | None = None) -> Checkpoint:
@@ -61,36 +53,48 @@ def read_headers(source: str, *, revision: str | None = None, cache_dir: Path | 
     these are fetched. ``source`` is as for ``resolve_model``. Raises ModelSourceError, also for what has to be pulled
     before anything can be said of it.
     """
-    if not source:
-        raise _unknown_source(source)
+    match _locate(source, revision, cache_dir):
+        case _Converted(folder) if not folder.is_dir():
+            raise ModelSourceError(f"{source}: is not in the cache yet; fetch it first: shardray pull {source}")
+        case _Converted(folder):
+            return _open(folder)
+        case _HubId():
+            cached = find_in_hub_cache(source, revision)
+            has_weights = cached is not None and any(cached.glob("*.safetensors"))
+            return _open(cached) if cached is not None and has_weights else fetch_headers(source, revision)
+        case folder:
+            return _open(folder)
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """What becomes a folder of the cache by ``convert``, which gets the folder to fill."""
+
+    folder: Path
+    convert: Callable[[Path, Progress], None]
+
+
+class _HubId:
+    """The source is one."""
+
+
+def _locate(source: str, revision: str | None, cache_dir: Path | None) -> Path | _Converted | _HubId:
+    """Where ``source`` is or comes from; a Path is a folder of the user's own. Raises ModelSourceError."""
     path = Path(source).expanduser()
     models_dir = (cache_dir or default_cache_dir()) / "models"
-    is_hub_id = _is_hub_id(source, revision)
-    if source in BUNDLED_MODELS:
-        return _pulled(source, _bundled_folder(BUNDLED_MODELS[source], models_dir))
-    if path.is_dir():
-        return _open(path.resolve())
-    if path.suffix == ".gguf":
-        return _pulled(source, _gguf_folder(path, models_dir))
-    if is_hub_id:
-        folder = find_in_hub_cache(source, revision)
-        has_weights = folder is not None and any(folder.glob("*.safetensors"))
-        return _open(folder) if folder is not None and has_weights else fetch_headers(source, revision)
-    raise _unknown_source(source)
-
-
-def _is_hub_id(source: str, revision: str | None) -> bool:
-    path = Path(source).expanduser()
     is_hub_id = _HUB_ID.fullmatch(source) is not None and not path.exists() and path.suffix != ".gguf"
     if revision is not None and not is_hub_id:
         raise ModelSourceError(f"{source}: revision {revision!r} applies to hub ids only; leave it out")
-    return is_hub_id
-
-
-def _pulled(source: str, folder: Path) -> Checkpoint:
-    if not folder.is_dir():
-        raise ModelSourceError(f"{source}: is not in the cache yet; fetch it first: shardray pull {source}")
-    return _open(folder)
+    if source in BUNDLED_MODELS:
+        model = BUNDLED_MODELS[source]
+        return _Converted(_bundled_folder(model, models_dir), partial(fetch_bundled, model))
+    if source and path.is_dir():
+        return path.resolve()
+    if path.suffix == ".gguf":
+        return _Converted(_gguf_folder(path, models_dir), partial(convert_gguf, path.resolve()))
+    if is_hub_id:
+        return _HubId()
+    raise _unknown_source(source)
 
 
 def _bundled_folder(model: BundledModel, models_dir: Path) -> Path:

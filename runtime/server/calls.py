@@ -13,10 +13,10 @@ import grpc
 import grpc.aio
 
 from shardray.runtime.observe.trace_context import note_trace_context
+from shardray.runtime.server.handlers import OUR_SERVICES, Handler, rewrapped
 
 OnCall = Callable[[str, str], None]  # method ("Generate") and code ("OK") of a call that has ended
 
-_OUR_SERVICES = "/shardray."
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
@@ -28,21 +28,15 @@ class CallCounter(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+    ) -> Handler | None:
         handler = await continuation(handler_call_details)
         name = handler_call_details.method
-        if handler is None or not name.startswith(_OUR_SERVICES):
+        if handler is None or not name.startswith(OUR_SERVICES):
             return handler
         # What refuses a call may be of another kind than its method.
-        kinds = (
-            "stream" if is_stream else "unary" for is_stream in (handler.request_streaming, handler.response_streaming)
-        )
-        kind = "_".join(kinds)
-        counted = self._counted(getattr(handler, kind), name.rpartition("/")[2])
-        make: Callable[..., grpc.RpcMethodHandler[Any, Any]] = getattr(grpc, f"{kind}_rpc_method_handler")
-        return make(counted, handler.request_deserializer, handler.response_serializer)
+        return rewrapped(handler, lambda behavior: self._counted(behavior, name.rpartition("/")[2]))
 
     def _counted(self, behavior: Any, method: str) -> Any:
         async def counted(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:

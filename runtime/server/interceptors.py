@@ -15,11 +15,11 @@ from google.protobuf.message import DecodeError
 
 from shardray.runtime.driver.errors import StalledError
 from shardray.runtime.engine.request import FieldError
+from shardray.runtime.server.handlers import OUR_SERVICES, Handler, rewrapped
 from shardray.runtime.server.stall import StallGuard
 from shardray.runtime.server.status import to_status
 from shardray.runtime.server.wire import request_type, text_that_is_no_utf8
 
-_OUR_SERVICES = "/shardray."
 _ABORT_S = 0.1
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -35,19 +35,17 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+    ) -> Handler | None:
         handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(_OUR_SERVICES):
+        if handler is None or not handler_call_details.method.startswith(OUR_SERVICES):
             return handler
         assert handler.request_deserializer is not None  # the generated code has one for each method
         parse = functools.partial(_parsed, handler.request_deserializer, handler_call_details.method)
         if handler.response_streaming:
-            stream = _guard_stream(handler.unary_stream, parse, self._stall_s)
-            return grpc.unary_stream_rpc_method_handler(stream, None, handler.response_serializer)
-        unary = _guard_unary(handler.unary_unary, parse)
-        return grpc.unary_unary_rpc_method_handler(unary, None, handler.response_serializer)
+            return rewrapped(handler, lambda behavior: _guard_stream(behavior, parse, self._stall_s), parses=True)
+        return rewrapped(handler, lambda behavior: _guard_unary(behavior, parse), parses=True)
 
 
 def _guard_unary(behavior: Any, parse: Callable[[bytes], Any]) -> Any:
