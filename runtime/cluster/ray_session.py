@@ -33,6 +33,8 @@ _LOCAL_SYSTEM_CONFIG = {
     # A Ray without a dashboard has nobody to show these to; they take a sixth of what its processes use when idle.
     "enable_metrics_collection": False,
     "task_events_report_interval_ms": 0,
+    "num_workers_soft_limit": 0,  # no worker waits for tasks: there are none, and one takes a percent of a core
+    "memory_monitor_refresh_ms": 2000,
 }
 
 
@@ -81,6 +83,8 @@ class RaySession:
             )
         except (OSError, RuntimeError, ValueError, RayError) as error:
             raise ClusterError(self._explain(error)) from error
+        if self.is_local:
+            _end_idle_agents()
 
     def _local_options(self, num_hosts: int) -> dict[str, Any]:
         num_cpus = math.ceil(num_hosts * self.settings.cpus_per_host) * _ROOM_FOR_HOSTS
@@ -110,6 +114,14 @@ def _check_reachable(address: str) -> None:
     except OSError as error:
         hint = f"nothing answers there ({error.strerror or error}); is a Ray head running?"
         raise ClusterError(f"ray.address: {address}: {hint}") from error
+
+
+def _end_idle_agents() -> None:
+    """End what a local Ray has for logs, dashboard and autoscaler, and nobody uses: together a percent of a core."""
+    node = ray._private.worker._global_node
+    for agent in ("log_monitor", "dashboard", "monitor"):
+        if hasattr(node, f"kill_{agent}"):  # in other versions of Ray: then it goes on
+            getattr(node, f"kill_{agent}")(check_alive=False)
 
 
 def _quiet_ray() -> None:
