@@ -27,6 +27,7 @@ ALLOWED = {
         "v1",
         *(f"runtime.{part}" for part in ("config", "model", "engine", "cluster", "driver", "observe")),
     ),
+    "runtime.deploy": ("__version__", "parallel", *(f"runtime.{part}" for part in ("config", "model", "engine"))),
     "runtime.client": ("runtime.engine.request", "v1"),
     "runtime.serve": tuple(
         f"runtime.{part}" for part in ("config", "model", "engine", "cluster", "driver", "observe", "server")

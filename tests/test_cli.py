@@ -31,6 +31,7 @@ COMMANDS = (
     "demo",
     "doctor",
     "trace",
+    "render",
 )
 HEAVY = ("torch", "ray", "grpc", "tokenizers", "pydantic.dataclasses")
 

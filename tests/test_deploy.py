@@ -17,6 +17,7 @@ EXAMPLES = sorted((DEPLOY / "examples").glob("*.yaml"))
 NUM_HOSTS = {
     "cpu-demo": 2,
     "embeddings": 1,
+    "kubernetes": 4,
     "one-gpu": 1,
     "secure": 2,
     "tensor-8": 8,

@@ -22,6 +22,7 @@ from shardray.runtime.cli import (
     plan,
     pull,
     reload,
+    render,
     restart,
     scale,
     schema,
@@ -59,6 +60,7 @@ for module in (
     demo,
     doctor,
     trace,
+    render,
 ):
     app.command(module.__name__.rpartition(".")[2])(connecting(module.command))
 

@@ -1,0 +1,59 @@
+"""What keeps others from the fleet: who may connect to which pods, and how many pods may be taken away at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shardray.runtime.config import Config
+from shardray.runtime.deploy.front import ports
+from shardray.runtime.deploy.names import Manifest, RenderOptions
+
+_ANY_NAMESPACE: Manifest = {"namespaceSelector": {}}
+
+
+def guards(config: Config, options: RenderOptions) -> list[Manifest]:
+    return [
+        _disruption_budget("head", {"minAvailable": 1}, options),
+        _disruption_budget("front", {"minAvailable": 1}, options),
+        _disruption_budget("worker", {"maxUnavailable": 1}, options),
+        _inside(options),
+        _front(config, options),
+    ]
+
+
+def _disruption_budget(component: str, bound: Manifest, options: RenderOptions) -> Manifest:
+    """Workers go one by one, and are healed from; head and front are moved by the operator, when it suits."""
+    return {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": options.metadata(f"-{component}"),
+        "spec": {**bound, "selector": {"matchLabels": options.labels(component)}},
+    }
+
+
+def _inside(options: RenderOptions) -> Manifest:
+    """Ray, and the links between ranks: pods of the fleet alone. Whoever reached these ports could run code there."""
+    fleet = {"podSelector": {"matchLabels": options.labels()}}
+    return _policy("-inside", options.labels(), [{"from": [fleet]}], options)
+
+
+def _front(config: Config, options: RenderOptions) -> Manifest:
+    """Clients: from anywhere if they have to show who they are, else from the same namespace. Metrics: Prometheus."""
+    found = ports(config)
+    clients: Manifest = {"ports": [{"port": found["grpc"]}]}
+    if not config.grpc.asks_who_calls:
+        clients["from"] = [{"podSelector": {}}]
+    rules = [clients]
+    if "metrics" in found:
+        prometheus = {"matchLabels": {"app.kubernetes.io/name": "prometheus"}}
+        rules.append({"from": [{**_ANY_NAMESPACE, "podSelector": prometheus}], "ports": [{"port": found["metrics"]}]})
+    return _policy("-front", options.labels("front"), rules, options)
+
+
+def _policy(suffix: str, labels: dict[str, str], rules: Sequence[Manifest], options: RenderOptions) -> Manifest:
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": options.metadata(suffix),
+        "spec": {"podSelector": {"matchLabels": labels}, "policyTypes": ["Ingress"], "ingress": list(rules)},
+    }
