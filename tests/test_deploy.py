@@ -14,6 +14,8 @@ from shardray.runtime.config import config_schema, load_config
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
 EXAMPLES = sorted((DEPLOY / "examples").glob("*.yaml"))
+CLUSTERS = sorted(DEPLOY.glob("ray-cluster*.yaml"))
+RAY_SCHEMA = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text(encoding="utf-8"))
 NUM_HOSTS = {
     "cpu-demo": 2,
     "embeddings": 1,
@@ -44,7 +46,22 @@ def test_the_unlike_gpus_share_by_weight() -> None:
     assert load_config(DEPLOY / "examples" / "three-unlike-gpus.yaml").parallel.tensor_split == (2.0, 1.0, 1.0)
 
 
-def test_the_cluster_file_passes_rays_own_schema() -> None:
-    schema_path = Path(ray.__file__).parent / "autoscaler" / "ray-schema.json"
-    cluster = yaml.safe_load((DEPLOY / "ray-cluster.yaml").read_text(encoding="utf-8"))
-    jsonschema.validate(cluster, json.loads(schema_path.read_text(encoding="utf-8")))
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
+def test_a_cluster_file_passes_rays_own_schema(path: Path) -> None:
+    jsonschema.validate(yaml.safe_load(path.read_text(encoding="utf-8")), RAY_SCHEMA)
+
+
+def test_a_cluster_file_that_ray_does_not_know_would_be_found() -> None:
+    cluster = yaml.safe_load(CLUSTERS[0].read_text(encoding="utf-8"))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**cluster, "max_wrokers": 1}, RAY_SCHEMA)
+
+
+def test_there_is_a_cluster_of_ones_own_machines_and_one_in_a_cloud() -> None:
+    clusters = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in CLUSTERS]
+    assert {cluster["provider"]["type"] for cluster in clusters} == {"local", "aws"}
+    own = next(cluster for cluster in clusters if cluster["provider"]["type"] == "local")
+    assert own["max_workers"] == len(own["provider"]["worker_ips"])
+    cloud = next(cluster for cluster in clusters if cluster["provider"]["type"] == "aws")
+    gpus = sum(kind["resources"]["GPU"] * kind.get("max_workers", 0) for kind in cloud["available_node_types"].values())
+    assert gpus >= NUM_HOSTS["tensor-8"]

@@ -31,7 +31,7 @@ class PodSizes:
     shm_bytes: int
 
     def resources(self) -> Manifest:
-        """Memory is a limit as well: hosts on CPUs size their pages by it. Processors are not: idle ones may be used."""
+        """Memory is a limit as well: hosts on CPUs size their pages by it. Processors are not: idle ones are free."""
         amounts: Manifest = {"cpu": quantity(self.cpus), "memory": mebibytes(self.memory_bytes)}
         gpus = {"nvidia.com/gpu": str(self.hosts_per_pod)} if self.device == "cuda" else {}
         return {"requests": {**amounts, **gpus}, "limits": {"memory": amounts["memory"], **gpus}}
