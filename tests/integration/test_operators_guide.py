@@ -1,0 +1,131 @@
+"""Every command of the operator's guide, as it stands there, on a real Ray of several nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from shardray.runtime.client import Client
+from shardray.runtime.model.sources import resolve_model
+
+ROOT = Path(__file__).parents[2]
+GUIDE = ROOT / "docs" / "operators-guide.md"
+_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Programs of blocks that begin with `$`: what they do is not to be done to the machine that tests run on.
+_ELSEWHERE = {"python3", "/opt/shardray/bin/pip", "docker", "export", "ray", "cp", "systemctl", "journalctl", "kubectl"}
+_CLIENTS = {"status", "generate", "scale", "reload", "restart", "drain", "trace"}
+_STORE_BYTES = 80 << 20
+
+
+def blocks(language: str) -> list[str]:
+    found = _BLOCK.findall(GUIDE.read_text(encoding="utf-8"))
+    return [text for name, text in found if name == language]
+
+
+def commands() -> list[str]:
+    """What is run, in order."""
+    return [line for block in blocks("sh") for line in block.splitlines() if not line.startswith("#")]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def ray_address() -> Iterator[str]:
+    """A head without room for hosts, and two nodes with room for three each."""
+    head = {"num_cpus": 0, "object_store_memory": _STORE_BYTES, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    for _ in range(2):
+        cluster.add_node(num_cpus=3, object_store_memory=_STORE_BYTES)
+    yield cluster.address
+    cluster.shutdown()
+
+
+class Shell:
+    """Runs lines as an operator's shell would, on ports that are free."""
+
+    def __init__(self, folder: Path, ray_address: str) -> None:
+        self._folder = folder
+        self._ports = {"50051": str(free_port()), "9464": str(free_port())}
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self._env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": ray_address}
+        self._servers: list[subprocess.Popen[str]] = []
+        self.address = f"127.0.0.1:{self._ports['50051']}"
+
+    def with_free_ports(self, text: str) -> str:
+        for usual, port in self._ports.items():
+            text = text.replace(usual, port)
+        return text
+
+    def translate(self, line: str) -> str:
+        program, command, *_ = line.split()
+        line = self.with_free_ports(line)
+        if program == "shardray" and command in _CLIENTS:
+            return line.replace(command, f"{command} --server {self.address}", 1)
+        return line
+
+    def run(self, line: str) -> None:
+        """A line to its end, or a server in the background until it serves."""
+        translated = self.translate(line)
+        if line.endswith("&"):
+            command = ["bash", "-c", f"exec {translated.removesuffix('&')}"]
+            self._servers.append(subprocess.Popen(command, cwd=self._folder, env=self._env, text=True))
+            with Client(self.address) as client:
+                client.wait_ready(120)
+            return
+        done = subprocess.run(
+            ["bash", "-c", translated],
+            cwd=self._folder,
+            env=self._env,
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+        )
+        assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
+        if "drain" in line:
+            assert self._servers[-1].wait(timeout=60) == 0
+
+    def close(self) -> None:
+        for server in self._servers:
+            server.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(timeout=60)
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.timeout(600)
+def test_every_command_of_the_guide_does_what_it_says(ray_address: str, tmp_path: Path) -> None:
+    resolve_model("smollm2-135m")
+    shell = Shell(tmp_path, ray_address)
+    [settings] = blocks("yaml")
+    (tmp_path / "my-serving.yaml").write_text(shell.with_free_ports(settings), encoding="utf-8")
+    (tmp_path / "deploy").symlink_to(ROOT / "deploy")
+    try:
+        for line in commands():
+            shell.run(line)
+    finally:
+        shell.close()
+    assert "shardray:replicas" in (tmp_path / "metrics.txt").read_text(encoding="utf-8")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_every_command_of_the_guide_is_run_or_belongs_to_another_machine() -> None:
+    elsewhere = [line for block in blocks("console") for line in block.splitlines()]
+    assert all(line.startswith("$ ") for line in elsewhere)
+    assert {line.split()[1] for line in elsewhere} <= _ELSEWHERE
+    assert {name for name, _ in _BLOCK.findall(GUIDE.read_text(encoding="utf-8"))} == {"sh", "console", "yaml"}
