@@ -7,6 +7,7 @@ prints those that docs/troubleshooting.md does not explain yet.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -154,12 +155,18 @@ def _made(node: ast.AST, names: tuple[str, ...]) -> Iterator[str]:
         yield from _texts(node.value, _LEAST_CHARS_MADE)
 
 
-def sources() -> Iterator[tuple[str, ast.Module]]:
+@functools.cache
+def sources() -> tuple[tuple[str, ast.Module], ...]:
+    return tuple(_parsed())
+
+
+def _parsed() -> Iterator[tuple[str, ast.Module]]:
     for folder in ("parallel", "runtime"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             yield str(path.relative_to(ROOT)), ast.parse(path.read_text(encoding="utf-8"))
 
 
+@functools.cache
 def messages() -> dict[str, list[str]]:
     """The places of each template."""
     found: dict[str, list[str]] = defaultdict(list)
