@@ -1,4 +1,4 @@
-"""Every command of the operator's guide, as it stands there, on a real Ray of several nodes."""
+"""Every command of the operator's guide, as it stands there, and what is rendered, on a real Ray of several nodes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.cluster_utils import Cluster
 
 from shardray.runtime.client import Client
+from shardray.runtime.deploy.kuberay import manifests
+from shardray.runtime.deploy.names import CONFIG_DIR, CONFIG_FILE, RAYLET_PORT, RenderOptions
 from shardray.runtime.model.sources import resolve_model
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +107,55 @@ class Shell:
             server.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 server.wait(timeout=60)
+
+
+@contextlib.contextmanager
+def process(words: list[str], env: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """Afterwards, that SIGTERM ends it."""
+    started = subprocess.Popen([sys.executable, "-m", *_MODULES[words[0]], *words[1:]], env=env, text=True)
+    try:
+        yield started
+    finally:
+        started.terminate()
+        started.wait(timeout=60)
+
+
+_MODULES = {"shardray": ["shardray"], "ray": ["ray.scripts.scripts"]}
+_FRONT = """
+model: {source: smollm2-135m, max_model_len: 1024}
+parallel: {tensor_parallel_size: 2}
+engine: {device: cpu, kv_memory_bytes: 32MiB}
+grpc: {listen: "0.0.0.0:PORT", allow_unauthenticated: true}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_the_commands_of_the_front_pod_join_a_cluster_and_serve(ray_address: str, tmp_path: Path) -> None:
+    """What its two containers run, as processes; only addresses and the path of the file are others."""
+    resolve_model("smollm2-135m")
+    port = free_port()
+    path = tmp_path / CONFIG_FILE
+    path.write_text(_FRONT.replace("PORT", str(port)), encoding="utf-8")
+    options = RenderOptions()
+    [pod] = [made["spec"]["template"]["spec"] for made in manifests(path, options) if made["kind"] == "Deployment"]
+
+    def words(container: dict[str, Any]) -> list[str]:
+        given = [*container["command"], *container["args"]]
+        return [
+            word.replace(options.head_address, ray_address)
+            .replace(CONFIG_DIR, str(tmp_path))
+            .replace(f"={RAYLET_PORT}", f"={free_port()}")
+            for word in given
+        ]
+
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with process(words(pod["initContainers"][0]), env) as raylet:
+        with process(words(pod["containers"][0]), env) as driver, Client(f"127.0.0.1:{port}") as client:
+            client.wait_ready(120)
+            assert client.generate("The capital of France is", max_tokens=8, temperature=0).text.startswith(" Paris")
+            assert raylet.poll() is None
+        assert driver.returncode == 0
 
 
 @pytest.mark.slow
