@@ -123,7 +123,7 @@ def _deployment(config: Config, config_text: str, sizes: PodSizes, options: Rend
 
 
 def _driver(config: Config, sizes: PodSizes, options: RenderOptions, mounts: list[Mount]) -> Manifest:
-    changes = [f"ray.address={options.head_address}", *_own_threads(config, sizes), *options.overrides]
+    changes = [f"ray.address={options.head_address}", *_what_pods_are(config, sizes), *options.overrides]
     return container(
         "driver",
         sizes,
@@ -138,10 +138,13 @@ def _driver(config: Config, sizes: PodSizes, options: RenderOptions, mounts: lis
     )
 
 
-def _own_threads(config: Config, sizes: PodSizes) -> list[str]:
-    """Hosts on CPUs would take all cores of the node, whatever their pod asked for."""
-    if sizes.device == "cuda" or config.engine.threads_per_host is not None:
+def _what_pods_are(config: Config, sizes: PodSizes) -> list[str]:
+    """What a host or the driver would guess from the machine it is on, and guess wrong."""
+    if sizes.device == "cuda":  # the driver may be there before the first GPU is
+        return [] if config.engine.device == "cuda" else ["engine.device=cuda"]
+    if config.engine.threads_per_host is not None:
         return []
+    # All cores of the node, whatever the pod asked for.
     return [f"engine.threads_per_host={max(1, int(config.ray.cpus_per_host))}"]
 
 

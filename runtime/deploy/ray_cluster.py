@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from shardray.runtime.config import Config
 from shardray.runtime.deploy.mounts import Mount, cluster_mounts, model_mounts, scratch_mounts
 from shardray.runtime.deploy.names import OBJECT_STORE_BYTES, RAYLET_PORT, Manifest, RenderOptions
 from shardray.runtime.deploy.pods import container, pod_spec, raylet_probes
 from shardray.runtime.deploy.sizes import PodSizes
 
-_GIB = 1 << 30
 _HEAD_RESOURCES: Manifest = {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "2Gi"}}
 # Ray gives a worker's processes some time to end by themselves; hosts outlive nothing that they could save.
 _WORKER_GRACE_S = 30
@@ -45,9 +46,9 @@ def start_params() -> dict[str, str]:
 
 
 def _places(sizes: PodSizes) -> dict[str, str]:
-    """What Ray counts; its CPUs are whole numbers."""
+    """What Ray counts: CPUs in whole numbers, and every host has to find its part."""
     num_gpus = sizes.hosts_per_pod if sizes.device == "cuda" else 0
-    return {"num-cpus": str(max(1, int(sizes.cpus))), "num-gpus": str(num_gpus)}
+    return {"num-cpus": str(math.ceil(sizes.cpus)), "num-gpus": str(num_gpus)}
 
 
 def _head(sizes: PodSizes, options: RenderOptions) -> Manifest:

@@ -135,6 +135,16 @@ def test_pods_are_as_many_and_as_large_as_the_plan_says() -> None:
     assert 2 * (256 + 150 + 400) < memory_mib < 4096
 
 
+@pytest.mark.parametrize(
+    ("cpus_per_host", "cpus", "num_cpus"), [("1.5", "4500m", "5"), ("0.25", "750m", "1"), ("2", "6", "6")]
+)
+def test_ray_counts_enough_processors_for_every_host_of_a_pod(cpus_per_host: str, cpus: str, num_cpus: str) -> None:
+    found = made(hosts_per_pod=3, overrides=(f"ray.cpus_per_host={cpus_per_host}",))
+    workers = found["RayCluster", "shardray"]["spec"]["workerGroupSpecs"][0]
+    [container] = workers["template"]["spec"]["containers"]
+    assert (container["resources"]["requests"]["cpu"], workers["rayStartParams"]["num-cpus"]) == (cpus, num_cpus)
+
+
 def test_the_driver_serves_the_file_as_it_is_and_joins_by_its_own_raylet() -> None:
     found = made(overrides=("parallel.replicas=1",))
     text = (EXAMPLES / "kubernetes.yaml").read_text(encoding="utf-8")
@@ -147,6 +157,17 @@ def test_the_driver_serves_the_file_as_it_is_and_joins_by_its_own_raylet() -> No
     assert raylet["restartPolicy"] == "Always"
     assert "--address=shardray-head-svc:6379" in raylet["args"]
     assert spec["shareProcessNamespace"] is True
+
+
+def test_nothing_is_guessed_from_the_node_that_a_pod_happens_to_be_on() -> None:
+    def changes(*overrides: str) -> list[str]:
+        [driver] = front_of(made(overrides=overrides))["containers"]
+        return [word for word in driver["args"] if word != "--set"][1 : len(driver["args"]) // 2 - len(overrides)]
+
+    assert changes() == ["engine.threads_per_host=2"]
+    assert changes("engine.threads_per_host=4") == []
+    assert changes("engine.device=auto") == ["engine.device=cuda"]
+    assert changes("engine.device=cuda") == []
 
 
 def test_the_driver_has_time_to_drain_and_is_asked_in_plain_text() -> None:
