@@ -75,7 +75,7 @@ MAKERS = {
     "runtime/config/settings.py": ("__post_init__", "_check_length"),
     "runtime/driver/admission.py": ("_check_caller",),
     "runtime/driver/controller.py": (),
-    "runtime/driver/fit.py": (),
+    "runtime/driver/fit.py": ("lack_of_memory",),
     "runtime/driver/journal_file.py": (),
     "runtime/driver/link.py": ("_TURNED_AWAY",),
     "runtime/model/sources.py": ("_unknown_source",),

@@ -94,17 +94,13 @@ def _memory(config: Config, device: str, hosts_per_pod: int) -> int:
 
 def _cpu_host_bytes(config: Config) -> int:
     """Of the host that takes most, by the formulas that hosts themselves use; whatever machine this is rendered on."""
-    from shardray.parallel.plan import make_plan
     from shardray.runtime.engine.plan_report import open_model
+    from shardray.runtime.engine.shapes import cut_as_configured
     from shardray.runtime.engine.sizing import HostMemory, plan_mesh
-    from shardray.runtime.model.parameters import model_sizes
 
     _, served = open_model(config)
-    parallel, engine = config.parallel, config.engine
-    plan = make_plan(
-        model_sizes(served.spec), parallel.tensor_parallel_size, parallel.pipeline_parallel_size,
-        parallel.tensor_split, parallel.stage_layers, parallel.expert_parallel,
-    )  # fmt: skip
+    engine = config.engine
+    plan = cut_as_configured(served.spec, config.parallel)
     offer = HostMemory("cpu", _UNBOUNDED_BYTES, False, True, engine.memory_utilization, engine.kv_memory_bytes)
     mesh = plan_mesh(served, plan, offer)
     return max(
