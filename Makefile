@@ -31,11 +31,15 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	@$(BIN)/shardray demo
 
+# Most tests wait more than they compute: two at a time. What loads the machine or measures it runs by itself, afterwards.
+TEST_WORKERS ?= 2
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m "not (slow or gpu or alone)"
+	$(BIN)/pytest -m "alone and not (slow or gpu)"
 
 test-all: $(READY)
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m "not (gpu or alone)"
+	$(BIN)/pytest -m "alone and not gpu"
 
 test-gpu: $(READY)
 	$(BIN)/pytest -m gpu
