@@ -30,13 +30,15 @@ class Watcher:
     on_loading: Callable[[ClusterEvent], None]
     on_ready: Callable[[str, FleetStatus], None]  # the address, and the fleet with its shards
     on_metrics: Callable[[str], None] = lambda address: None  # the address of the metrics port, if there is one
+    on_gateway: Callable[[str], None] = lambda address: None  # the address of the port for gateways, if there is one
 
 
 async def serve(config: Config, model_dir: Path, watcher: Watcher, stop: asyncio.Event) -> None:
     """Serve the model in ``model_dir`` until ``stop`` is set, then let requests end and give everything back.
 
     The server listens while the model loads. Raises ClusterError, ListenError, MetricsListenError, MissingExtraError,
-    JournalError or what a broken model folder raises; nothing is left behind then, nor when the task is cancelled.
+    DiscoveryFileError, JournalError or what a broken model folder raises; nothing is left behind then, nor when the
+    task is cancelled.
     """
     observation = Observation(config)
     tokenizer = Tokenizer.load_optional(model_dir)
@@ -46,7 +48,7 @@ async def serve(config: Config, model_dir: Path, watcher: Watcher, stop: asyncio
     )
     driver.restore()  # before the clients of these requests can ask for them
     controller = FleetController(config, driver, watcher.on_loading)
-    server = Server(config.grpc, driver, controller, observation.on_call)
+    server = Server(config.grpc, driver, controller, observation.on_call, config.gateway)
     async with contextlib.AsyncExitStack() as cleanup:
         cleanup.push_async_callback(journal.stop)
         cleanup.push_async_callback(observation.stop)
@@ -56,6 +58,8 @@ async def serve(config: Config, model_dir: Path, watcher: Watcher, stop: asyncio
         cleanup.push_async_callback(server.stop, 0.0)
         address = join_listen(parse_listen(config.grpc.listen)[0], port)
         watcher.on_listening(address)
+        if config.gateway.listen is not None and server.gateway_port is not None:
+            watcher.on_gateway(join_listen(parse_listen(config.gateway.listen)[0], server.gateway_port))
         cleanup.push_async_callback(controller.stop)
         if not await _unless_stopped(controller.start(model_dir), stop):
             return

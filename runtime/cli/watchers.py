@@ -37,7 +37,10 @@ def text_watcher(settings: Config) -> Iterator[Watcher]:
         def on_metrics(address: str) -> None:
             table_console().print(f"Metrics and a page of the fleet: [bold]http://{address}/[/]")
 
-        yield Watcher(lambda address: None, on_loading, on_ready, on_metrics)
+        def on_gateway(address: str) -> None:
+            table_console().print(f"Gateways (vllm.grpc.engine): [bold]grpc://{address}[/]")
+
+        yield Watcher(lambda address: None, on_loading, on_ready, on_metrics, on_gateway)
 
 
 @contextlib.contextmanager
@@ -68,6 +71,7 @@ def json_watcher(settings: Config) -> Iterator[Watcher]:
         on_loading=on_loading,
         on_ready=on_ready,
         on_metrics=lambda address: emit("metrics", address=address),
+        on_gateway=lambda address: emit("gateway", address=address),
     )
 
 

@@ -1,6 +1,7 @@
 """Settings of a serving fleet: YAML file and overrides in, one frozen and validated ``Config`` out."""
 
 from shardray.runtime.config.errors import ConfigError
+from shardray.runtime.config.gateway import GatewaySettings
 from shardray.runtime.config.load import config_schema, load_config
 from shardray.runtime.config.settings import (
     AutoscalingSettings,
@@ -29,6 +30,7 @@ __all__ = [
     "ConfigError",
     "DriverSettings",
     "EngineSettings",
+    "GatewaySettings",
     "GrpcAuthSettings",
     "GrpcSettings",
     "GrpcTlsSettings",

@@ -31,7 +31,8 @@ def explain(error: ErrorDetails, schema: Schema) -> str:
         return f"{path}: missing; give {accepts(_subschema(location, schema), schema)}"
     if error["type"] == "cross_field":
         context = error["ctx"]
-        return f"{path}.{context['key']}: {_shown(context['value'])} {context['message']}"
+        key = f"{path}.{context['key']}".lstrip(".")  # a check across sections has no path of its own
+        return f"{key}: {_shown(context['value'])} {context['message']}"
     return f"{path}: {_shown(error['input'])} is not accepted; give {accepts(_subschema(location, schema), schema)}"
 
 

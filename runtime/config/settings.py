@@ -13,6 +13,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
+from shardray.runtime.config.gateway import GatewaySettings
 from shardray.runtime.config.units import (
     Bytes,
     Count,
@@ -26,6 +27,7 @@ from shardray.runtime.config.units import (
     Share,
     Text,
     is_loopback,
+    parse_listen,
 )
 
 _STRICT_KEYS = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -328,3 +330,17 @@ class Config:
     metrics: MetricsSettings = dataclasses.field(default_factory=MetricsSettings)
     logging: LoggingSettings = dataclasses.field(default_factory=LoggingSettings)
     tracing: TracingSettings = dataclasses.field(default_factory=TracingSettings)
+    gateway: GatewaySettings = dataclasses.field(default_factory=GatewaySettings)
+
+    def __post_init__(self) -> None:
+        gateway = self.gateway
+        if not (gateway.lets_everyone_in or self.grpc.asks_who_calls):
+            message = (
+                "is reached by other machines and lets everyone in; listen on 127.0.0.1 beside the gateway, "
+                "or say gateway.allow_unauthenticated: true on a network that only the gateway reaches"
+            )
+            _refuse("gateway.listen", gateway.listen, message)
+        host = parse_listen(gateway.listen)[0] if gateway.listen else ""
+        if gateway.discovery_file and not gateway.advertise_host and host in ("0.0.0.0", "::"):
+            message = "is no address that a gateway can connect to; set gateway.advertise_host to one"
+            _refuse("gateway.listen", gateway.listen, message)

@@ -85,6 +85,10 @@ class FleetStatus:
     operation: OperationStatus | None = None  # that is under way
     ended_operations: tuple[tuple[str, str, int], ...] = ()  # that ended: ("scale", "ok", how many)
 
+    @property
+    def takes_requests(self) -> bool:
+        return self.state in (FleetState.READY, FleetState.RECOVERING)
+
 
 class Fleet:
     """Replicas by id. Use it in one asyncio loop."""

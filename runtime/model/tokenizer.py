@@ -25,7 +25,7 @@ class Tokenizer:
 
     def __init__(
         self, backend: tokenizers.Tokenizer, eos_token_ids: frozenset[int], chat_template: ChatTemplate | None,
-        continues_prompts: bool = True,
+        continues_prompts: bool = True, folder: Path | None = None,
     ) -> None:  # fmt: skip
         """``continues_prompts``: the output is the rest of the prompt's text, not a text of its own."""
         backend.no_truncation()  # some files cut prompts at their training length
@@ -33,6 +33,7 @@ class Tokenizer:
         self._backend = backend
         self._chat_template = chat_template
         self.continues_prompts = continues_prompts
+        self.folder = folder  # that it was read from
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.eos_token_ids = eos_token_ids
         added = backend.get_added_tokens_decoder()
@@ -55,7 +56,7 @@ class Tokenizer:
             raise TokenizerError(f"{path}: tokenizers {tokenizers.__version__} cannot read it: {error}") from error
         eos_token_ids = read_eos_token_ids(folder) | _tokenizer_eos_id(folder, backend)
         has_encoder = bool(read_json(folder / "config.json").get("is_encoder_decoder"))
-        return cls(backend, eos_token_ids, ChatTemplate.load(folder), continues_prompts=not has_encoder)
+        return cls(backend, eos_token_ids, ChatTemplate.load(folder), not has_encoder, folder)
 
     @classmethod
     def load_optional(cls, folder: Path) -> Tokenizer | None:

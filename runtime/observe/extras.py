@@ -17,6 +17,8 @@ def check_extras(config: Config) -> None:
         _require("metrics.listen", config.metrics.listen, "prometheus_client", "metrics")
     if config.tracing.endpoint is not None:
         _require("tracing.endpoint", config.tracing.endpoint, "opentelemetry", "tracing", "opentelemetry-sdk")
+    if config.gateway.listen is not None:
+        _require("gateway.listen", config.gateway.listen, "smg_grpc_proto", "gateway")
 
 
 def _require(key: str, value: object, module: str, extra: str, package: str = "") -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import uuid
 from array import array
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import grpc.aio
@@ -45,7 +45,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: _Context
-    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse]:
         driver = self._driver
         if request.HasField("resume"):
             request_id, num_seen_tokens, num_seen_chars = check_resume(request)

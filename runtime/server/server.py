@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from typing import TYPE_CHECKING
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from shardray.runtime.config import GrpcSettings
+from shardray.runtime.config import GatewaySettings, GrpcSettings
 from shardray.runtime.driver.driver import Driver
-from shardray.runtime.driver.fleet import FleetState
 from shardray.runtime.driver.operations import FleetOperator
 from shardray.runtime.server.auth import AuthInterceptor
 from shardray.runtime.server.calls import CallCounter, OnCall
@@ -23,6 +23,9 @@ from shardray.runtime.server.secret_files import SecretFiles, keep_fresh
 from shardray.runtime.server.tls import ServerTls
 from shardray.runtime.server.tokens import TokenFile
 from shardray.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+if TYPE_CHECKING:
+    from shardray.runtime.server.gateway.port import GatewayPort
 
 _INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 _CONTROL = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
@@ -45,8 +48,10 @@ class Server:
         driver: Driver,
         operator: FleetOperator | None = None,
         on_call: OnCall = lambda method, code: None,
+        gateway: GatewaySettings | None = None,
     ) -> None:
         self._settings = settings
+        self._gateway_settings = gateway or GatewaySettings()
         self._driver = driver
         self._operator = operator
         self._on_call = on_call
@@ -56,17 +61,24 @@ class Server:
         self._secrets_task: asyncio.Task[None] | None = None
         self._tls = ServerTls(settings.tls) if settings.tls else None
         self._tokens = TokenFile(settings.auth) if settings.auth else None
+        # One for each port: gRPC takes a renewed certificate away from whoever asks for it first.
+        own_tls = None if self._gateway_settings.lets_everyone_in else settings.tls
+        self._gateway_tls = ServerTls(own_tls) if own_tls else None
+        self._gateway: GatewayPort | None = None
+        self.gateway_port: int | None = None  # once started, with gateway.listen
         self._probe_server: grpc.aio.Server | None = None
         self.probe_port: int | None = None  # once started, with grpc.probe_listen
 
     async def start(self) -> int:
-        """Listen and serve; returns the port. Raises ListenError, SecretsError."""
-        secrets: list[SecretFiles] = [files for files in (self._tls, self._tokens) if files is not None]
+        """Listen and serve; returns the port. Raises ListenError, SecretsError, DiscoveryFileError."""
+        secrets: list[SecretFiles] = [
+            files for files in (self._tls, self._gateway_tls, self._tokens) if files is not None
+        ]
         for files in secrets:
             files.start()
         check_listen("grpc.listen", self._settings.listen)
         raise_file_limit()
-        self._server = grpc.aio.server(interceptors=self._interceptors(), options=self._options())
+        self._server = grpc.aio.server(interceptors=self._interceptors(self._tokens), options=self._options())
         inference = InferenceService(self._driver, self._settings.log_prompts)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)
         control = ControlService(self._driver.fleet, self._operator)
@@ -78,6 +90,8 @@ class Server:
         port = self._listen(self._server, "grpc.listen", self._settings.listen, self._tls)
         if self._settings.probe_listen is not None:
             await self._start_probe(self._settings.probe_listen)
+        if self._gateway_settings.listen is not None:
+            await self._start_gateway(self._gateway_settings.listen, inference)
         await self._health.set("", _NOT_SERVING)
         await self._health.set(_INFERENCE, _NOT_SERVING)
         await self._health.set(_CONTROL, _SERVING)
@@ -104,8 +118,10 @@ class Server:
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
         await self._health.enter_graceful_shutdown()
+        if self._gateway is not None:
+            await self._gateway.withdraw()
         await self._driver.shutdown(grace_s)
-        servers = [server for server in (self._server, self._probe_server) if server is not None]
+        servers = [server for server in (self._server, self._probe_server, self._gateway) if server is not None]
         await asyncio.gather(*(server.stop(_FLUSH_S) for server in servers))
 
     async def _start_probe(self, listen: str) -> None:
@@ -115,10 +131,21 @@ class Server:
         self.probe_port = self._listen(self._probe_server, "grpc.probe_listen", listen, None)
         await self._probe_server.start()
 
-    def _interceptors(self) -> list[grpc.aio.ServerInterceptor]:
+    async def _start_gateway(self, listen: str, inference: InferenceService) -> None:
+        from shardray.runtime.server.gateway.port import GatewayPort  # needs packages that the core is without
+
+        check_listen("gateway.listen", listen)
+        tokens = None if self._gateway_settings.lets_everyone_in else self._tokens
+        server = grpc.aio.server(interceptors=self._interceptors(tokens), options=self._options())
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        self._gateway = GatewayPort(self._gateway_settings, self._driver, inference, server)
+        self.gateway_port = self._listen(server, "gateway.listen", listen, self._gateway_tls)
+        await self._gateway.start(self.gateway_port, is_encrypted=self._gateway_tls is not None)
+
+    def _interceptors(self, tokens: TokenFile | None) -> list[grpc.aio.ServerInterceptor]:
         # A client that stalls may do so for as long as a request that does not.
         status = StatusInterceptor(self._driver.limits.default_deadline_s)
-        authentication = [] if self._tokens is None else [AuthInterceptor(self._tokens)]
+        authentication = [] if tokens is None else [AuthInterceptor(tokens)]
         return [CallCounter(self._on_call), *authentication, status]  # the first sees what the second refuses
 
     @staticmethod
@@ -132,8 +159,7 @@ class Server:
 
     async def _follow_fleet(self) -> None:
         async for status in self._driver.fleet.watch():
-            takes_requests = status.state in (FleetState.READY, FleetState.RECOVERING)
-            serving = _SERVING if takes_requests else _NOT_SERVING
+            serving = _SERVING if status.takes_requests else _NOT_SERVING
             await self._health.set("", serving)
             await self._health.set(_INFERENCE, serving)
 
