@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TypeVar
 
 from shardray.runtime.client import Access, AsyncClient
-from shardray.runtime.config import Config, GrpcSettings, LimitsSettings, ModelSettings
+from shardray.runtime.config import Config, GatewaySettings, GrpcSettings, LimitsSettings, ModelSettings
 from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.operations import FleetOperator
 from shardray.runtime.engine.assignment import ShardInfo
@@ -60,13 +60,14 @@ async def serving(
     operator: Callable[[Driver], FleetOperator] | None = None,
     access: Access | None = None,
     observation: Observation | None = None,
+    gateway: GatewaySettings | None = None,
     **options: float,
 ) -> AsyncIterator[Serving]:
     """``options`` are those of the stub replicas."""
     observation = observation or Observation(Config(model=ModelSettings(source="stub")))
     driver = Driver("stub", tokenizer, limits or LimitsSettings(), max_num_seqs, observer=observation.requests)
     acts = operator(driver) if operator else None
-    server = Server(grpc or GrpcSettings(listen="127.0.0.1:0"), driver, acts, observation.on_call)
+    server = Server(grpc or GrpcSettings(listen="127.0.0.1:0"), driver, acts, observation.on_call, gateway)
     replicas = [StubReplica(max_num_seqs=max_num_seqs, **options) for _ in range(num_replicas)]
     try:
         address = f"127.0.0.1:{await server.start()}"
