@@ -12,10 +12,10 @@ from tests.stub_replica import SECRET, ReplicaProcess
 
 
 class RealReplica(ReplicaProcess):
-    """Serves the model in ``folder`` in float32."""
+    """Serves the model in ``folder`` in float32; ``max_model_len`` None takes the model's own."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__("tests.real_replica", str(folder))
+    def __init__(self, folder: Path, max_model_len: int | None = None) -> None:
+        super().__init__("tests.real_replica", str(folder), *([] if max_model_len is None else [str(max_model_len)]))
 
 
 def main() -> None:
@@ -32,6 +32,7 @@ def main() -> None:
         device="cpu",
         model_dir=sys.argv[1],
         dtype="float32",
+        max_model_len=int(sys.argv[2]) if len(sys.argv) > 2 else None,
         max_num_seqs=8,
         max_num_batched_tokens=64,
         kv_memory_bytes=64 << 20,

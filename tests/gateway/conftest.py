@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import openai
 import pytest
 
 from shardray.runtime.model.tokenizer import Tokenizer
@@ -50,6 +52,19 @@ def smg(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Smg]:
     finally:
         process.kill()
         process.wait()
+
+
+async def until_served(client: openai.AsyncOpenAI, model: str) -> None:
+    """smg has heard of the model, and loaded its tokenizer."""
+    deadline = time.monotonic() + _START_S
+    while time.monotonic() < deadline:
+        try:
+            await client.completions.create(model=model, prompt="a", max_tokens=1)
+            return
+        except openai.APIStatusError as error:
+            last = error
+            await asyncio.sleep(0.05)
+    pytest.fail(f"smg does not serve {model}: {last}")
 
 
 def free_port() -> int:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import itertools
 import os
-import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,8 @@ import pytest_asyncio
 
 from shardray.runtime.config import GatewaySettings, LimitsSettings
 from shardray.runtime.model.tokenizer import Tokenizer
-from tests.gateway.conftest import Smg
+from tests.gateway.conftest import Smg, until_served
 from tests.serving import Serving, eventually, serving
-from tests.stub_tokenizer import EOS_ID
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.integration]
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
@@ -53,20 +51,8 @@ async def behind(smg: Smg, tokenizer: Tokenizer, model: str | None = None, **opt
     async with openai.AsyncOpenAI(base_url=smg.base_url, api_key="none", max_retries=0, timeout=30) as client:
         async with serving(tokenizer, gateway=gateway, **options) as up:
             front = Front(up, client, model)
-            await _until_served(front)
+            await until_served(client, model)
             yield front
-
-
-async def _until_served(front: Front) -> None:
-    """The model is registered, and its tokenizer loaded."""
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            await front.complete("a", max_tokens=1)
-            return
-        except openai.APIStatusError as error:
-            assert time.monotonic() < deadline, error
-            await asyncio.sleep(0.05)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -93,7 +79,8 @@ async def test_completions_and_chats_have_the_text_of_the_native_client(front: F
 async def test_streams_come_token_by_token_and_tell_what_was_used(front: Front) -> None:
     stream = await front.complete("abcd", max_tokens=6, stream=True, stream_options={"include_usage": True})
     *chunks, last = [chunk async for chunk in stream]
-    assert [chunk.choices[0].text for chunk in chunks] == ["a", "b", "c", "d", "a", "b", ""]
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "abcdab"
+    assert len(chunks) > 2  # what comes while a client does not read is merged
     assert chunks[-1].choices[0].finish_reason == "length"
     assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (4, 6)
     stream = await front.chat(max_tokens=5, stream=True, n=2, extra_body={"ignore_eos": True})
@@ -115,8 +102,6 @@ async def test_the_options_of_openai_clients_arrive(front: Front) -> None:
     chat = await front.chat(max_tokens=3, logprobs=True, top_logprobs=2)
     positions = chat.choices[0].logprobs.content
     assert [(position.logprob, len(position.top_logprobs)) for position in positions] == [(-0.5, 2)] * 3
-    ends = await front.chat(max_tokens=40, extra_body={"stop_token_ids": [EOS_ID]}, min_tokens=None)
-    assert ends.choices[0].finish_reason == "length"
 
 
 @pytest.mark.parametrize(
@@ -152,22 +137,18 @@ async def test_a_client_that_hangs_up_frees_its_request(front: Front, num_choice
     await front.is_idle()
 
 
-async def test_a_full_queue_is_a_429(smg: Smg, tokenizer: Tokenizer) -> None:
+async def test_a_full_queue_is_a_429_and_a_fleet_without_a_replica_a_503(smg: Smg, tokenizer: Tokenizer) -> None:
     limits = LimitsSettings(max_queued_requests=1)
     async with behind(smg, tokenizer, limits=limits, max_num_seqs=1, step_time_s=0.02) as front:
         endless = {"max_tokens": ENDLESS, "extra_body": {"ignore_eos": True}}
         running = [asyncio.ensure_future(front.complete(**endless)) for _ in range(3)]
         await eventually(lambda: front.serving.driver.fleet.snapshot().num_queued_requests == 1)
-        with pytest.raises(openai.RateLimitError, match="limits.max_queued_requests"):
+        with pytest.raises(openai.RateLimitError, match=r"limits\.max_queued_requests"):
             await front.complete(max_tokens=1)
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
         await front.is_idle()
-
-
-async def test_a_fleet_without_a_replica_is_a_503(smg: Smg, tokenizer: Tokenizer) -> None:
-    async with behind(smg, tokenizer) as front:
         front.serving.driver.give_up(0, "no room")
         with pytest.raises(openai.InternalServerError, match="no room") as caught:
             await front.complete(max_tokens=1)
@@ -175,7 +156,7 @@ async def test_a_fleet_without_a_replica_is_a_503(smg: Smg, tokenizer: Tokenizer
 
 
 async def test_fleets_come_and_go_without_an_error_at_any_client(smg: Smg, tokenizer: Tokenizer) -> None:
-    async with behind(smg, tokenizer, "shared", step_time_s=0.005, num_replicas=2) as front:
+    async with behind(smg, tokenizer, "shared", step_time_s=0.005) as front:
         enough, texts = asyncio.Event(), []
 
         async def ask() -> None:
@@ -183,13 +164,11 @@ async def test_fleets_come_and_go_without_an_error_at_any_client(smg: Smg, token
                 texts.append((await front.complete("abcd", max_tokens=20)).choices[0].text)
 
         clients = [asyncio.ensure_future(ask()) for _ in range(4)]
-        for _ in range(2):
-            async with behind(smg, tokenizer, "shared", step_time_s=0.005) as other:
-                await eventually(lambda up=other: up.serving.driver.fleet.snapshot().num_live_requests > 0)
-                await other.serving.server.stop(5.0)
-        front.serving.replicas[0].kill()  # a replica goes: the fleet says nothing of it
+        async with behind(smg, tokenizer, "shared", step_time_s=0.005) as other:
+            await eventually(lambda: other.serving.driver.fleet.snapshot().num_live_requests > 0)
+            await other.serving.server.stop(5.0)
         num_before = len(texts)
-        await eventually(lambda: len(texts) > num_before + 20)
+        await eventually(lambda: len(texts) > num_before + 8)
         enough.set()
         await asyncio.gather(*clients)
         assert set(texts) == {"abcd" * 5}

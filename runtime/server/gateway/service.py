@@ -89,8 +89,8 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
         return vllm_engine_pb2.GetModelInfoResponse(
             model_path=name,
             served_model_name=name,
-            # A gateway on this machine reads it there, one elsewhere finds nothing and asks for it. By its name smg would
-            # look for it on a hub first, where something else may go by that name.
+            # A gateway on this machine reads it there, one elsewhere finds nothing and asks for it. By its name smg
+            # would look for it on a hub first, where something else may go by that name.
             tokenizer_path="" if tokenizer is None else str(tokenizer.folder),
             is_generation=model.default_pooling is None,
             max_context_length=model.max_request_len,

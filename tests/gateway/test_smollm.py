@@ -1,0 +1,104 @@
+"""A real model behind smg: what the client of OpenAI gets is what the native client gets."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import openai
+import pytest
+import pytest_asyncio
+
+from shardray.runtime.client import AsyncClient
+from shardray.runtime.config import GatewaySettings
+from shardray.runtime.model.sources import resolve_model
+from shardray.runtime.model.tokenizer import Tokenizer
+from tests.gateway.conftest import Smg, until_served
+from tests.real_replica import RealReplica
+from tests.serving import serving
+from tests.stub_replica import SECRET
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.integration]
+MODEL = "smollm2-135m"
+PROMPT = "The capital of France is"
+MESSAGES: Any = [{"role": "user", "content": "Name a colour."}]
+
+
+@pytest.fixture(scope="module")
+def replica() -> Iterator[RealReplica]:
+    replica = RealReplica(resolve_model(MODEL), max_model_len=512)
+    yield replica
+    replica.kill()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def native(smg: Smg, replica: RealReplica) -> AsyncIterator[AsyncClient]:
+    gateway = GatewaySettings(listen="127.0.0.1:0", model_name=MODEL, discovery_file=smg.discovery_file)
+    async with serving(Tokenizer.load(resolve_model(MODEL)), num_replicas=0, gateway=gateway) as up:
+        await up.driver.attach(0, replica.address, SECRET, [])
+        yield up.client
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def client(smg: Smg, native: AsyncClient) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=smg.base_url, api_key="none", max_retries=0, timeout=120) as client:
+        await until_served(client, MODEL)
+        yield client
+
+
+async def test_greedy_tokens_of_completions_and_streams_are_those_of_the_native_client(
+    client: openai.AsyncOpenAI, native: AsyncClient
+) -> None:
+    expected = await native.generate(PROMPT, max_tokens=8, temperature=0)
+    options: Any = {"model": MODEL, "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+    completion = await client.completions.create(**options)
+    assert (completion.choices[0].text, completion.choices[0].finish_reason) == (expected.text, "length")
+    stream = await client.completions.create(**options, stream=True)
+    assert "".join([chunk.choices[0].text async for chunk in stream]) == expected.text
+
+
+async def test_a_chat_has_the_prompt_the_tokens_and_the_logprobs_of_the_native_client(
+    client: openai.AsyncOpenAI, native: AsyncClient
+) -> None:
+    expected = await native.generate(MESSAGES, max_tokens=8, temperature=0, logprobs=3)
+    chat = await client.chat.completions.create(
+        model=MODEL, messages=MESSAGES, max_tokens=8, temperature=0, logprobs=True, top_logprobs=3
+    )
+    assert chat.usage is not None
+    assert chat.usage.prompt_tokens == expected.usage.num_prompt_tokens
+    assert chat.choices[0].message.content == expected.text
+    assert chat.choices[0].logprobs is not None
+    positions = chat.choices[0].logprobs.content or []
+    told = [(one.logprob, [top.logprob for top in one.top_logprobs]) for one in positions]
+    wanted = [(one.chosen.logprob, [top.logprob for top in one.top]) for one in expected.logprobs]
+    assert [one for one, _ in told] == pytest.approx([one for one, _ in wanted], abs=1e-4)
+    assert [one for _, top in told for one in top] == pytest.approx([one for _, top in wanted for one in top], abs=1e-4)
+
+
+async def test_a_seed_gives_the_sample_of_the_native_client_and_each_choice_one_of_its_own(
+    client: openai.AsyncOpenAI, native: AsyncClient
+) -> None:
+    options: Any = {"max_tokens": 6, "temperature": 0.9, "top_p": 0.95}
+    expected = [(await native.generate(PROMPT, seed=seed, **options)).text for seed in (7, 8)]
+    completion = await client.completions.create(model=MODEL, prompt=PROMPT, seed=7, n=2, **options)
+    assert [choice.text for choice in completion.choices] == expected
+    assert expected[0] != expected[1]
+
+
+async def test_stop_strings_cut_where_the_native_client_is_cut(client: openai.AsyncOpenAI, native: AsyncClient) -> None:
+    prompt, stop = "One, two, three, four,", [" six"]
+    expected = await native.generate(prompt, max_tokens=12, temperature=0, stop=stop)
+    completion = await client.completions.create(model=MODEL, prompt=prompt, max_tokens=12, temperature=0, stop=stop)
+    assert (completion.choices[0].text, completion.choices[0].finish_reason) == (expected.text, "stop")
+
+
+@pytest.mark.slow
+async def test_langchain_gets_the_same_answer_whole_and_in_parts(
+    smg: Smg, client: openai.AsyncOpenAI, native: AsyncClient
+) -> None:
+    from langchain_openai import ChatOpenAI  # two seconds
+
+    expected = await native.generate(MESSAGES, max_tokens=8, temperature=0)
+    chat = ChatOpenAI(model=MODEL, base_url=smg.base_url, api_key="none", temperature=0, max_completion_tokens=8)
+    assert (await chat.ainvoke(MESSAGES)).content == expected.text
+    assert "".join([str(part.content) async for part in chat.astream(MESSAGES)]) == expected.text
