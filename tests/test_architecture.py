@@ -42,6 +42,7 @@ HOMES = {
     "ray": ("runtime.cluster",),
     "torch.distributed": ("parallel",),
     "opentelemetry": ("runtime.observe.tracer",),
+    "smg_grpc_proto": ("runtime.server.gateway",),
     "prometheus_client": ("runtime.observe.collector", "runtime.observe.port"),
     **dict.fromkeys(
         ("grpc", "grpc_health", "grpc_reflection", "grpc_status", "google.rpc"),

@@ -130,6 +130,24 @@ def test_a_problem_names_key_value_and_what_would_be_accepted(override: str, exp
     assert problems(override) == (expected,)
 
 
+def test_the_port_for_gateways_is_as_closed_as_the_public_one_or_says_so() -> None:
+    assert problems("gateway.listen=10.0.0.1:50061") == (
+        'gateway.listen: "10.0.0.1:50061" is reached by other machines and lets everyone in; listen on 127.0.0.1 '
+        "beside the gateway, or say gateway.allow_unauthenticated: true on a network that only the gateway reaches",
+    )
+    for good in ("gateway.allow_unauthenticated=true", "grpc.auth.tokens=tokens"):
+        assert load_config(None, [MODEL, "gateway.listen=10.0.0.1:50061", good]).gateway.listen == "10.0.0.1:50061"
+
+
+def test_an_address_that_is_told_to_gateways_is_one_that_they_can_connect_to() -> None:
+    settings = "gateway={listen: '0.0.0.0:50061', allow_unauthenticated: true, discovery_file: workers.json}"
+    (problem,) = problems(settings)
+    assert problem == (
+        'gateway.listen: "0.0.0.0:50061" is no address that a gateway can connect to; set gateway.advertise_host to one'
+    )
+    assert load_config(None, [MODEL, settings, "gateway.advertise_host=10.0.0.1"]).gateway.advertise_host == "10.0.0.1"
+
+
 @pytest.mark.parametrize("listen", ["0.0.0.0:50051", "[::]:50051", "10.0.0.1:1", "node-1.lan:0"])
 def test_who_lets_everyone_in_has_to_say_so(listen: str) -> None:
     (problem,) = problems(f"grpc.listen='{listen}'", "grpc.tls={cert: c.pem, key: k.pem}")

@@ -1,4 +1,4 @@
-"""How busy the fleet is, and what it serves, in a gateway's words: one engine, whatever its replicas and shards."""
+"""How busy the fleet is, in a gateway's words: one engine, whatever its replicas and shards."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 
 from smg_grpc_proto import vllm_engine_pb2
 
-from shardray import __version__
 from shardray.runtime.driver.fleet import FleetStatus
 
 
@@ -25,4 +24,4 @@ def loads_of(status: FleetStatus) -> vllm_engine_pb2.GetLoadsResponse:
         gen_throughput=sum(replica.output_tokens_per_s for replica in status.replicas),
     )
     now = datetime.now(UTC).isoformat()
-    return vllm_engine_pb2.GetLoadsResponse(timestamp=now, version=__version__, dp_rank_count=1, loads=[load])
+    return vllm_engine_pb2.GetLoadsResponse(timestamp=now, dp_rank_count=1, loads=[load])
