@@ -19,6 +19,7 @@ RAY_SCHEMA = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.
 NUM_HOSTS = {
     "cpu-demo": 2,
     "embeddings": 1,
+    "gateway": 2,
     "kubernetes": 4,
     "one-gpu": 1,
     "secure": 2,

@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,12 +54,15 @@ def smg(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Smg]:
         process.wait()
 
 
-async def until_served(client: openai.AsyncOpenAI, model: str) -> None:
-    """smg has heard of the model, and loaded its tokenizer."""
+async def until_served(
+    client: openai.AsyncOpenAI, model: str, ask: Callable[[], Awaitable[object]] | None = None
+) -> None:
+    """smg has heard of the model, and loaded its tokenizer: ``ask`` (a completion) has an answer."""
+    ask = ask or (lambda: client.completions.create(model=model, prompt="a", max_tokens=1))
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline:
         try:
-            await client.completions.create(model=model, prompt="a", max_tokens=1)
+            await ask()
             return
         except openai.APIStatusError as error:
             last = error

@@ -86,6 +86,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
         model = self._driver.model or self._driver.check_available()
         name = self._model_name or self._driver.fleet.model_id
         tokenizer = self._driver.tokenizer
+        context_len = model.max_request_len if model.encoder is None else model.encoder.max_prompt_len
         return vllm_engine_pb2.GetModelInfoResponse(
             model_path=name,
             served_model_name=name,
@@ -93,8 +94,8 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
             # would look for it on a hub first, where something else may go by that name.
             tokenizer_path="" if tokenizer is None else str(tokenizer.folder),
             is_generation=model.default_pooling is None,
-            max_context_length=model.max_request_len,
-            max_req_input_len=model.max_request_len,
+            max_context_length=context_len,
+            max_req_input_len=context_len,
             vocab_size=model.vocab_size,
             eos_token_ids=model.eos_token_ids,
         )
