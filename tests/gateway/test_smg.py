@@ -22,7 +22,7 @@ from tests.serving import Serving, eventually, serving
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.integration]
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
-ENDLESS = 400
+ENDLESS = 400  # tokens: two seconds at least
 _numbers = itertools.count()
 
 
@@ -41,7 +41,7 @@ class Front:
         return await self.client.chat.completions.create(model=self.model, messages=MESSAGES, **options)
 
     async def is_idle(self) -> None:
-        await eventually(lambda: self.serving.driver.fleet.snapshot().num_live_requests == 0, timeout_s=2.0)
+        await eventually(lambda: self.serving.driver.fleet.snapshot().num_live_requests == 0, timeout_s=1.0)
 
 
 @contextlib.asynccontextmanager
