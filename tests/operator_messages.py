@@ -26,6 +26,7 @@ ERRORS = {
     "ClusterError",
     "CollectiveTimeout",
     "ConfigError",
+    "DiscoveryFileError",
     "FormError",
     "HostDied",
     "HostSilent",
@@ -79,6 +80,7 @@ MAKERS = {
     "runtime/driver/journal_file.py": (),
     "runtime/driver/link.py": ("_TURNED_AWAY",),
     "runtime/model/sources.py": ("_unknown_source",),
+    "runtime/server/gateway/discovery.py": ("_change", "_read"),
     "runtime/server/listen.py": ("_REASONS", "__init__"),
     "runtime/server/tokens.py": (),
 }

@@ -23,6 +23,9 @@ _FIX = "it has to be a JSON object with version 1 and a list of workers; remove 
 class DiscoveryFileError(ValueError):
     """The file cannot be used; one line with the key of the settings and the fix."""
 
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(f"gateway.discovery_file: {path} {what}")
+
 
 class DiscoveryFile:
     """Blocks for as long as others write. All methods raise DiscoveryFileError."""
@@ -51,9 +54,11 @@ class DiscoveryFile:
                 workers = [worker for worker in self._read() if not drop.items() <= worker.items()]
                 self._replace({"version": 1, "workers": [*workers, *add]})
         except Timeout:
-            raise self._error(f"is locked by another process for {_LOCK_S:g} s; end it, or name another file") from None
+            what = f"is locked by another process for {_LOCK_S:g} s; end it, or name another file"
+            raise DiscoveryFileError(self._path, what) from None
         except OSError as error:
-            raise self._error(f"cannot be written: {error.strerror}; name a file in a folder of this user") from None
+            what = f"cannot be written: {error.strerror}; name a file in a folder of this user"
+            raise DiscoveryFileError(self._path, what) from None
 
     def _read(self) -> list[dict[str, Any]]:
         """What is entered; nothing if there is no file."""
@@ -62,10 +67,10 @@ class DiscoveryFile:
         except FileNotFoundError:
             return []
         except ValueError:
-            raise self._error(f"is not JSON; {_FIX}") from None
+            raise DiscoveryFileError(self._path, f"is not JSON; {_FIX}") from None
         workers = manifest.get("workers") if isinstance(manifest, dict) and manifest.get("version") == 1 else None
         if not (isinstance(workers, list) and all(isinstance(worker, dict) for worker in workers)):
-            raise self._error(f"is no such file; {_FIX}")
+            raise DiscoveryFileError(self._path, f"lists no workers; {_FIX}")
         return workers
 
     def _replace(self, manifest: dict[str, Any]) -> None:
@@ -79,6 +84,3 @@ class DiscoveryFile:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(written)
             raise
-
-    def _error(self, what: str) -> DiscoveryFileError:
-        return DiscoveryFileError(f"gateway.discovery_file: {self._path} {what}")
