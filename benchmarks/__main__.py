@@ -1,37 +1,36 @@
-"""``python -m benchmarks``: run contestants side by side (the default), compare results, install peers, recover."""
+"""``python -m benchmarks``: see benchmarks/README.md."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
-import os
 import sys
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
+from benchmarks import driver_load, fleet, recovery, scaling, startup
 from benchmarks.compare import read_records, to_markdown
-from benchmarks.harness import Harness, Options
-from benchmarks.kinds import DEFAULT_LABELS, KINDS, parse_label
-from benchmarks.machine import measure_machine
+from benchmarks.emitting import RESULTS_DIR, Emit, emitter, new_run_id
+from benchmarks.kinds import KINDS
+from benchmarks.paper import SCALING_PAGE, tables, with_tables
 from benchmarks.peers import PeerError, make_environments
-from benchmarks.recovery import Recovery, RecoverySetup, measure, to_table
-from benchmarks.scaling import ScalePause, ScalingSetup
-from benchmarks.scaling import measure as measure_scaling
-from benchmarks.scaling import to_table as scaling_table
-from benchmarks.workloads import WORKLOADS, make_workload
-from shardray.runtime.model.sources import resolve_model
+from benchmarks.random_models import SIZES
+from benchmarks.report import PERFORMANCE_DIR, write_report
+from benchmarks.side_by_side import RunSetup, chosen_suite, run_suite
+from benchmarks.suites import SUITES, Suite
+from benchmarks.workloads import MAIN, WORKLOADS
 
-Record = TypeVar("Record", Recovery, ScalePause)
-
-RESULTS_DIR = Path(__file__).parent / "results"
+T = TypeVar("T")
+Output = Annotated[Path | None, typer.Option(help="Appended to. Default: a new file in benchmarks/results.")]
+Model = Annotated[str, typer.Option(help="What shardray pull takes.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
+HostThreads = Annotated[int, typer.Option(help="Compute threads of each host.")]
 
 app = typer.Typer(
-    help="Measures shardray side by side with other runtimes. Without a command: run.",
+    help="Measures shardray, and other runtimes beside it. Without a command: run.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -53,39 +52,27 @@ def run(
     workloads: Annotated[
         list[str] | None, typer.Option("--workload", "-w", help=f"One of {', '.join(WORKLOADS)}; repeat.")
     ] = None,
-    model: Annotated[str, typer.Option(help="What shardray pull takes.")] = "smollm2-135m",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    suite: Annotated[str, typer.Option(help=f"Without -c and -w: {', '.join(SUITES)}.")] = "targets",
+    model: Model = "smollm2-135m",
+    dtype: Dtype = "bfloat16",
     threads: Annotated[int, typer.Option(help="Compute threads, and cores, of each contestant.")] = 2,
-    rounds: Annotated[int, typer.Option(help="Times that every contestant gets its turn.")] = 3,
+    rounds: Annotated[int | None, typer.Option(help="Times that every contestant gets its turn.")] = None,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     scale: Annotated[float, typer.Option(help="Below 1: shorter and fewer requests, to try things out.")] = 1.0,
     quiet_timeout_s: Annotated[float, typer.Option(help="Longest wait for a quiet machine before a run.")] = 120.0,
     run_timeout_s: Annotated[float, typer.Option(help="Longest time for one run.")] = 1800.0,
-    output: Annotated[Path | None, typer.Option(help="Default: a new file in benchmarks/results.")] = None,
+    judge: Annotated[bool, typer.Option(help="Hold the tokens against a reference in float32.")] = True,
+    output: Output = None,
 ) -> None:
-    """Print one JSON line a run (on stdout, and into a file), then the comparison on stderr."""
-    started = time.strftime("%Y%m%d-%H%M%S")
-    chosen = [_or_exit(parse_label, label) for label in contestants or DEFAULT_LABELS]
-    if unknown := sorted(set(workloads or ()) - set(WORKLOADS)):
-        raise typer.BadParameter(f"unknown workload {unknown[0]!r}; known: {', '.join(WORKLOADS)}")
-    if threads > len(os.sched_getaffinity(0)):
-        raise typer.BadParameter(f"--threads {threads}: this process may use {len(os.sched_getaffinity(0))} cores")
-    _use_cores(threads)
-    model_dir = _or_exit(resolve_model, model)
-    vocab_size = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    options = Options(
-        model_dir=model_dir,
-        dtype=dtype,
-        num_threads=threads,
-        num_rounds=rounds,
-        quiet_timeout_s=quiet_timeout_s,
-        run_timeout_s=run_timeout_s,
-        log_dir=RESULTS_DIR / "logs" / started,
+    """Print one JSON line a run (on stdout, and into a file), then the tables and targets on stderr."""
+    chosen = _or_exit(_chosen, contestants or (), workloads or (), suite)
+    started = new_run_id()
+    setup = RunSetup(
+        model, dtype, threads, rounds or chosen.num_rounds, seed, scale, quiet_timeout_s, run_timeout_s, judge, started
     )
     target = output or RESULTS_DIR / f"{started}.jsonl"
-    emit = _emitter(target, {"run_id": started, "seed": seed, "scale": scale})
-    work = [make_workload(name, vocab_size, seed, scale) for name in workloads or WORKLOADS]
-    succeeded = Harness(options, measure_machine(threads), work, emit).run(chosen)
+    emit = emitter(target, {"run_id": started, "seed": seed, "scale": scale})
+    succeeded = _or_exit(run_suite, chosen, setup, emit)
     print(f"\n{to_markdown(read_records([target]))}\n{target}", file=sys.stderr)
     raise typer.Exit(0 if succeeded else 1)
 
@@ -95,7 +82,7 @@ def compare(
     files: Annotated[list[Path] | None, typer.Argument(help="Result files; default: the newest.")] = None,
     allow_busy: Annotated[bool, typer.Option(help="Count runs that had to share the machine.")] = False,
 ) -> None:
-    """Print the figures and ratios of earlier runs as Markdown."""
+    """Print the figures and targets of earlier runs as Markdown."""
     chosen = files or sorted(RESULTS_DIR.glob("*.jsonl"))[-1:]
     if not chosen:
         raise typer.BadParameter(f"no results in {RESULTS_DIR} yet; give a file, or run first")
@@ -103,49 +90,137 @@ def compare(
 
 
 @app.command()
-def peers() -> None:
-    """Make the environments of the peers that need one of their own."""
-    _or_exit(make_environments)
+def report(
+    files: Annotated[list[Path] | None, typer.Argument(help="Default: all of docs/performance.")] = None,
+    target: Annotated[Path, typer.Option(help="The Markdown file; plots go into a folder of its name.")] = Path(
+        "docs/performance.md"
+    ),
+) -> None:
+    """Write docs/performance.md and its plots (extra [plot]) from JSON lines."""
+    chosen = files or sorted(PERFORMANCE_DIR.glob("*.jsonl"))
+    if not chosen:
+        raise typer.BadParameter(f"no *.jsonl in {PERFORMANCE_DIR}; run something with --output into it first")
+    write_report(read_records(chosen), target)
+    print(target)
 
 
 @app.command()
-def recovery(
+def paper(
+    write: Annotated[bool, typer.Option(help="Put the tables into docs/scaling.md.")] = False,
+) -> None:
+    """Print what meshes of 8 and 64 GPUs cost and can reach, by the functions behind shardray plan."""
+    if write:
+        SCALING_PAGE.write_text(with_tables(SCALING_PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for name, content in tables().items():
+        print(f"{name}\n\n{content}\n")
+
+
+@app.command()
+def peers(names: Annotated[list[str] | None, typer.Argument(help="Default: all of them.")] = None) -> None:
+    """Make the environments of the peers: each has one of its own."""
+    _or_exit(make_environments, names or ())
+
+
+@app.command(name="recovery")
+def _recovery(
     spares: Annotated[int, typer.Option(help="Warm spares.")] = 1,
     rounds: Annotated[int, typer.Option(help="Hosts that are killed.")] = 6,
-    model: Annotated[str, typer.Option(help="What shardray pull takes.")] = "smollm2-135m",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    threads: Annotated[int, typer.Option(help="Compute threads of each host.")] = 1,
+    model: Model = "smollm2-135m",
+    dtype: Dtype = "bfloat16",
+    threads: HostThreads = 1,
     peace: Annotated[float, typer.Option(help="Seconds without a fault before each kill.")] = 6.0,
-    output: Annotated[Path | None, typer.Option(help="Default: a new file in benchmarks/results.")] = None,
+    output: Output = None,
 ) -> None:
     """Kill hosts under a stream; print one JSON line a kill, then the table of where the time went on stderr."""
-    started = time.strftime("%Y%m%d-%H%M%S")
-    setup = RecoverySetup(model, dtype, spares, rounds, threads, peace)
-    emit = _emitter(output or RESULTS_DIR / f"{started}-recovery.jsonl", {"run_id": started, **vars(setup)})
-    print(f"\n{to_table(asyncio.run(_emit_all(measure(setup), emit)), spares)}", file=sys.stderr)
+    setup = recovery.RecoverySetup(model, dtype, spares, rounds, threads, peace)
+    emit = _own_emitter(output, "recovery", vars(setup))
+    found = asyncio.run(_collect(recovery.measure(setup), lambda one: emit(dataclasses.asdict(one))))
+    print(f"\n{recovery.to_table(found, spares)}", file=sys.stderr)
+
+
+@app.command(name="scaling")
+def _scaling(
+    shapes: Annotated[str, typer.Option(help="Tensor x pipeline, one after the other.")] = "1x1,2x1,1x2,1x1",
+    model: Model = "smollm2-135m",
+    dtype: Dtype = "bfloat16",
+    threads: HostThreads = 1,
+    output: Output = None,
+) -> None:
+    """Change the counts under a stream; print one JSON line a change, then the table of its pauses on stderr."""
+    setup = scaling.ScalingSetup(model, dtype, tuple(_or_exit(_shape, word) for word in shapes.split(",")), threads)
+    emit = _own_emitter(output, "scaling", {"model": model})
+    found = asyncio.run(_collect(scaling.measure(setup), lambda one: emit(dataclasses.asdict(one))))
+    print(f"\n{scaling.to_table(found)}", file=sys.stderr)
+
+
+@app.command(name="fleet")
+def _fleet(
+    model: Model = "smollm2-135m",
+    dtype: Dtype = "bfloat16",
+    threads: HostThreads = 1,
+    rounds: Annotated[int, typer.Option(help="Starts of each kind.")] = 3,
+    idle: Annotated[float, typer.Option(help="Seconds for which an idle fleet is watched.")] = 30.0,
+    output: Output = None,
+) -> None:
+    """Time from serve to the first token (Ray started with it, and running), idle processors, memory of hosts."""
+    setup = fleet.FleetSetup(model, dtype, threads, rounds, idle)
+    emit = _own_emitter(output, "fleet", {"model": model})
+    asyncio.run(_collect(fleet.measure_starts(setup), emit))
+    rest = asyncio.run(fleet.measure_rest(setup))
+    emit(rest)
+    print(f"\n{fleet.to_table([rest])}", file=sys.stderr)
 
 
 @app.command()
-def scaling(
-    shapes: Annotated[str, typer.Option(help="Tensor x pipeline, one after the other.")] = "1x1,2x1,1x2,1x1",
-    model: Annotated[str, typer.Option(help="What shardray pull takes.")] = "smollm2-135m",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    threads: Annotated[int, typer.Option(help="Compute threads of each host.")] = 1,
-    output: Annotated[Path | None, typer.Option(help="Default: a new file in benchmarks/results.")] = None,
+def driver(
+    window: Annotated[float, typer.Option(help="Seconds for which each point is watched.")] = 6.0,
+    output: Output = None,
 ) -> None:
-    """Change the counts under a stream; print one JSON line a change, then the table of its pauses on stderr."""
-    started = time.strftime("%Y%m%d-%H%M%S")
-    setup = ScalingSetup(model, dtype, tuple(_or_exit(_shape, word) for word in shapes.split(",")), threads)
-    emit = _emitter(output or RESULTS_DIR / f"{started}-scaling.jsonl", {"run_id": started, "model": model})
-    print(f"\n{scaling_table(asyncio.run(_emit_all(measure_scaling(setup), emit)))}", file=sys.stderr)
+    """What the driver costs for each token, against streams and replicas (that have no model)."""
+    found = asyncio.run(_collect(driver_load.measure(window), _own_emitter(output, "driver", {})))
+    print(f"\n{driver_load.to_table(found)}", file=sys.stderr)
 
 
-async def _emit_all(records: AsyncIterator[Record], emit: Any) -> list[Record]:
-    found = []
-    async for record in records:
-        emit(dataclasses.asdict(record))
+@app.command()
+def starts(
+    sizes: Annotated[str, typer.Option(help="Of random models, the smallest first.")] = ",".join(SIZES),
+    rounds: Annotated[int, typer.Option(help="Starts of each.")] = 2,
+    threads: HostThreads = 2,
+    quiet_timeout_s: Annotated[float, typer.Option(help="Longest wait for a quiet machine before a start.")] = 60.0,
+    output: Output = None,
+) -> None:
+    """Start-up against the size of the model."""
+    names = tuple(sizes.split(","))
+    if unknown := sorted(set(names) - set(SIZES)):
+        raise typer.BadParameter(f"unknown size {unknown[0]!r}; known: {', '.join(SIZES)}")
+    started = new_run_id()
+    setup = startup.StartupSetup(names, rounds, threads, quiet_timeout_s, RESULTS_DIR / "logs" / started)
+    emit, found = _own_emitter(output, "starts", {}), []
+    for record in startup.measure(setup):
+        emit(record)
         found.append(record)
+    print(f"\n{startup.to_table(found)}", file=sys.stderr)
+
+
+def _chosen(labels: Sequence[str], workloads: Sequence[str], suite: str) -> Suite:
+    if suite not in SUITES:
+        raise ValueError(f"--suite: unknown {suite!r}; known: {', '.join(SUITES)}")
+    if not labels and not workloads:
+        return SUITES[suite]
+    return chosen_suite(labels or ("shardray",), workloads or MAIN)
+
+
+async def _collect(source: AsyncIterator[T], tell: Callable[[Any], None]) -> list[T]:
+    found = []
+    async for one in source:
+        tell(one)
+        found.append(one)
     return found
+
+
+def _own_emitter(output: Path | None, name: str, common: dict[str, Any]) -> Emit:
+    started = new_run_id()
+    return emitter(output or RESULTS_DIR / f"{started}-{name}.jsonl", {"run_id": started, **common})
 
 
 def _shape(word: str) -> tuple[int, int]:
@@ -162,24 +237,6 @@ def _or_exit(work: Any, *arguments: Any) -> Any:
     except (ValueError, PeerError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
-
-
-def _use_cores(num_cores: int) -> None:
-    """Bind this process, and so all that it starts, to that many cores: every contestant gets the same ones."""
-    available = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, available[:num_cores])
-
-
-def _emitter(target: Path, common: dict[str, Any]) -> Any:
-    target.parent.mkdir(parents=True, exist_ok=True)
-
-    def emit(record: dict[str, Any]) -> None:
-        line = json.dumps(common | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | record)
-        print(line, flush=True)
-        with target.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-    return emit
 
 
 if __name__ == "__main__":

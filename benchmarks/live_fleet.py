@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import sys
 import time
 from collections import defaultdict
@@ -52,12 +53,15 @@ class EndlessStream:
 
 
 @contextlib.asynccontextmanager
-async def serving(settings: Mapping[str, Any]) -> AsyncIterator[tuple[str, Events]]:
-    """The address of a server on this machine, and what it tells."""
+async def serving(
+    settings: Mapping[str, Any], environment: Mapping[str, str] | None = None
+) -> AsyncIterator[tuple[str, Events]]:
+    """The address of a server on this machine, and what it tells. ``environment``: added to this process's."""
     words = [word for key, value in {**_SETTINGS, **settings}.items() for word in ("--set", f"{key}={value}")]
     server = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "shardray", "serve", "--json", *words, stdout=asyncio.subprocess.PIPE
-    )
+        sys.executable, "-m", "shardray", "serve", "--json", *words,
+        stdout=asyncio.subprocess.PIPE, env={**os.environ, **(environment or {})},
+    )  # fmt: skip
     events: defaultdict[str, asyncio.Queue[dict[str, Any]]] = defaultdict(asyncio.Queue)
     reading = asyncio.create_task(_read_events(server, events))
     try:

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from benchmarks.protocol import Trace
 
+GOOD_TTFT_S = 0.5
+GOOD_TPOT_S = 0.1  # the mean time between tokens of a request
+
 
 @dataclass(frozen=True)
 class PassFigures:
@@ -38,6 +41,41 @@ def pass_figures(traces: Sequence[Trace], num_prompt_tokens: int) -> PassFigures
         itl_p50_s=percentile(gaps_s, 50),
         itl_p99_s=percentile(gaps_s, 99),
     )
+
+
+def watched_figures(traces: Sequence[Trace], num_watched: int) -> dict[str, float]:
+    """Between tokens of the first ``num_watched`` streams: until the first of the others comes, and while these run."""
+    watched, others = traces[:num_watched], traces[num_watched:]
+    if not watched or not others:
+        return {}
+    from_s, until_s = min(one.submitted_s for one in others), max(one.token_times_s[-1] for one in others)
+    pairs = [pair for trace in watched for pair in itertools.pairwise(trace.token_times_s)]
+    before = [later - earlier for earlier, later in pairs if later <= from_s]
+    during = [later - earlier for earlier, later in pairs if later > from_s and earlier < until_s]
+    return {
+        "watched_itl_before_p50_s": percentile(before, 50),
+        "watched_itl_p50_s": percentile(during, 50),
+        "watched_itl_p99_s": percentile(during, 99),
+        "watched_itl_max_s": max(during, default=0.0),
+        "others_ttft_s": statistics.median(one.token_times_s[0] - one.submitted_s for one in others),
+    }
+
+
+def goodput_figures(traces: Sequence[Trace]) -> dict[str, float]:
+    """Requests that had their first token in time and their others in time on average (arXiv 2401.09670)."""
+    good = [trace for trace in traces if _is_good(trace)]
+    arriving_s = max(trace.submitted_s for trace in traces) - min(trace.submitted_s for trace in traces)
+    return {
+        "good_share": len(good) / len(traces),
+        "goodput_req_s": len(good) / arriving_s if arriving_s else 0.0,
+        "offered_req_s": len(traces) / arriving_s if arriving_s else 0.0,
+    }
+
+
+def _is_good(trace: Trace) -> bool:
+    times_s = trace.token_times_s
+    between_s = (times_s[-1] - times_s[0]) / max(1, len(times_s) - 1)
+    return times_s[0] - trace.submitted_s < GOOD_TTFT_S and between_s < GOOD_TPOT_S
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 from benchmarks.kinds import KINDS, Kind
+
+_CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
 
 
 class PeerError(RuntimeError):
@@ -19,12 +23,13 @@ def make_environment(kind: Kind) -> None:
         print(f"{kind.name}: {kind.environment_dir} is there", file=sys.stderr)
         return
     print(f"{kind.name}: installing {', '.join(kind.packages)} into {kind.environment_dir}", file=sys.stderr)
-    partial = kind.environment_dir.with_name(f"{kind.name}.partial")
+    partial = kind.environment_dir.with_name(f"{kind.environment_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         subprocess.run([sys.executable, "-m", "venv", partial], check=True)
-        # Built here, for this machine's instructions: a ready-made wheel would have to do without many of them.
-        subprocess.run([partial / "bin" / "pip", "install", "--quiet", *kind.packages], check=True)
+        # Some are built here, for this machine's instructions: a ready-made wheel has to do without many of them.
+        versions = ["-c", str(_CONSTRAINTS)] if kind.constraints else []
+        subprocess.run([partial / "bin" / "pip", "install", "--quiet", *versions, *kind.packages], check=True)
         partial.rename(kind.environment_dir)
     except subprocess.CalledProcessError as error:
         hint = "some are compiled here, which needs a C++ compiler; pip says above what is missing"
@@ -33,7 +38,10 @@ def make_environment(kind: Kind) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def make_environments() -> None:
-    for kind in KINDS.values():
-        if kind.packages:
-            make_environment(kind)
+def make_environments(names: Sequence[str] = ()) -> None:
+    """Of all peers, or of those named. Raises PeerError."""
+    peers = {kind.name: kind for kind in KINDS.values() if kind.is_peer}
+    if unknown := sorted(set(names) - set(peers)):
+        raise PeerError(f"{unknown[0]!r} is no peer; known: {', '.join(peers)}")
+    for name in names or peers:
+        make_environment(peers[name])

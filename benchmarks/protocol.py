@@ -12,10 +12,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Request:
-    """One greedy generation of exactly ``max_tokens`` tokens; an end-of-sequence id does not end it."""
+    """One greedy generation of exactly ``max_tokens`` tokens; an end-of-sequence id does not end it.
+
+    It is handed over ``arrival_s`` after its pass began, whatever has become of the others by then.
+    """
 
     prompt_ids: list[int]
     max_tokens: int
+    arrival_s: float = 0.0
 
     @property
     def total_len(self) -> int:
@@ -24,7 +28,7 @@ class Request:
 
 @dataclass
 class Trace:
-    """What became of one request: when it was handed over, and each token with the time the caller had it."""
+    """What became of one request: when it was due, and each token with the time the caller had it."""
 
     submitted_s: float
     token_ids: list[int] = field(default_factory=list)
@@ -44,6 +48,8 @@ class Setup:
     num_threads: int
     spawned_s: float
     first: Request
+    max_num_seqs: int = 64  # the most requests that it will be handed at once
+    max_model_len: int = 2048  # tokens of the longest of them, its output included
     options: dict[str, str] = field(default_factory=dict)
 
 
@@ -57,7 +63,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Run:
-    """Serve all of ``requests``, handed over at once, ``num_passes`` times after a short warm-up in the same shapes."""
+    """Serve all of ``requests`` ``num_passes`` times, after a short warm-up in the same shapes with other tokens."""
 
     requests: list[Request]
     num_passes: int

@@ -69,7 +69,8 @@ class Worker:
     def _failure(self, what: str) -> ContestantError:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
-        return ContestantError(f"{self._label} {what}: {lines[-1] if lines else 'it wrote nothing'} ({self._log.name})")
+        log = os.path.relpath(self._log.name, REPOSITORY)
+        return ContestantError(f"{self._label} {what}: {lines[-1] if lines else 'it wrote nothing'} ({log})")
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from shardray.runtime.engine.request import EngineStats
 
-MAX_NUM_SEQS = 64  # the largest number of requests that a workload hands over at once
 KV_MEMORY_BYTES = 1536 << 20  # holds every workload of smollm2-135m at once; other engines get as much as they ask for
 
 

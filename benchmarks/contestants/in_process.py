@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any
 
 from benchmarks.contestants.base import main, now_s
-from benchmarks.contestants.engine_figures import KV_MEMORY_BYTES, MAX_NUM_SEQS, figures
+from benchmarks.contestants.engine_figures import KV_MEMORY_BYTES, figures
 from benchmarks.protocol import Request, Setup, Trace
 from shardray.runtime.engine.llm import LLM
 from shardray.runtime.engine.request import SamplingParams
@@ -23,22 +24,23 @@ class InProcess:
             dtype=setup.dtype,
             tensor_parallel_size=int(setup.options.get("tp", 1)),
             pipeline_parallel_size=int(setup.options.get("pp", 1)),
-            max_num_seqs=MAX_NUM_SEQS,
+            max_num_seqs=setup.max_num_seqs,
             kv_memory_bytes=KV_MEMORY_BYTES,
             num_threads=setup.num_threads,
         )
-        self._readers = ThreadPoolExecutor(MAX_NUM_SEQS)
+        self._readers = ThreadPoolExecutor(setup.max_num_seqs)
 
     def prepare(self, requests: list[Request]) -> None:
         """Nothing: batches form as requests come."""
 
     def serve(self, requests: list[Request]) -> list[Trace]:
-        traces, readers = [], []
-        for request in requests:
-            trace = Trace(now_s())
+        began_s = now_s()
+        traces = [Trace(began_s + request.arrival_s) for request in requests]
+        readers = []
+        for request, trace in sorted(zip(requests, traces, strict=True), key=lambda pair: pair[0].arrival_s):
+            time.sleep(max(0.0, trace.submitted_s - now_s()))
             params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=request.max_tokens)
             readers.append(self._readers.submit(_read, self._llm.stream(request.prompt_ids, params), trace))
-            traces.append(trace)
         for reader in readers:
             reader.result()
         return traces

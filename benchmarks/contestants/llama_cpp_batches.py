@@ -14,10 +14,11 @@ from typing import Any
 
 import llama_cpp
 
-from benchmarks.contestants.base import main, now_s
+from benchmarks.contestants.base import main
+from benchmarks.contestants.stepping import serve_by_steps
 from benchmarks.protocol import Request, Setup, Trace
 
-MAX_NUM_SEQS = 64
+MAX_NUM_SEQS = 256  # of llama.cpp's own
 _BATCH_TOKENS = 2048  # llama.cpp's default
 _LEN_STEP = 256  # llama.cpp rounds the length of a sequence up to this
 _LOG_LEVEL_ERROR = 3  # of ggml; the package does not export it
@@ -41,6 +42,9 @@ class LlamaCpp:
         self._batch = llama_cpp.llama_batch_init(_BATCH_TOKENS, 0, 1)
         self._context: Any = None
         self._shape = (0, 0)
+        self._waiting: deque[_Sequence] = deque()
+        self._running: dict[int, _Sequence] = {}
+        self._free_ids: list[int] = []
         self._open([setup.first])
         self.details: dict[str, Any] = {
             "versions": {"llama-cpp-python": version("llama-cpp-python")},
@@ -51,21 +55,24 @@ class LlamaCpp:
         self._open(requests)
 
     def serve(self, requests: list[Request]) -> list[Trace]:
-        submitted_s = now_s()
-        sequences = [_Sequence(request, Trace(submitted_s)) for request in requests]
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), False)
+        self._waiting, self._running = deque(), {}
+        self._free_ids = list(range(self._shape[0]))
+        return serve_by_steps(self, requests)
+
+    def add(self, index: int, request: Request) -> None:
+        self._waiting.append(_Sequence(index, request))
+
+    def step(self) -> list[tuple[int, list[int]]]:
+        while self._waiting and self._free_ids:
+            self._running[self._free_ids.pop()] = self._waiting.popleft()
+        tokens = self._compute(self._running)
         memory = llama_cpp.llama_get_memory(self._context)
-        llama_cpp.llama_memory_clear(memory, False)
-        waiting, free_ids = deque(sequences), list(range(self._shape[0]))
-        running: dict[int, _Sequence] = {}
-        while waiting or running:
-            while waiting and free_ids:
-                running[free_ids.pop()] = waiting.popleft()
-            self._step(running)
-            for seq_id in [seq_id for seq_id, sequence in running.items() if sequence.ended]:
-                del running[seq_id]
-                free_ids.append(seq_id)
-                llama_cpp.llama_memory_seq_rm(memory, seq_id, -1, -1)
-        return [sequence.trace for sequence in sequences]
+        for seq_id in [seq_id for seq_id, sequence in self._running.items() if not sequence.num_left]:
+            del self._running[seq_id]
+            self._free_ids.append(seq_id)
+            llama_cpp.llama_memory_seq_rm(memory, seq_id, -1, -1)
+        return tokens
 
     def sample(self) -> dict[str, float]:
         return {}
@@ -95,7 +102,7 @@ class LlamaCpp:
             raise RuntimeError(f"llama.cpp cannot open a context of {shape[0]} sequences of {shape[1]} tokens")
         self._shape = shape
 
-    def _step(self, running: dict[int, _Sequence]) -> None:
+    def _compute(self, running: dict[int, _Sequence]) -> list[tuple[int, list[int]]]:
         """One token more for each sequence whose prompt is through, and as many prompt tokens as fit beside them."""
         batch = self._batch
         batch.n_tokens = 0
@@ -110,10 +117,13 @@ class LlamaCpp:
                 sampling.append((batch.n_tokens - 1, sequence))
         if (code := llama_cpp.llama_decode(self._context, batch)) != 0:
             raise RuntimeError(f"llama_decode failed with code {code}")
+        tokens = []
         for place, sequence in sampling:
             token_id = llama_cpp.llama_sampler_sample(self._sampler, self._context, place)
-            sequence.trace.add([token_id], now_s())
             sequence.pending.append(token_id)
+            sequence.num_left -= 1
+            tokens.append((sequence.index, [token_id]))
+        return tokens
 
     def _add(self, token_id: int, position: int, seq_id: int) -> None:
         batch, place = self._batch, self._batch.n_tokens
@@ -128,15 +138,11 @@ class LlamaCpp:
 class _Sequence:
     """A request, and the tokens that llama.cpp has yet to see of it: prompt tokens, then the one sampled last."""
 
-    def __init__(self, request: Request, trace: Trace) -> None:
-        self.trace = trace
+    def __init__(self, index: int, request: Request) -> None:
+        self.index = index
         self.pending = deque(request.prompt_ids)
         self.num_done = 0
-        self._max_tokens = request.max_tokens
-
-    @property
-    def ended(self) -> bool:
-        return len(self.trace.token_ids) == self._max_tokens
+        self.num_left = request.max_tokens
 
 
 def _only_errors(level: int, text: bytes, _: Any) -> None:

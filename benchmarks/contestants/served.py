@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from benchmarks.contestants.base import main, now_s
-from benchmarks.contestants.engine_figures import KV_MEMORY_BYTES, MAX_NUM_SEQS, figures
+from benchmarks.contestants.engine_figures import KV_MEMORY_BYTES, figures
 from benchmarks.protocol import Request, Setup, Trace
 from shardray.runtime.client import AsyncClient, Client
 from shardray.runtime.engine.request import EngineStats
@@ -58,10 +58,13 @@ class Served:
         self._stop_server()
 
     async def _serve(self, requests: list[Request]) -> list[Trace]:
-        return await asyncio.gather(*(self._stream(request) for request in requests))
+        began_s = now_s()
+        return await asyncio.gather(*(self._stream(request, began_s) for request in requests))
 
-    async def _stream(self, request: Request) -> Trace:
-        trace = Trace(now_s())
+    async def _stream(self, request: Request, began_s: float) -> Trace:
+        trace = Trace(began_s + request.arrival_s)
+        if request.arrival_s:
+            await asyncio.sleep(trace.submitted_s - now_s())
         deltas = self._client.stream(
             request.prompt_ids, max_tokens=request.max_tokens, temperature=0.0, ignore_eos=True
         )
@@ -99,7 +102,7 @@ def _settings(setup: Setup) -> list[str]:
         "parallel.pipeline_parallel_size": setup.options.get("pp", "1"),
         "engine.device": "cpu",
         "engine.threads_per_host": setup.num_threads,
-        "engine.max_num_seqs": MAX_NUM_SEQS,
+        "engine.max_num_seqs": setup.max_num_seqs,
         "engine.kv_memory_bytes": KV_MEMORY_BYTES,
         "grpc.listen": "127.0.0.1:0",
     }
