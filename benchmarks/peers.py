@@ -28,14 +28,22 @@ def make_environment(kind: Kind) -> None:
     try:
         subprocess.run([sys.executable, "-m", "venv", partial], check=True)
         # Some are built here, for this machine's instructions: a ready-made wheel has to do without many of them.
-        versions = ["-c", str(_CONSTRAINTS)] if kind.constraints else []
-        subprocess.run([partial / "bin" / "pip", "install", "--quiet", *versions, *kind.packages], check=True)
+        pip = [partial / "bin" / "python", "-m", "pip"]
+        subprocess.run([*pip, "install", "--quiet", *kind.packages, *_pins(kind)], check=True)
+        if kind.without:
+            subprocess.run([*pip, "uninstall", "--quiet", "--yes", *kind.without], check=True)
         partial.rename(kind.environment_dir)
     except subprocess.CalledProcessError as error:
         hint = "some are compiled here, which needs a C++ compiler; pip says above what is missing"
         raise PeerError(f"{kind.name}: could not install {', '.join(kind.packages)} ({hint})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _pins(kind: Kind) -> list[str]:
+    """``name==version``, as in constraints.txt."""
+    lines = _CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.partition("==")[0] in kind.pinned]
 
 
 def make_environments(names: Sequence[str] = ()) -> None:

@@ -35,7 +35,7 @@ def main(num_cpus: int) -> None:
     cluster = Cluster(initialize_head=True, head_node_args=options)
     print(f"address {cluster.address}", flush=True)
     sys.stdin.read()
-    cluster.shutdown()
+    cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

@@ -188,4 +188,4 @@ def _by(records: Sequence[Record], field: str) -> dict[str, list[Record]]:
 
 
 def _median(records: Sequence[Record], name: str) -> float:
-    return statistics.median(record[name] for record in records)
+    return float(statistics.median(record[name] for record in records))

@@ -8,16 +8,21 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-from optimum.exporters.openvino import export_from_model
-from transformers import AutoModelForCausalLM
+from optimum.exporters.openvino import main_export
+from optimum.intel import OVConfig
 
 
 def export(model_dir: Path, dtype: str, target: Path) -> None:
     """The folder is there in the end or not at all."""
-    partial = target.with_suffix(".partial")
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
-    export_from_model(model, output=partial, task="text-generation-with-past", stateful=True)
+    partial = target.with_name(f"{target.name}.partial")
+    main_export(
+        str(model_dir),
+        output=partial,
+        task="text-generation-with-past",
+        convert_tokenizer=True,
+        ov_config=OVConfig(dtype="auto"),  # or a large model would be cut to 8 bits
+        model_loading_kwargs={"torch_dtype": dtype},
+    )
     partial.rename(target)
 
 
