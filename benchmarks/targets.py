@@ -38,7 +38,7 @@ class Ratio:
 
     def read(self, records: Sequence[Record]) -> Reading:
         """A ratio for each round in which the contestant and its strongest rival took part."""
-        mine = [one for one in records if one.get("workload") == self.workload]
+        mine = [one for one in records if one["kind"] == "run" and one["workload"] == self.workload]
         by_rival = {label: _values(mine, label, self.metric) for label in self._rivals(mine)}
         if not by_rival:
             return Reading([])
