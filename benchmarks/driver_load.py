@@ -8,13 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 from benchmarks import processes
 from benchmarks.machine import BUSY_CORES, OthersMeter
-from shardray.runtime.client import AsyncClient
+from benchmarks.stub_clients import MAX_STREAMS
 
 Record = dict[str, Any]
 NUM_STREAMS = (1, 8, 64, 256, 1000, 2000)  # with one replica
@@ -22,8 +21,7 @@ NUM_REPLICAS = (1, 2, 4, 8)
 STREAMS_OF_REPLICAS = 256  # in all of them together
 _TOKENS_PER_S = 2000.0
 _MIN_STEP_S = 0.005
-_MAX_TOKENS = 400
-_PROMPT = tuple(range(10, 30))
+_START_TIMEOUT_S = 60.0
 
 
 async def measure(window_s: float) -> AsyncIterator[Record]:
@@ -35,65 +33,66 @@ async def measure(window_s: float) -> AsyncIterator[Record]:
 
 
 async def measure_point(num_streams: int, num_replicas: int, window_s: float) -> Record:
+    """Raises RuntimeError for a part that ended, TimeoutError if not every stream gets tokens."""
     step_s = max(_MIN_STEP_S, num_streams / _TOKENS_PER_S)
-    async with _stub_fleet(num_replicas, -(-num_streams // num_replicas), step_s) as (address, pid):
-        async with AsyncClient(address, timeout_s=600) as client:
-            counts = [0] * num_streams
-            streams = [asyncio.create_task(_read(client, counts, index)) for index in range(num_streams)]
-            try:
-                await _until_all_run(counts, streams)
-                figures = await _watch(pid, counts, window_s)
-            finally:
-                for stream in streams:
-                    stream.cancel()
-                await asyncio.gather(*streams, return_exceptions=True)
+    places = -(-num_streams // num_replicas)
+    async with contextlib.AsyncExitStack() as stack:
+        fleet = await stack.enter_async_context(_started("stub_fleet", num_replicas, places, step_s))
+        address = (await _line(fleet)).split()[1]
+        clients = []
+        for first in range(0, num_streams, MAX_STREAMS):
+            own = min(MAX_STREAMS, num_streams - first)
+            clients.append(await stack.enter_async_context(_started("stub_clients", address, own)))
+        async with asyncio.timeout(_START_TIMEOUT_S):
+            while sum([(await _tally(client))[2] for client in clients]) < num_streams:
+                pass
+        figures = await _watch(fleet.pid, clients, window_s)
     return {"kind": "driver", "num_streams": num_streams, "num_replicas": num_replicas, "step_s": step_s, **figures}
 
 
-async def _watch(pid: int, counts: list[int], window_s: float) -> Record:
-    meter, began_s, cpu_s, num_tokens = OthersMeter(), time.perf_counter(), processes.cpu_seconds([pid]), sum(counts)
-    await asyncio.sleep(window_s)
-    took_s, got = time.perf_counter() - began_s, sum(counts) - num_tokens
-    driver_s = processes.cpu_seconds([pid]) - cpu_s
+async def _watch(pid: int, clients: list[asyncio.subprocess.Process], window_s: float) -> Record:
+    """``driver_cores`` is of the process of driver and server."""
+    meter, cpu_s = OthersMeter(), processes.cpu_seconds([pid])
+    before = [await _tally(client) for client in clients]
+    after = before
+    while after[0][0] - before[0][0] < window_s:  # each process tells several times a second
+        after = [await _tally(client) for client in clients]
+    driver_s, took_s = processes.cpu_seconds([pid]) - cpu_s, after[0][0] - before[0][0]
+    num_tokens = sum(late[1] - early[1] for early, late in zip(before, after, strict=True))
     return {
-        "tokens_per_s": got / took_s,
+        "tokens_per_s": num_tokens / took_s,
         "driver_cores": driver_s / took_s,
-        "driver_cpu_s_per_token": driver_s / max(1, got),
+        "driver_cpu_s_per_token": driver_s / max(1.0, num_tokens),
         "busy": meter.cores() > BUSY_CORES,
     }
 
 
-async def _read(client: AsyncClient, counts: list[int], index: int) -> None:
-    while True:
-        async for delta in client.stream(_PROMPT, max_tokens=_MAX_TOKENS, temperature=0.0, ignore_eos=True):
-            counts[index] += len(delta.token_ids)
+async def _tally(client: asyncio.subprocess.Process) -> tuple[float, float, float]:
+    """When, tokens so far, streams that have had some."""
+    when_s, num_tokens, num_streams = map(float, (await _line(client)).split())
+    return when_s, num_tokens, num_streams
 
 
-async def _until_all_run(counts: list[int], streams: list[asyncio.Task[None]]) -> None:
-    while not all(counts):
-        for stream in streams:
-            if stream.done():
-                stream.result()
-        await asyncio.sleep(0.1)
+async def _line(process: asyncio.subprocess.Process) -> str:
+    assert process.stdout is not None
+    if not (line := await process.stdout.readline()):
+        raise RuntimeError(f"a part of the driver's benchmark ended with code {await process.wait()}")
+    return line.decode()
 
 
 @contextlib.asynccontextmanager
-async def _stub_fleet(num_replicas: int, max_num_seqs: int, step_s: float) -> AsyncIterator[tuple[str, int]]:
-    words = [str(num_replicas), str(max_num_seqs), str(step_s)]
-    server = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "benchmarks.stub_fleet", *words,
+async def _started(module: str, *words: object) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A module of the benchmarks in a process that ends when its input does."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", f"benchmarks.{module}", *map(str, words),
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    assert server.stdin is not None
-    assert server.stdout is not None
+    assert process.stdin is not None
     try:
-        line = (await server.stdout.readline()).decode()
-        if not line.startswith("address "):
-            raise RuntimeError("the stub fleet ended before it served")
-        yield line.split()[1], server.pid
+        yield process
     finally:
-        server.stdin.close()
-        await server.wait()
+        process.stdin.close()
+        await process.communicate()
 
 
 def to_table(records: list[Record]) -> str:

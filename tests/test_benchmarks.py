@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import processes
-from benchmarks.compare import round_ratios, to_markdown
+from benchmarks.compare import to_markdown
 from benchmarks.gguf_writing import gguf_of
 from benchmarks.kinds import KINDS, parse_label
 from benchmarks.machine import BUSY_CORES, OthersMeter
 from benchmarks.metrics import agreement, pass_figures, percentile
 from benchmarks.protocol import Trace
-from benchmarks.targets import TARGETS
-from benchmarks.workloads import WORKLOADS, make_workload
+from benchmarks.targets import Ratio
+from benchmarks.workloads import MAIN, make_workload
 from shardray.runtime.model.gguf_file import GgufFile
 from tests.tiny_models import LLAMA, save_llama
 
@@ -44,11 +44,20 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("tiny"), num_hidden_layers=2)
 
 
-def run_bench(model_folder: Path, output: Path, *labels: str, rounds: int = 1) -> tuple[int, list[dict[str, Any]]]:
+def run_bench(
+    model_folder: Path,
+    output: Path,
+    *labels: str,
+    rounds: int = 1,
+    workloads: tuple[str, ...] = MAIN,
+    judge: bool = False,
+) -> tuple[int, list[dict[str, Any]]]:
     """Exit code, and the records that it printed; the file has to hold the same ones."""
     command = [sys.executable, "-m", "benchmarks", "run", "--model", str(model_folder), "--dtype", "float32"]
     size = ["--scale", "0.1", "--threads", "1", "--rounds", str(rounds), "--quiet-timeout-s", "0"]
     chosen = [argument for label in labels for argument in ("--contestant", label)]
+    chosen += [argument for name in workloads for argument in ("--workload", name)]
+    chosen += ["--judge" if judge else "--no-judge"]
     done = subprocess.run(
         [*command, *size, *chosen, "--output", str(output)], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
@@ -58,7 +67,7 @@ def run_bench(model_folder: Path, output: Path, *labels: str, rounds: int = 1) -
 
 def check_records(records: list[dict[str, Any]], labels: list[str]) -> None:
     assert [(record["contestant"], record["workload"]) for record in records] == [
-        (label, workload) for label in labels for workload in WORKLOADS
+        (label, workload) for label in labels for workload in MAIN
     ]
     for record in records:
         assert all(record[name] > 0 for name in RATES), record
@@ -73,7 +82,7 @@ def test_every_run_is_one_json_line_and_contestants_take_turns(model_folder: Pat
     check_records(records, ["shardray", "transformers"] * 2)
     assert [record["round"] for record in records] == [0] * 6 + [1] * 6
     assert code == 0
-    assert to_markdown(records, allow_busy=True).count("| shardray | 1 | 2 |") == len(WORKLOADS)
+    assert to_markdown(records, allow_busy=True).count("| shardray | 1 | 2 |") == len(MAIN)
 
 
 @pytest.mark.integration
@@ -91,7 +100,7 @@ def test_a_served_mesh_of_two_ranks_gives_the_same_tokens_as_the_engine_in_proce
 def test_llama_cpp_gives_the_same_tokens_from_the_file_written_for_it(model_folder: Path, tmp_path: Path) -> None:
     _, records = run_bench(model_folder, tmp_path / "out.jsonl", "shardray", "llama.cpp")
     agreed = [record["agreement"] for record in records if record["contestant"] == "llama.cpp"]
-    assert len(agreed) == len(WORKLOADS)
+    assert len(agreed) == len(MAIN)
     assert all(item["mean_common_prefix"] > 6 for item in agreed)  # its keys and values are float16
 
 
@@ -101,7 +110,7 @@ def test_a_contestant_that_fails_is_a_record_with_the_reason(model_folder: Path,
     assert "transformers:cache=none is unknown; give dynamic or static" in records[0]["error"]
 
 
-@pytest.mark.parametrize("label", ["vllm", "served:dp=2", "served:tp"])
+@pytest.mark.parametrize("label", ["sglang", "served:dp=2", "served:tp"])
 def test_a_label_that_names_nothing_is_refused(label: str) -> None:
     with pytest.raises(ValueError, match=label):
         parse_label(label)
@@ -140,19 +149,28 @@ def test_agreement_counts_whole_answers_and_common_beginnings() -> None:
     assert agreement(own, other) == {"identical_share": 0.5, "mean_common_prefix": 2.0}
 
 
-def test_a_ratio_compares_within_a_round_and_with_the_better_peer() -> None:
-    target = next(target for target in TARGETS if target.workload == "concurrent" and len(target.rivals) == 2)
-    rates = {"shardray": 600.0, "transformers": 300.0, "llama.cpp": 150.0}
+def test_a_ratio_compares_within_a_round_and_with_the_best_peer() -> None:
+    target = Ratio("", "concurrent", "output_tok_s", "shardray", (), 1.4)
+    rates = {"shardray": 600.0, "transformers": 300.0, "llama.cpp": 150.0, "served": 590.0}
     records = [_record(label, rate, round_number=0) for label, rate in rates.items()]
     alone = _record("shardray", 900.0, round_number=1)
-    assert round_ratios(target, [*records, alone]) == [2.0]
+    assert target.read([*records, alone]).values == [2.0]
     variant = _record("llama.cpp:dtype=float16", 400.0)
-    assert round_ratios(target, [*records, variant]) == [1.5]
+    reading = target.read([*records, variant])
+    assert (reading.values, reading.rival) == ([1.5], "llama.cpp:dtype=float16")
+
+
+def test_a_round_without_the_strongest_rival_gives_no_ratio() -> None:
+    target = Ratio("", "concurrent", "output_tok_s", "shardray", (), 1.4)
+    rounds = [{"shardray": 600.0, "vllm": 500.0, "llama.cpp": 100.0}, {"shardray": 600.0, "llama.cpp": 100.0}]
+    records = [_record(label, rate, number) for number, rates in enumerate(rounds) for label, rate in rates.items()]
+    assert target.read(records).values == [1.2]
 
 
 def test_time_to_first_token_is_better_when_lower() -> None:
-    target = next(target for target in TARGETS if target.lower_is_better)
-    assert target.ratio(0.05, [0.1, 0.2]) == 2.0
+    target = Ratio("", "concurrent", "output_tok_s", "shardray", ("served", "transformers"), 1.0, lower_is_better=True)
+    records = [_record("shardray", 0.05), _record("served", 0.2), _record("transformers", 0.1), _record("vllm", 0.01)]
+    assert target.read(records).values == [2.0]
 
 
 def test_no_ratio_comes_from_a_busy_machine() -> None:
@@ -165,8 +183,9 @@ def test_no_ratio_comes_from_a_busy_machine() -> None:
 
 def _record(label: str, rate: float, round_number: int = 0, busy: bool = False) -> dict[str, Any]:
     figures = ("ttft_s", "itl_p50_s", "itl_p99_s", "startup_s", "peak_rss_bytes", "cpu_s_per_token", "decode_tok_s")
-    machine = {"cpu": "", "num_cores": 2, "read_bytes_per_s": 1e9, "bf16_flop_per_s": 1e9, "floor_tok_s": 1.0}
+    machine = {"cpu": "processor", "num_cores": 2, "read_bytes_per_s": 1e9, "bf16_flop_per_s": 1e9, "floor_tok_s": 1.0}
     return dict.fromkeys(figures, 7.0) | {
+        "kind": "run", "is_peer": label not in ("shardray", "served"), "time": "2026-11-23T04:00:00+0000",
         "contestant": label, "workload": "concurrent", "round": round_number, "output_tok_s": rate, "busy": busy,
         "startup_busy": False, "engine": {}, "num_threads": 2, "agreement": {"identical_share": 1.0},
         "model": "m", "dtype": "bfloat16", "machine": machine,
