@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/installed
 
-.PHONY: help demo test test-all test-gpu chaos lint format proto bench bench-peers ci clean
+.PHONY: help demo test test-all test-gpu chaos lint format proto bench bench-all bench-peers ci clean
 
 help:
 	@echo "make demo      fetch a small model, serve it from two hosts on this machine, ask it a question"
@@ -14,8 +14,9 @@ help:
 	@echo "make lint      ruff, mypy, buf, freshness of the generated code"
 	@echo "make format    ruff format and the fixes that are safe"
 	@echo "make proto     generate proto/shardray/v1/*_pb2* again"
-	@echo "make bench     the benchmarks, one JSON line a run"
-	@echo "make bench-peers  an environment for each peer that needs its own (llama.cpp: compiles)"
+	@echo "make bench     shardray beside its peers, and the table of targets (half an hour)"
+	@echo "make bench-all everything of docs/performance.md, and the page itself (an hour)"
+	@echo "make bench-peers  an environment for each peer (llama.cpp: compiles)"
 	@echo "make ci        everything that continuous integration runs"
 
 # A torch that the machine already has (a CUDA build, say) is kept; otherwise constraints.txt names the version.
@@ -67,6 +68,9 @@ proto: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks run
+
+bench-all: $(READY)
+	$(BIN)/python -m benchmarks all
 
 bench-peers: $(READY)
 	$(BIN)/python -m benchmarks peers

@@ -14,6 +14,7 @@ import typer
 from benchmarks import driver_load, fleet, recovery, scaling, startup
 from benchmarks.compare import read_records, to_markdown
 from benchmarks.emitting import RESULTS_DIR, Emit, emitter, new_run_id
+from benchmarks.everything import PARTS, run_parts
 from benchmarks.kinds import KINDS
 from benchmarks.paper import SCALING_PAGE, tables, with_tables
 from benchmarks.peers import PeerError, make_environments
@@ -92,9 +93,9 @@ def compare(
 @app.command()
 def report(
     files: Annotated[list[Path] | None, typer.Argument(help="Default: all of docs/performance.")] = None,
-    target: Annotated[Path, typer.Option(help="The Markdown file; plots go into a folder of its name.")] = Path(
-        "docs/performance.md"
-    ),
+    target: Annotated[
+        Path, typer.Option(help="The Markdown file; plots go into a folder of its name.")
+    ] = PERFORMANCE_DIR.with_suffix(".md"),
 ) -> None:
     """Write docs/performance.md and its plots (extra [plot]) from JSON lines."""
     chosen = files or sorted(PERFORMANCE_DIR.glob("*.jsonl"))
@@ -102,6 +103,18 @@ def report(
         raise typer.BadParameter(f"no *.jsonl in {PERFORMANCE_DIR}; run something with --output into it first")
     write_report(read_records(chosen), target)
     print(target)
+
+
+@app.command(name="all")
+def _all(
+    parts: Annotated[list[str] | None, typer.Option("--part", help=f"Of {', '.join(PARTS)}; repeat.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Default: today's file in docs/performance.")] = None,
+) -> None:
+    """Measure everything of docs/performance.md one after the other, then write the page."""
+    target = output or PERFORMANCE_DIR / f"{new_run_id()[:8]}.jsonl"
+    succeeded = _or_exit(run_parts, parts or (), target.resolve())
+    report(None if output is None else [target])
+    raise typer.Exit(0 if succeeded else 1)
 
 
 @app.command()

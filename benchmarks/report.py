@@ -118,7 +118,7 @@ def _growth(records: Sequence[Record], folder: Path) -> list[str]:
         if runs := _runs(records, prefix):
             series = plots.median_series(runs, "contestant", plots.number_of, "itl_p50_s", 1e3)
             plots.draw_lines(folder / file, series, x_label, "decode step, ms", log_x=True)
-            blocks += [f"### {x_label.capitalize()}", _image(folder, file, x_label), _step_table(series, x_label)]
+            blocks += [f"### {x_label.capitalize()}", _image(folder, file, "decode step"), _step_table(series, x_label)]
     if waste := [one for one in _of_kind(records, "run") if "kv_waste" in one["engine"] and not one["is_peer"]]:
         rows = [["workload", "pages in use that hold no token"]]
         for name, own in _by(waste, "workload").items():

@@ -62,7 +62,7 @@ def main(load: Callable[[Setup], Contestant]) -> None:
 
 def _run(contestant: Contestant, run: Run) -> Ran:
     contestant.prepare(run.requests)
-    contestant.serve(_warm_up(run))
+    contestant.serve(warm_up(run))
     gc.collect()
     cpu_s = processes.cpu_seconds(processes.process_tree(os.getpid()))
     with _sampling(contestant) as samples:
@@ -77,7 +77,7 @@ def _run(contestant: Contestant, run: Run) -> Ran:
     )
 
 
-def _warm_up(run: Run) -> list[Request]:
+def warm_up(run: Run) -> list[Request]:
     """The same shapes all at once, read backwards: what is kept of these prompts helps none of those that count."""
     requests = run.requests
     if any(item.arrival_s for item in requests):
