@@ -19,7 +19,7 @@ from benchmarks.kinds import KINDS
 from benchmarks.paper import SCALING_PAGE, tables, with_tables
 from benchmarks.peers import PeerError, make_environments
 from benchmarks.random_models import SIZES
-from benchmarks.report import PERFORMANCE_DIR, write_report
+from benchmarks.report import PERFORMANCE_DIR, PERFORMANCE_PAGE, write_report
 from benchmarks.side_by_side import RunSetup, chosen_suite, run_suite
 from benchmarks.suites import SUITES, Suite
 from benchmarks.workloads import MAIN, WORKLOADS
@@ -51,7 +51,7 @@ def run(
         typer.Option("--contestant", "-c", help=f"KIND[:KEY=VALUE,...] of {', '.join(KINDS)}."),
     ] = None,
     workloads: Annotated[
-        list[str] | None, typer.Option("--workload", "-w", help=f"One of {', '.join(WORKLOADS)}; repeat.")
+        list[str] | None, typer.Option("--workload", "-w", help=f"Of {', '.join(WORKLOADS)}; repeat.")
     ] = None,
     suite: Annotated[str, typer.Option(help=f"Without -c and -w: {', '.join(SUITES)}.")] = "targets",
     model: Model = "smollm2-135m",
@@ -95,7 +95,7 @@ def report(
     files: Annotated[list[Path] | None, typer.Argument(help="Default: all of docs/performance.")] = None,
     target: Annotated[
         Path, typer.Option(help="The Markdown file; plots go into a folder of its name.")
-    ] = PERFORMANCE_DIR.with_suffix(".md"),
+    ] = PERFORMANCE_PAGE,
 ) -> None:
     """Write docs/performance.md and its plots (extra [plot]) from JSON lines."""
     chosen = files or sorted(PERFORMANCE_DIR.glob("*.jsonl"))
@@ -220,7 +220,8 @@ def _chosen(labels: Sequence[str], workloads: Sequence[str], suite: str) -> Suit
         raise ValueError(f"--suite: unknown {suite!r}; known: {', '.join(SUITES)}")
     if not labels and not workloads:
         return SUITES[suite]
-    return chosen_suite(labels or ("shardray",), workloads or MAIN)
+    everyone = [label for those, _ in SUITES["targets"].tasks for label in those]
+    return chosen_suite(labels or everyone, workloads or MAIN)
 
 
 async def _collect(source: AsyncIterator[T], tell: Callable[[Any], None]) -> list[T]:

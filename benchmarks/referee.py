@@ -84,7 +84,8 @@ def _evenly(pairs: Sequence[tuple[Request, Trace]], most: int) -> list[tuple[Req
     return [pairs[int(number * step)] for number in range(min(most, len(pairs)))]
 
 
-def _measure(job: dict[str, Any]) -> Iterator[list[float]]:
+def measure(job: dict[str, Any]) -> Iterator[list[float]]:
+    """What ``gaps`` asks its process for: model_dir, num_threads, sequences of prompt and output."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -99,5 +100,5 @@ def _measure(job: dict[str, Any]) -> Iterator[list[float]]:
 
 
 if __name__ == "__main__":
-    for gaps_of_one in _measure(json.loads(sys.stdin.read())):
+    for gaps_of_one in measure(json.loads(sys.stdin.read())):
         print(json.dumps(gaps_of_one), flush=True)

@@ -11,6 +11,7 @@ from benchmarks.compare import Record, figures_table, machine_line, omissions, q
 from benchmarks.metrics import GOOD_TPOT_S, GOOD_TTFT_S
 
 PERFORMANCE_DIR = Path(__file__).parent.parent / "docs" / "performance"
+PERFORMANCE_PAGE = PERFORMANCE_DIR.with_suffix(".md")
 _NOTES = "unmet.md"  # by hand: what explains the targets that are not reached
 _HEAD = """# Performance
 

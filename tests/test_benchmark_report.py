@@ -14,7 +14,7 @@ from benchmarks.kinds import parse_label
 from benchmarks.metrics import goodput_figures, watched_figures
 from benchmarks.paper import SCALING_PAGE, with_tables
 from benchmarks.protocol import Request, Run, Trace
-from benchmarks.referee import BOUNDS, gaps, verdict
+from benchmarks.referee import BOUNDS, measure, verdict
 from benchmarks.report import write_report
 from benchmarks.suites import SUITES
 from benchmarks.workloads import WORKLOADS, make_workload
@@ -113,7 +113,8 @@ def test_the_referee_knows_the_models_own_tokens_from_others(tmp_path: Path) -> 
     prompt = torch.tensor([request.prompt_ids])
     token_ids = model.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False)[0, 4:].tolist()
     others = [(token_ids[0] + 1) % 251, *token_ids[1:]]
-    own, other = gaps(folder, 1, [(request, Trace(0.0, taken)) for taken in (token_ids, others)])
+    sequences = [[request.prompt_ids, taken] for taken in (token_ids, others)]
+    own, other = measure({"model_dir": folder, "num_threads": torch.get_num_threads(), "sequences": sequences})
     assert own == [0.0] * 6
     assert not verdict([other], BOUNDS["float32"]).agrees
 
