@@ -49,7 +49,7 @@ def workloads_of(records: Sequence[Record]) -> list[str]:
 
 
 def machine_line(records: Sequence[Record]) -> str:
-    """What the machine could do, measured before each contestant."""
+    """What the machine could do, measured before each round."""
     machine = records[0]["machine"]
     reads, products, floors = (
         _spread([one["machine"][name] * unit for one in records], "{:.1f}")

@@ -71,11 +71,14 @@ class Harness:
         """Whether all went well."""
         num_failed = 0
         for round_number in range(self._options.num_rounds):
+            wait_until_quiet(self._options.quiet_timeout_s)
+            machine = measure_machine(self._options.num_threads)
+            limits = {"machine": asdict(machine) | {"floor_tok_s": machine.floor_tok_s(self._weight_bytes)}}
             for task in tasks:
                 workloads = [one for one in task.workloads if self._takes_part(task.contestant, one)]
                 if not workloads:
                     continue
-                head = self._head(task.contestant, round_number)
+                head = limits | self._head(task.contestant, round_number)
                 try:
                     for record in self._run_contestant(task.contestant, workloads):
                         self._emit(head | record)
@@ -103,12 +106,10 @@ class Harness:
         options = options_for(contestant, python, self._options.model_dir, self._options.dtype)
         log_path = self._options.log_dir / f"{contestant.label.replace(':', '-')}.log"
         wait_until_quiet(self._options.quiet_timeout_s)
-        machine = measure_machine(self._options.num_threads)
-        common: Record = {"machine": asdict(machine) | {"floor_tok_s": machine.floor_tok_s(self._weight_bytes)}}
         meter = OthersMeter()
         with start_worker(contestant, python, log_path, self._options.run_timeout_s) as worker:
             ready = worker.load(self._setup(contestant, workloads, options, worker.spawned_s))
-            common |= {"startup_s": ready.startup_s, "startup_busy": meter.cores() > BUSY_CORES}
+            common: Record = {"startup_s": ready.startup_s, "startup_busy": meter.cores() > BUSY_CORES}
             common["runtime"] = ready.details
             for workload in workloads:
                 yield common | self._run_workload(contestant, worker, workload)

@@ -28,7 +28,7 @@ def make_environment(kind: Kind) -> None:
     try:
         subprocess.run([sys.executable, "-m", "venv", partial], check=True)
         # Some are built here, for this machine's instructions: a ready-made wheel has to do without many of them.
-        pip = [partial / "bin" / "python", "-m", "pip"]
+        pip = [str(partial / "bin" / "python"), "-m", "pip"]
         subprocess.run([*pip, "install", "--quiet", *kind.packages, *_pins(kind)], check=True)
         if kind.without:
             subprocess.run([*pip, "uninstall", "--quiet", "--yes", *kind.without], check=True)
