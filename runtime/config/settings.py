@@ -156,6 +156,8 @@ class GrpcSettings:
     """Whether tools such as grpcurl may list the services; null: only where everyone is let in."""
     max_message_bytes: Bytes = 4 * 1024 * 1024
     """Largest message that a client may send."""
+    kserve: Flag = False
+    """Whether clients of Triton are answered too (KServe's inference.GRPCInferenceService). Needs shardray[kserve]."""
     log_prompts: Flag = False
     """Whether prompts and outputs are written to the log, for debugging; otherwise it has request ids only."""
 

@@ -25,6 +25,14 @@ class UnknownRequestError(RequestError):
         super().__init__(f"request_id {self.request_id!r} is neither in flight nor retained")
 
 
+class UnknownModelError(RequestError):
+    """The model that is named is not the one that is served."""
+
+    def __init__(self, model_id: str, served_id: str) -> None:
+        self.model_id = model_id
+        super().__init__(f"model {model_id[:100]!r} is not served here; {served_id} is")
+
+
 class TakenOverError(RequestError):
     """Another client goes on with this stream."""
 

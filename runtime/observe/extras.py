@@ -19,10 +19,12 @@ def check_extras(config: Config) -> None:
         _require("tracing.endpoint", config.tracing.endpoint, "opentelemetry", "tracing", "opentelemetry-sdk")
     if config.gateway.listen is not None:
         _require("gateway.listen", config.gateway.listen, "smg_grpc_proto", "gateway")
+    if config.grpc.kserve:
+        _require("grpc.kserve", "true", "tritonclient", "kserve", off="false")
 
 
-def _require(key: str, value: object, module: str, extra: str, package: str = "") -> None:
+def _require(key: str, value: object, module: str, extra: str, package: str = "", off: str = "null") -> None:
     if find_spec(module) is None:
         package = package or module.replace("_", "-")
-        fix = f"pip install 'shardray[{extra}]', or set it to null"
+        fix = f"pip install 'shardray[{extra}]', or set it to {off}"
         raise MissingExtraError(f"{key}: {value} needs the package {package}, which is not installed; {fix}")

@@ -27,6 +27,7 @@ _ROLES: dict[str, frozenset[Role]] = {
     "shardray.v1.InferenceService": frozenset({Role.INFERENCE}),
     "shardray.v1.ControlService": frozenset({Role.CONTROL}),
     "vllm.grpc.engine.VllmEngine": frozenset({Role.INFERENCE}),
+    "inference.GRPCInferenceService": frozenset({Role.INFERENCE}),
     "grpc.reflection.v1.ServerReflection": frozenset(Role),
     "grpc.reflection.v1alpha.ServerReflection": frozenset(Role),
 }

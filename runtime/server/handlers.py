@@ -9,7 +9,7 @@ import grpc
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
-OUR_SERVICES = ("/shardray.", "/vllm.")  # what the paths of our methods begin with; health and reflection have others
+OUR_SERVICES = ("/shardray.", "/vllm.", "/inference.")  # what the paths of our methods begin with; health and reflection have others
 
 
 def rewrapped(handler: Handler, around: Callable[[Any], Any], parses: bool = False) -> Handler:

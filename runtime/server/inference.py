@@ -51,7 +51,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             request_id, num_seen_tokens, num_seen_chars = check_resume(request)
             stream = await driver.resume(_own_id(request_id), num_seen_tokens, num_seen_chars)
         else:
-            stream = await self._submit(request, context.time_remaining())
+            stream = await self.submit(request, context.time_remaining())
         REQUEST_ID.set(stream.request_id)
         request_id = public_id(stream.request_id)
         try:
@@ -64,10 +64,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 yield _response(request_id, delta, seed)
                 seed = None
         finally:  # cancel, deadline, lost connection, a client that does not read, last token
-            driver.release(stream)
-            self._prompts.left(stream.entry)
+            self.leave(stream)
 
-    async def _submit(self, request: inference_pb2.GenerateRequest, timeout_s: float | None) -> RequestStream:
+    async def submit(self, request: inference_pb2.GenerateRequest, timeout_s: float | None) -> RequestStream:
+        """Check and take a request, of this service or of one that translates to it; ``leave`` what is returned."""
         driver = self._driver
         model = driver.check_available()
         driver.admission.check(CALLER.get())  # before work is done for it
@@ -79,6 +79,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         )
         self._prompts.accepted(stream.entry)
         return stream
+
+    def leave(self, stream: RequestStream) -> None:
+        """Its call is over."""
+        self._driver.release(stream)
+        self._prompts.left(stream.entry)
 
     async def Embed(self, request: inference_pb2.EmbedRequest, context: _Context) -> inference_pb2.EmbedResponse:
         driver = self._driver

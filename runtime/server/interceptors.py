@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -43,6 +43,9 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
             return handler
         assert handler.request_deserializer is not None  # the generated code has one for each method
         parse = functools.partial(_parsed, handler.request_deserializer, handler_call_details.method)
+        if handler.request_streaming:
+            parse_all = functools.partial(_all_parsed, parse)
+            return rewrapped(handler, lambda behavior: _guard_stream(behavior, parse_all, self._stall_s), parses=True)
         if handler.response_streaming:
             return rewrapped(handler, lambda behavior: _guard_stream(behavior, parse, self._stall_s), parses=True)
         return rewrapped(handler, lambda behavior: _guard_unary(behavior, parse), parses=True)
@@ -60,8 +63,8 @@ def _guard_unary(behavior: Any, parse: Callable[[bytes], Any]) -> Any:
     return guarded
 
 
-def _guard_stream(behavior: Any, parse: Callable[[bytes], Any], stall_s: float) -> Any:
-    async def guarded(data: bytes, context: _Context) -> None:
+def _guard_stream(behavior: Any, parse: Callable[[Any], Any], stall_s: float) -> Any:
+    async def guarded(data: Any, context: _Context) -> None:
         try:
             with _client_may_be_gone(), StallGuard(stall_s) as guard:
                 async with contextlib.aclosing(behavior(parse(data), context)) as responses:
@@ -86,6 +89,11 @@ def _parsed(parse: Callable[[bytes], Any], method: str, data: bytes) -> Any:
         if (field := text_that_is_no_utf8(data, request_type(method))) is not None:
             raise FieldError(field, "is not UTF-8") from None
         raise FieldError("request", "its bytes are not a message of this method") from None
+
+
+async def _all_parsed(parse: Callable[[bytes], Any], messages: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    async for data in messages:
+        yield parse(data)
 
 
 async def _abort(context: _Context, error: Exception) -> None:

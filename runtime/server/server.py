@@ -66,6 +66,7 @@ class Server:
         self._gateway_tls = ServerTls(own_tls) if own_tls else None
         self._gateway: GatewayPort | None = None
         self.gateway_port: int | None = None  # once started, with gateway.listen
+        self._inference_names = [_INFERENCE]
         self._probe_server: grpc.aio.Server | None = None
         self.probe_port: int | None = None  # once started, with grpc.probe_listen
 
@@ -81,11 +82,16 @@ class Server:
         self._server = grpc.aio.server(interceptors=self._interceptors(self._tokens), options=self._options())
         inference = InferenceService(self._driver, self._settings.log_prompts)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)
+        if self._settings.kserve:
+            from shardray.runtime.server.kserve.service import SERVICE, add_to
+
+            add_to(self._server, self._driver, inference)
+            self._inference_names.append(SERVICE)
         control = ControlService(self._driver.fleet, self._operator)
         control_pb2_grpc.add_ControlServiceServicer_to_server(control, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._settings.reflects:
-            names = (_INFERENCE, _CONTROL, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            names = (*self._inference_names, _CONTROL, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
         port = self._listen(self._server, "grpc.listen", self._settings.listen, self._tls)
         if self._settings.probe_listen is not None:
@@ -93,7 +99,8 @@ class Server:
         if self._gateway_settings.listen is not None:
             await self._start_gateway(self._gateway_settings.listen, inference)
         await self._health.set("", _NOT_SERVING)
-        await self._health.set(_INFERENCE, _NOT_SERVING)
+        for name in self._inference_names:
+            await self._health.set(name, _NOT_SERVING)
         await self._health.set(_CONTROL, _SERVING)
         await self._server.start()
         self._health_task = asyncio.create_task(self._follow_fleet())
@@ -161,7 +168,8 @@ class Server:
         async for status in self._driver.fleet.watch():
             serving = _SERVING if status.takes_requests else _NOT_SERVING
             await self._health.set("", serving)
-            await self._health.set(_INFERENCE, serving)
+            for name in self._inference_names:
+                await self._health.set(name, serving)
 
     def _options(self) -> list[tuple[str, int]]:
         return [

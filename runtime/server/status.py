@@ -23,6 +23,7 @@ from shardray.runtime.driver.errors import (
     SuspendedError,
     TakenOverError,
     UnavailableError,
+    UnknownModelError,
     UnknownRequestError,
 )
 from shardray.runtime.driver.operations import OperationConflictError, OperationError, OperationRefusedError
@@ -44,6 +45,7 @@ _STATUSES: dict[type[Exception], tuple[int, str]] = {
     UnavailableError: (code_pb2.UNAVAILABLE, "NOT_READY"),
     SuspendedError: (code_pb2.UNAVAILABLE, "SUSPENDED"),
     UnknownRequestError: (code_pb2.NOT_FOUND, "UNKNOWN_REQUEST"),
+    UnknownModelError: (code_pb2.NOT_FOUND, "UNKNOWN_MODEL"),
     DuplicateRequestError: (code_pb2.ALREADY_EXISTS, "REQUEST_ID_IN_USE"),
     DeadlineExceededError: (code_pb2.DEADLINE_EXCEEDED, "DEADLINE"),
     StalledError: (code_pb2.DEADLINE_EXCEEDED, "CLIENT_STALLED"),
@@ -52,6 +54,7 @@ _STATUSES: dict[type[Exception], tuple[int, str]] = {
     OperationConflictError: (code_pb2.ABORTED, "OPERATION_UNDER_WAY"),
     OperationRefusedError: (code_pb2.FAILED_PRECONDITION, "OPERATION_REFUSED"),
     OperationError: (code_pb2.INTERNAL, "OPERATION_FAILED"),  # half-way; it says why itself
+    NotImplementedError: (code_pb2.UNIMPLEMENTED, "UNIMPLEMENTED"),  # what generated code raises for a method left out
 }
 
 
@@ -78,6 +81,9 @@ def _details(error: Exception) -> list[Message]:
         case UnknownRequestError() | DuplicateRequestError():
             name, what = error.request_id, str(error)
             return [error_details_pb2.ResourceInfo(resource_type=_REQUEST_TYPE, resource_name=name, description=what)]
+        case UnknownModelError():
+            name = error.model_id[:_MAX_MESSAGE_LEN]
+            return [error_details_pb2.ResourceInfo(resource_type="model", resource_name=name, description=str(error))]
     return []
 
 
