@@ -9,7 +9,8 @@ import dataclasses
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from shardray.runtime.client import Access, AsyncClient
 from shardray.runtime.config import Config, GatewaySettings, GrpcSettings, LimitsSettings, ModelSettings
@@ -19,7 +20,7 @@ from shardray.runtime.engine.assignment import ShardInfo
 from shardray.runtime.model.tokenizer import Tokenizer
 from shardray.runtime.observe.observation import Observation
 from shardray.runtime.server.server import Server
-from tests.stub_replica import SECRET, StubReplica
+from tests.stub_replica import SECRET, ReplicaProcess, StubReplica
 
 T = TypeVar("T")
 
@@ -107,6 +108,39 @@ def in_thread(opened: contextlib.AbstractAsyncContextManager[T]) -> Iterator[T]:
     finally:
         may_end.set()
         thread.join()
+
+
+@contextlib.contextmanager
+def served_in_background(
+    tokenizer: Tokenizer | None, replica: ReplicaProcess | None = None, **options: Any
+) -> Iterator[Serving]:
+    """``serving`` in a thread of its own, for clients that block; ``replica`` in the place of stubs.
+
+    Only what can be looked at from any thread may be touched: the address, snapshots of the fleet.
+    """
+    up: Future[Serving] = Future()
+    loop, done = asyncio.new_event_loop(), asyncio.Event()
+
+    async def serve() -> None:
+        try:
+            async with serving(tokenizer, **options) as one:
+                if replica is not None:
+                    await one.driver.attach(0, replica.address, SECRET, [SHARD])
+                up.set_result(one)
+                await done.wait()
+        except Exception as error:
+            if up.done():
+                raise
+            up.set_exception(error)
+
+    with ThreadPoolExecutor(1) as thread:
+        ended = thread.submit(loop.run_until_complete, serve())
+        try:
+            yield up.result(timeout=60)
+        finally:
+            loop.call_soon_threadsafe(done.set)
+            ended.result(timeout=60)
+            loop.close()
 
 
 async def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:

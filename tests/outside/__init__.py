@@ -1,0 +1,1 @@
+"""Clients that other people wrote, unmodified, against a real server."""
