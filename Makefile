@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/installed
 
-.PHONY: help demo test test-all test-gpu chaos lint format proto bench bench-all bench-peers ci clean
+.PHONY: help demo test test-all test-gpu chaos load lint format proto bench bench-all bench-peers ci clean
 
 help:
 	@echo "make demo      fetch a small model, serve it from two hosts on this machine, ask it a question"
@@ -11,6 +11,7 @@ help:
 	@echo "make test-all  and the long rest of the matrices"
 	@echo "make test-gpu  the tests that need CUDA devices"
 	@echo "make chaos     kill, stop and scale a served fleet at random, five minutes a seed: SEEDS=\"1 2 3\""
+	@echo "make load      k6 streams from 64 clients for a minute, with thresholds: STREAMS=64 SECONDS=60 ADDRESS=HOST:PORT"
 	@echo "make lint      ruff, mypy, buf, freshness of the generated code"
 	@echo "make format    ruff format and the fixes that are safe"
 	@echo "make proto     generate proto/shardray/v1/*_pb2* again"
@@ -51,6 +52,11 @@ chaos: $(READY)
 	@failed=; for seed in $(SEEDS); do \
 		$(BIN)/python -m tests.chaos --seconds $(SECONDS_A_SEED) --seed $$seed --json benchmarks/results/chaos.jsonl || failed="$$failed $$seed"; \
 	done; [ -z "$$failed" ] || { echo "failed with seed:$$failed"; exit 1; }
+
+STREAMS ?= 64
+SECONDS ?= 60
+load: $(READY)
+	$(BIN)/python -m tests.outside.load --streams $(STREAMS) --seconds $(SECONDS) $(if $(ADDRESS),--address $(ADDRESS))
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 from shardray.runtime.client import Access, AsyncClient
@@ -19,6 +19,7 @@ from shardray.runtime.driver.operations import FleetOperator
 from shardray.runtime.engine.assignment import ShardInfo
 from shardray.runtime.model.tokenizer import Tokenizer
 from shardray.runtime.observe.observation import Observation
+from shardray.runtime.server.loop import run
 from shardray.runtime.server.server import Server
 from tests.stub_replica import SECRET, ReplicaProcess, StubReplica
 
@@ -118,29 +119,27 @@ def served_in_background(
 
     Only what can be looked at from any thread may be touched: the address, snapshots of the fleet.
     """
-    up: Future[Serving] = Future()
-    loop, done = asyncio.new_event_loop(), asyncio.Event()
+    started: Future[tuple[Serving, asyncio.AbstractEventLoop]] = Future()
+    done = asyncio.Event()
 
     async def serve() -> None:
-        try:
-            async with serving(tokenizer, **options) as one:
-                if replica is not None:
-                    await one.driver.attach(0, replica.address, SECRET, [SHARD])
-                up.set_result(one)
-                await done.wait()
-        except Exception as error:
-            if up.done():
-                raise
-            up.set_exception(error)
+        async with serving(tokenizer, **options) as up:
+            if replica is not None:
+                await up.driver.attach(0, replica.address, SECRET, [SHARD])
+            started.set_result((up, asyncio.get_running_loop()))
+            await done.wait()
 
     with ThreadPoolExecutor(1) as thread:
-        ended = thread.submit(loop.run_until_complete, serve())
+        ended = thread.submit(run, serve())
+        wait([started, ended], timeout=60, return_when=FIRST_COMPLETED)
+        if ended.done():
+            ended.result()  # raises what went wrong
+        up, loop = started.result()
         try:
-            yield up.result(timeout=60)
+            yield up
         finally:
             loop.call_soon_threadsafe(done.set)
             ended.result(timeout=60)
-            loop.close()
 
 
 async def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
