@@ -128,16 +128,17 @@ async def test_the_aio_client_streams_and_a_request_without_stream_has_one_respo
 def test_seeded_sampling_and_stop_strings_mean_what_they_mean_to_our_own_client(
     triton: TritonClient, native: Client
 ) -> None:
-    settings: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "seed": 2**63 + 5, "max_tokens": 12}
+    settings: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "seed": 2**63 + 5, "max_tokens": 12}
     wanted = native.generate(PROMPT, **settings, stop=["."])
     result = triton.infer(
         MODEL,
         [
             tensor("text_input", "BYTES", PROMPT),
+            tensor("temperature", "FP32", settings["temperature"]),
             tensor("random_seed", "UINT64", settings["seed"]),
             tensor("stop_words", "BYTES", ".", ""),
         ],
-        parameters={name: value for name, value in settings.items() if name != "seed"},
+        parameters={name: value for name, value in settings.items() if name not in ("temperature", "seed")},
     )
     assert text_of(result) == wanted.text
 

@@ -12,7 +12,6 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from shardray import __version__
 from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.errors import UnknownModelError
-from shardray.runtime.driver.fleet import FleetState
 from shardray.runtime.engine.request import FieldError
 from shardray.runtime.server.inference import InferenceService
 from shardray.runtime.server.kserve import describe
@@ -130,7 +129,7 @@ class KserveService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
             raise in_their_words(error) from None
 
     def _is_ready(self) -> bool:
-        return self._driver.fleet.snapshot().state in (FleetState.READY, FleetState.RECOVERING)
+        return self._driver.fleet.snapshot().takes_requests
 
     def _read(self, request: service_pb2.ModelInferRequest) -> Asked:
         self._check_model(request.model_name, request.model_version)

@@ -78,7 +78,12 @@ def _from_contents(tensor: _InputTensor) -> list[Any]:
         raise FieldError(tensor.name, f"datatype {tensor.datatype!r} is not known here; {', '.join(_CONTENTS)} are")
     contents = getattr(tensor.contents, field)
     _check_count(tensor, len(contents))
-    return [_text(tensor.name, data) for data in contents] if tensor.datatype == _TEXT else list(contents)
+    match tensor.datatype:
+        case "BYTES":
+            return [_text(tensor.name, data) for data in contents]
+        case "FP32":
+            return _as_written(np.array(contents, dtype=np.float32))
+    return list(contents)
 
 
 def _from_raw(tensor: _InputTensor, raw: bytes) -> list[Any]:
@@ -93,8 +98,13 @@ def _from_raw(tensor: _InputTensor, raw: bytes) -> list[Any]:
     if num_left:
         raise FieldError(tensor.name, f"has {len(raw)} bytes, no whole number of {tensor.datatype}")
     _check_count(tensor, num_values)
-    values: list[Any] = np.frombuffer(raw, dtype=kind).tolist()
-    return values
+    values = np.frombuffer(raw, dtype=kind)
+    return _as_written(values) if tensor.datatype in ("FP16", "FP32") else list(values.tolist())
+
+
+def _as_written(values: np.ndarray[Any, Any]) -> list[float]:
+    """What 0.7 was before it lost half of its bits: a seed then gives the same tokens as through our own service."""
+    return [float(str(value)) for value in values]
 
 
 def _check_count(tensor: _InputTensor, num_values: int) -> None:
