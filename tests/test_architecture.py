@@ -25,6 +25,7 @@ ALLOWED = {
     "runtime.observe": ("__version__", *(f"runtime.{part}" for part in ("config", "engine", "driver"))),
     "runtime.server": (
         "v1",
+        "__version__",
         *(f"runtime.{part}" for part in ("config", "model", "engine", "cluster", "driver", "observe")),
     ),
     "runtime.deploy": ("__version__", "parallel", *(f"runtime.{part}" for part in ("config", "model", "engine"))),
