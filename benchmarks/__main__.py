@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from benchmarks import driver_load, fleet, recovery, scaling, startup
+from benchmarks import driver_load, fleet, front_door, recovery, scaling, startup
 from benchmarks.compare import read_records, to_markdown
 from benchmarks.emitting import RESULTS_DIR, Emit, emitter, new_run_id
 from benchmarks.everything import PARTS, run_parts
@@ -23,6 +23,7 @@ from benchmarks.report import PERFORMANCE_DIR, PERFORMANCE_PAGE, write_report
 from benchmarks.side_by_side import RunSetup, chosen_suite, run_suite
 from benchmarks.suites import SUITES, Suite
 from benchmarks.workloads import MAIN, WORKLOADS
+from shardray.runtime.server.loop import run as run_in_loop
 
 T = TypeVar("T")
 Output = Annotated[Path | None, typer.Option(help="Appended to. Default: a new file in benchmarks/results.")]
@@ -230,6 +231,21 @@ async def _collect(source: AsyncIterator[T], tell: Callable[[Any], None]) -> lis
         tell(one)
         found.append(one)
     return found
+
+
+@app.command(name="front-door")
+def _front_door(
+    model: Annotated[str, typer.Option(help="Whose tokenizer makes text of the tokens.")] = "smollm2-135m",
+    seconds: Annotated[float, typer.Option(help="How long each figure is measured.")] = 10.0,
+    output: Output = None,
+) -> None:
+    """Load a server with a stub engine; print one JSON line a figure, then the table with the targets on stderr."""
+    emit = _own_emitter(output, "front-door", {})
+    figures = front_door.measure(front_door.FrontDoorSetup(model, seconds))
+    found = _or_exit(
+        run_in_loop, _collect(figures, lambda one: emit({**dataclasses.asdict(one), "target": one.target}))
+    )
+    print(f"\n{front_door.to_table(found)}", file=sys.stderr)
 
 
 def _own_emitter(output: Path | None, name: str, common: dict[str, Any]) -> Emit:

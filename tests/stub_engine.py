@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable
 
 from shardray.runtime.engine.request import EngineRequest, EngineStats, FinishReason, ServedModel, TokenOutput
@@ -98,12 +99,13 @@ class StubEngine:
         while not self._stopping.is_set():
             with self._news:
                 self._news.wait_for(self._has_work)
+                next_s = time.monotonic() + self._step_time_s  # a pace, whatever a step takes
                 outputs = self._step()
             if outputs:
                 publish(outputs)
             if self._fail_after_steps is not None and self._num_steps >= self._fail_after_steps:
                 raise RuntimeError("stage 0, rank 1 did not answer")
-            self._stopping.wait(self._step_time_s)
+            self._stopping.wait(max(0.0, next_s - time.monotonic()))
 
     def _has_work(self) -> bool:
         return bool(self._waiting or self._running or self._cancelled) or self._stopping.is_set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -12,14 +13,19 @@ import grpc.aio
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from shardray.runtime.client import Client
 from shardray.runtime.config import Config, GrpcAuthSettings, GrpcSettings, LimitsSettings, ModelSettings
+from shardray.runtime.engine.request import FieldError
 from shardray.runtime.model.tokenizer import Tokenizer
 from shardray.runtime.observe import extras
 from shardray.runtime.observe.extras import MissingExtraError, check_extras
 from shardray.runtime.server.kserve.merge import answer_all
+from shardray.runtime.server.kserve.requests import read_request
+from shardray.v1 import common_pb2
 from tests.serving import Serving, eventually, served_in_background, serving
 
 Tensor = tuple[str, list[Any]]  # datatype and values
@@ -221,9 +227,9 @@ async def test_a_token_with_the_inference_role_opens_it_and_nothing_else_does(
 ) -> None:
     (tmp_path / "tokens").write_text("ci inference token-of-ci-00001\nops control token-of-ops-0001\n")
     (tmp_path / "tokens").chmod(0o600)
-    settings = GrpcSettings(listen="127.0.0.1:0", kserve=True, auth=GrpcAuthSettings(tokens=str(tmp_path / "tokens")))
+    guarded = GrpcSettings(listen="127.0.0.1:0", kserve=True, auth=GrpcAuthSettings(tokens=str(tmp_path / "tokens")))
     codes = {"": "UNAUTHENTICATED", "token-of-ops-0001": "PERMISSION_DENIED", "token-of-ci-00001": "OK"}
-    async with serving(tokenizer, grpc=settings) as up, stub_of(up) as stub:
+    async with serving(tokenizer, grpc=guarded) as up, stub_of(up) as stub:
         for token, expected in codes.items():
             metadata = (("authorization", f"Bearer {token}"),)
             request = infer_request(max_tokens=3)
@@ -279,3 +285,35 @@ async def test_a_reader_that_waits_holds_the_answers_up_and_no_more_are_begun_th
     assert set(made) <= {0, 1}
     assert len(made) < 8
     assert len([one async for one in answers]) == 499
+
+
+_VALUES = st.one_of(
+    st.booleans(),
+    st.integers(-(2**63), 2**63 - 1),
+    st.floats(),
+    st.text(max_size=9),
+    st.sampled_from(["1", "-1", "nan"]),
+)
+_NAMES = st.one_of(
+    st.text(max_size=5), st.sampled_from([*common_pb2.SamplingParameters.DESCRIPTOR.fields_by_name, "stream", "n"])
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    parameters=st.dictionaries(_NAMES, _VALUES, max_size=4),
+    json_text=st.one_of(
+        st.binary(max_size=9), st.dictionaries(_NAMES, _VALUES).map(lambda one: json.dumps(one).encode())
+    ),
+    raw=st.binary(max_size=12),
+    datatype=st.sampled_from(["BYTES", "BOOL", "INT32", "FP16", "FP64", "UINT8", ""]),
+)
+def test_whatever_is_sent_is_read_or_named(parameters: Any, json_text: bytes, raw: bytes, datatype: str) -> None:
+    raws = [(3).to_bytes(4, "little") + b"abc", len(json_text).to_bytes(4, "little") + json_text, raw]
+    request = infer_request(**parameters)
+    del request.inputs[:]
+    request.raw_input_contents.extend(raws)
+    for name, kind in (("text_input", "BYTES"), (JSON, "BYTES"), ("top_k", datatype)):
+        request.inputs.add(name=name, datatype=kind, shape=[1])
+    with contextlib.suppress(FieldError):
+        assert read_request(request).generation.text == "abc"
