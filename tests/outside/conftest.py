@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from shardray.runtime.client import Client
-from shardray.runtime.config import GrpcSettings
+from shardray.runtime.config import GrpcAuthSettings, GrpcSettings, GrpcTlsSettings
 from shardray.runtime.model.sources import resolve_model
 from shardray.runtime.model.tokenizer import Tokenizer
+from tests.certificates import make_tls
 from tests.real_replica import RealReplica
 from tests.serving import Serving, served_in_background
+from tests.stub_tokenizer import write_tokenizer
+
+TOKEN = "token-of-ci-00001"
+_HERE = "127.0.0.1"
+
+
+@dataclass
+class Guarded:
+    """A server with TLS and tokens, and reflection for those who show one."""
+
+    address: str
+    ca: str
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +47,22 @@ def native(smollm2: Serving) -> Iterator[Client]:
     """Our own client of the same server."""
     with Client(smollm2.address, timeout_s=120) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    """With a stub engine."""
+    folder = tmp_path_factory.mktemp("guarded")
+    files = make_tls(folder, _HERE)
+    (folder / "tokens").write_text(f"ci inference {TOKEN}")
+    for secret in (Path(files.key), folder / "tokens"):
+        secret.chmod(0o600)
+    settings = GrpcSettings(
+        listen=f"{_HERE}:0",
+        tls=GrpcTlsSettings(cert=files.cert, key=files.key),
+        auth=GrpcAuthSettings(tokens=str(folder / "tokens")),
+        reflection=True,
+        kserve=True,
+    )
+    with served_in_background(Tokenizer.load(write_tokenizer(folder / "model")), grpc=settings) as up:
+        yield Guarded(up.address, files.ca)

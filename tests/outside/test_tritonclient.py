@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import queue
+import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -15,8 +17,9 @@ from tritonclient.utils import InferenceServerException
 
 from shardray.runtime.client import Client
 from shardray.runtime.client.results import Completion
+from tests.outside.conftest import TOKEN, Guarded
 from tests.outside.triton import is_final, tensor, text_of
-from tests.serving import Serving
+from tests.serving import Serving, eventually
 
 pytestmark = pytest.mark.integration
 MODEL = "stub"
@@ -147,6 +150,43 @@ def test_the_prompt_stands_before_the_output_if_that_is_asked_for(triton: Triton
     inputs, parameters = greedy_inputs("parameters")
     included = tensor("exclude_input_in_output", "BOOL", False)
     assert text_of(triton.infer(MODEL, [*inputs, included], parameters=parameters)) == PROMPT + expected.text
+
+
+def test_a_stream_that_the_client_cancels_frees_its_requests(smollm2: Serving, triton: TritonClient) -> None:
+    came = threading.Event()
+    triton.start_stream(callback=lambda result, error: came.set())
+    prompt = [tensor("text_input", "BYTES", PROMPT), tensor("stream", "BOOL", True)]
+    for _ in range(2):
+        triton.async_stream_infer(MODEL, prompt, parameters={"max_tokens": 400, "ignore_eos": True})
+    assert came.wait(20)
+    triton.stop_stream(cancel_requests=True)
+
+    def idle() -> bool:
+        fleet = smollm2.driver.fleet.snapshot()
+        return fleet.num_live_requests == 0 and fleet.replicas[0].stats.num_used_pages == 0
+
+    asyncio.run(eventually(idle))
+
+
+def test_refusals_have_their_codes(triton: TritonClient) -> None:
+    prompt = tensor("text_input", "BYTES", PROMPT)
+    for model, parameters, code, message in (
+        ("another", {}, "NOT_FOUND", "model 'another' is not served here; stub is"),
+        (MODEL, {"max_tokens": -1}, "INVALID_ARGUMENT", "max_tokens: -1 is no whole number"),
+        (MODEL, {"max_tokens": 100_000}, "INVALID_ARGUMENT", "max_tokens: the prompt has 5 tokens"),
+    ):
+        with pytest.raises(InferenceServerException, match=message) as caught:
+            triton.infer(model, [prompt], parameters=parameters)
+        assert caught.value.status() == f"StatusCode.{code}"
+
+
+def test_behind_tls_and_tokens_it_generates_and_is_refused_without_a_token(guarded: Guarded) -> None:
+    prompt = tensor("text_input", "BYTES", "abc")
+    with TritonClient(guarded.address, ssl=True, root_certificates=guarded.ca) as client:
+        shown = {"authorization": f"Bearer {TOKEN}"}
+        assert text_of(client.infer(MODEL, [prompt], parameters={"max_tokens": 7}, headers=shown)) == "abcabca"
+        with pytest.raises(InferenceServerException, match="a token is asked for"):
+            client.infer(MODEL, [prompt])
 
 
 def test_the_server_and_its_model_are_ready_and_described(triton: TritonClient) -> None:

@@ -178,6 +178,19 @@ async def test_a_client_that_asks_for_statuses_gets_them_and_its_call_ends(up: S
         await nothing_is_left(up)
 
 
+@pytest.mark.asyncio
+async def test_bytes_that_are_no_message_are_refused_in_a_stream_as_well(up: Serving) -> None:
+    no_utf8 = b"\x0a\x02\xff\xff"  # the first field is the model's name
+    async with grpc.aio.insecure_channel(up.address) as channel:
+        for data, message in ((no_utf8, "model_name: is not UTF-8"), (b"\xff" * 9, "are not a message of this method")):
+            with pytest.raises(grpc.aio.AioRpcError, match=message):
+                await channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(data)
+            with pytest.raises(grpc.aio.AioRpcError, match=message) as caught:
+                async for _ in channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")(iter([data])):
+                    pass
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def nothing_is_left(up: Serving) -> None:
     def idle() -> bool:
         fleet = up.driver.fleet.snapshot()

@@ -69,7 +69,7 @@ def in_their_words(error: FieldError) -> FieldError:
 
 
 def _values(request: service_pb2.ModelInferRequest) -> dict[str, Any]:
-    """All that is set, by name. An input holds against a parameter, and both against the JSON of one input."""
+    """All that is set, by name. An input holds against the JSON of one input, and that against a parameter."""
     tensors = read_tensors(request)
     if "text_input" not in tensors:
         raise FieldError("text_input", "is missing; give the prompt as an input of this name and of datatype BYTES")

@@ -13,6 +13,7 @@ from shardray import __version__
 from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.errors import UnknownModelError
 from shardray.runtime.engine.request import FieldError
+from shardray.runtime.observe.logs import REQUEST_ID
 from shardray.runtime.server.inference import InferenceService
 from shardray.runtime.server.kserve import describe
 from shardray.runtime.server.kserve.merge import answer_all
@@ -119,6 +120,7 @@ class KserveService(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ign
         timeouts_s = [one for one in (asked.timeout_s, context.time_remaining()) if one is not None]
         try:
             stream = await self._inference.submit(asked.generation, min(timeouts_s, default=None))
+            REQUEST_ID.set(stream.request_id)
             try:
                 async for delta in stream:
                     if (response := maker.push(delta)) is not None:
