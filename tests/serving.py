@@ -9,8 +9,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from shardray.runtime.client import Access, AsyncClient
 from shardray.runtime.config import Config, GatewaySettings, GrpcSettings, LimitsSettings, ModelSettings
@@ -19,9 +18,9 @@ from shardray.runtime.driver.operations import FleetOperator
 from shardray.runtime.engine.assignment import ShardInfo
 from shardray.runtime.model.tokenizer import Tokenizer
 from shardray.runtime.observe.observation import Observation
-from shardray.runtime.server.loop import run
+from shardray.runtime.server.loop import run as run_loop
 from shardray.runtime.server.server import Server
-from tests.stub_replica import SECRET, ReplicaProcess, StubReplica
+from tests.stub_replica import SECRET, StubReplica
 
 T = TypeVar("T")
 
@@ -96,7 +95,7 @@ def in_thread(opened: contextlib.AbstractAsyncContextManager[T]) -> Iterator[T]:
 
     def run() -> None:
         try:
-            asyncio.run(hold())
+            run_loop(hold())  # as the server runs
         except BaseException as error:
             if entered.done():
                 raise
@@ -109,37 +108,6 @@ def in_thread(opened: contextlib.AbstractAsyncContextManager[T]) -> Iterator[T]:
     finally:
         may_end.set()
         thread.join()
-
-
-@contextlib.contextmanager
-def served_in_background(
-    tokenizer: Tokenizer | None, replica: ReplicaProcess | None = None, **options: Any
-) -> Iterator[Serving]:
-    """``serving`` in a thread of its own, for clients that block; ``replica`` in the place of stubs.
-
-    Only what can be looked at from any thread may be touched: the address, snapshots of the fleet.
-    """
-    started: Future[tuple[Serving, asyncio.AbstractEventLoop]] = Future()
-    done = asyncio.Event()
-
-    async def serve() -> None:
-        async with serving(tokenizer, **options) as up:
-            if replica is not None:
-                await up.driver.attach(0, replica.address, SECRET, [SHARD])
-            started.set_result((up, asyncio.get_running_loop()))
-            await done.wait()
-
-    with ThreadPoolExecutor(1) as thread:
-        ended = thread.submit(run, serve())
-        wait([started, ended], timeout=60, return_when=FIRST_COMPLETED)
-        if ended.done():
-            ended.result()  # raises what went wrong
-        up, loop = started.result()
-        try:
-            yield up
-        finally:
-            loop.call_soon_threadsafe(done.set)
-            ended.result(timeout=60)
 
 
 async def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:

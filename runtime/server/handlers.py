@@ -9,7 +9,8 @@ import grpc
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
-OUR_SERVICES = ("/shardray.", "/vllm.", "/inference.")  # what the paths of our methods begin with; health and reflection have others
+# What the paths of the methods begin with that are handled here; health and reflection have others.
+OUR_SERVICES = ("/shardray.", "/vllm.", "/inference.")
 
 
 def rewrapped(handler: Handler, around: Callable[[Any], Any], parses: bool = False) -> Handler:

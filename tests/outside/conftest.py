@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from shardray.runtime.model.sources import resolve_model
 from shardray.runtime.model.tokenizer import Tokenizer
 from tests.certificates import make_tls
 from tests.real_replica import RealReplica
-from tests.serving import Serving, served_in_background
+from tests.serving import SHARD, Serving, in_thread, serving
+from tests.stub_replica import SECRET
 from tests.stub_tokenizer import write_tokenizer
 
 TOKEN = "token-of-ci-00001"
@@ -29,14 +31,20 @@ class Guarded:
     ca: str
 
 
+@contextlib.asynccontextmanager
+async def _serving(tokenizer: Tokenizer, replica: RealReplica) -> AsyncIterator[Serving]:
+    async with serving(tokenizer, num_replicas=0, grpc=GrpcSettings(listen=f"{_HERE}:0", kserve=True)) as up:
+        await up.driver.attach(0, replica.address, SECRET, [SHARD])
+        yield up
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Iterator[Serving]:
     """SmolLM2-135M-Instruct in float32; it calls itself ``stub``, as every fleet of these tests does."""
     folder = resolve_model("smollm2-135m")
     replica = RealReplica(folder, max_model_len=512)
     try:
-        settings = GrpcSettings(listen="127.0.0.1:0", kserve=True)
-        with served_in_background(Tokenizer.load(folder), replica, num_replicas=0, grpc=settings) as up:
+        with in_thread(_serving(Tokenizer.load(folder), replica)) as up:
             yield up
     finally:
         replica.kill()
@@ -64,5 +72,5 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
         reflection=True,
         kserve=True,
     )
-    with served_in_background(Tokenizer.load(write_tokenizer(folder / "model")), grpc=settings) as up:
+    with in_thread(serving(Tokenizer.load(write_tokenizer(folder / "model")), grpc=settings)) as up:
         yield Guarded(up.address, files.ca)

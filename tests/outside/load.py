@@ -15,7 +15,7 @@ import typer
 
 from shardray.runtime.config import LimitsSettings
 from shardray.runtime.model.tokenizer import Tokenizer
-from tests.serving import Serving, served_in_background
+from tests.serving import Serving, in_thread, serving
 from tests.stub_tokenizer import write_tokenizer
 
 SCRIPT = Path(__file__).with_name("load.js")
@@ -27,7 +27,7 @@ def paced(folder: Path, num_streams: int) -> Iterator[Serving]:
     """A server whose streams have a token every ``STEP_TIME_S`` seconds."""
     tokenizer = Tokenizer.load(write_tokenizer(folder))
     limits = LimitsSettings(max_queued_requests=2 * num_streams)
-    with served_in_background(tokenizer, max_num_seqs=num_streams, limits=limits, step_time_s=STEP_TIME_S) as up:
+    with in_thread(serving(tokenizer, max_num_seqs=num_streams, limits=limits, step_time_s=STEP_TIME_S)) as up:
         yield up
 
 

@@ -26,7 +26,7 @@ from shardray.runtime.observe.extras import MissingExtraError, check_extras
 from shardray.runtime.server.kserve.merge import answer_all
 from shardray.runtime.server.kserve.requests import read_request
 from shardray.v1 import common_pb2
-from tests.serving import Serving, eventually, served_in_background, serving
+from tests.serving import Serving, eventually, in_thread, serving
 
 Tensor = tuple[str, list[Any]]  # datatype and values
 KSERVE = GrpcSettings(listen="127.0.0.1:0", kserve=True)
@@ -56,8 +56,8 @@ def raw_request(*raws: bytes, datatype: str = "BYTES", shape: int = 1) -> servic
 
 @pytest.fixture(scope="module")
 def up(tokenizer: Tokenizer) -> Iterator[Serving]:
-    with served_in_background(tokenizer, grpc=KSERVE, step_time_s=0.01) as serving:
-        yield serving
+    with in_thread(serving(tokenizer, grpc=KSERVE, step_time_s=0.01)) as up:
+        yield up
 
 
 @contextlib.asynccontextmanager
