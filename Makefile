@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints.txt
 	else \
 		$(PYTHON) -m venv .venv && cp constraints.txt .venv/constraints.txt; \
 	fi
-	$(BIN)/pip install --quiet -c .venv/constraints.txt -e ".[cpu,dev,gateway,kserve,metrics,tracing,uvloop]"
+	$(BIN)/pip install --quiet --use-pep517 -c .venv/constraints.txt -e ".[cpu,dev,gateway,kserve,metrics,tracing,uvloop]"
 	@touch $@
 
 demo: $(READY)
