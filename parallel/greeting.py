@@ -6,6 +6,7 @@ and logged; strangers and silent connections cost the mesh no time, because all 
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import selectors
 import socket
@@ -94,8 +95,9 @@ class Door:
         at the deadline, or when the door is closed. Who may come again is put back before the next one is asked for.
         """
         with selectors.DefaultSelector() as selector:
-            selector.register(self._socket, selectors.EVENT_READ)
             try:
+                with contextlib.suppress(OSError, ValueError):  # closed before anybody came: the loop does not begin
+                    selector.register(self._socket, selectors.EVENT_READ)
                 while missing and self._is_open and time.monotonic() < deadline:
                     for guest in self._hear(selector, deadline):
                         if (rank := self._rank_of(selector, guest, missing)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from shardray.parallel.credentials import Credentials
+from shardray.parallel.greeting import Door
+from shardray.parallel.place import Member
 from shardray.runtime.cluster.leader import LeaderServer
 from shardray.runtime.driver.link import ReplicaLink
 from shardray.runtime.engine.request import EngineRequest, SamplingParams, TokenOutput
@@ -37,6 +40,12 @@ def test_stop_and_publish_are_harmless_after_the_end() -> None:
     server.stop("again")
     server.publish([TokenOutput("a", 1)])
     assert threading.active_count() < num_threads
+
+
+def test_a_door_that_was_closed_before_it_was_watched_lets_nobody_in() -> None:
+    door = Door("127.0.0.1", SECRET, "driver")
+    door.close()
+    assert list(door.enter({0: Member(0, 0, 0)}, 1.0, math.inf)) == []
 
 
 @pytest.mark.parametrize("has_tls", [False, True], ids=["plain", "tls"])
