@@ -33,15 +33,15 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	@$(BIN)/shardray demo
 
-# Most tests wait more than they compute: two at a time. What loads the machine or measures it runs by itself, afterwards.
+# Two at a time; what starts Ray or servers, or loads the machine, runs one at a time, afterwards.
 TEST_WORKERS ?= 2
 test: $(READY)
-	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m "not (slow or gpu or alone)"
-	$(BIN)/pytest -m "alone and not (slow or gpu)"
+	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m "not (slow or gpu or integration)"
+	$(BIN)/pytest -m "integration and not (slow or gpu)"
 
 test-all: $(READY)
-	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m "not (gpu or alone)"
-	$(BIN)/pytest -m "alone and not gpu"
+	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m "not (gpu or integration)"
+	$(BIN)/pytest -m "integration and not gpu"
 
 test-gpu: $(READY)
 	$(BIN)/pytest -m gpu

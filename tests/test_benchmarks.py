@@ -77,7 +77,7 @@ def check_records(records: list[dict[str, Any]], labels: list[str]) -> None:
         assert record["machine"]["read_bytes_per_s"] > 0
 
 
-@pytest.mark.alone
+@pytest.mark.integration
 def test_every_run_is_one_json_line_and_contestants_take_turns(model_folder: Path, tmp_path: Path) -> None:
     code, records = run_bench(model_folder, tmp_path / "out.jsonl", "shardray", "transformers", rounds=2)
     check_records(records, ["shardray", "transformers"] * 2)
@@ -87,7 +87,6 @@ def test_every_run_is_one_json_line_and_contestants_take_turns(model_folder: Pat
 
 
 @pytest.mark.integration
-@pytest.mark.alone
 def test_a_served_mesh_of_two_ranks_gives_the_same_tokens_as_the_engine_in_process(
     model_folder: Path, tmp_path: Path
 ) -> None:
@@ -106,7 +105,7 @@ def test_llama_cpp_gives_the_same_tokens_from_the_file_written_for_it(model_fold
     assert all(item["mean_common_prefix"] > 6 for item in agreed)  # its keys and values are float16
 
 
-@pytest.mark.alone
+@pytest.mark.integration
 def test_a_contestant_that_fails_is_a_record_with_the_reason(model_folder: Path, tmp_path: Path) -> None:
     code, records = run_bench(model_folder, tmp_path / "out.jsonl", "transformers:cache=none")
     assert code == 1

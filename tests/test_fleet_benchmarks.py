@@ -19,7 +19,6 @@ PARTS = ("detect_s", "fence_s", "hosts_s", "form_s", "load_s", "attach_s", "repl
 
 
 @pytest.mark.integration
-@pytest.mark.alone
 def test_killed_hosts_are_timed_from_the_kill_to_the_next_token(tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "model", num_hidden_layers=2, max_position_embeddings=4096)
     command = [sys.executable, "-m", "benchmarks", "recovery", "--model", str(folder), "--dtype", "float32"]
@@ -45,7 +44,6 @@ def test_the_table_has_each_kill_the_median_the_worst_and_the_target() -> None:
 
 @pytest.mark.slow
 @pytest.mark.integration
-@pytest.mark.alone
 def test_a_stream_is_timed_while_the_counts_change_under_it(tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "model", num_hidden_layers=2, max_position_embeddings=4096)
     command = [sys.executable, "-m", "benchmarks", "scaling", "--model", str(folder), "--dtype", "float32"]

@@ -41,9 +41,15 @@ class Lease:
             self._owner, self._renewed_s, self._end_s = owner, now, now + lease_s
             return True
 
+    def _extend(self, lost_s: float) -> None:
+        with self._lock:
+            self._end_s += lost_s
+
     def _watch(self) -> None:
-        while time.monotonic() < self._end_s:
+        while (now := time.monotonic()) < self._end_s:
             time.sleep(_CHECK_S)
+            # While an import held the interpreter's lock, or the process stood still, no renewal could be heard.
+            self._extend(time.monotonic() - now - _CHECK_S)
         _log.error("no driver has renewed this host's lease: it ends")
         try:
             give_back_groups(ray.get_runtime_context().namespace)

@@ -164,12 +164,19 @@ class HostPool:
         return hosts
 
     async def _renew(self) -> None:
-        """A host that does not answer is its mesh's watch's to find."""
-        while True:
-            owner, lease_s = self.kind.owner, self.kind.lease_s
-            renewals = (host.renew(owner, lease_s) for host in self._seating.hosts)
-            await asyncio.gather(*renewals, return_exceptions=True)
-            await asyncio.sleep(RENEWAL_S)
+        """A host that does not answer holds up nobody else's renewal; it is its mesh's watch's to find."""
+        asked: dict[RemoteHost, asyncio.Future[list[bool | BaseException]]] = {}
+        try:
+            while True:
+                asked = {host: renewal for host, renewal in asked.items() if not renewal.done()}
+                for host in self._seating.hosts:
+                    if host not in asked:
+                        renewal = host.renew(self.kind.owner, self.kind.lease_s)
+                        asked[host] = asyncio.gather(renewal, return_exceptions=True)
+                await asyncio.sleep(RENEWAL_S)
+        finally:
+            for renewing in asked.values():
+                renewing.cancel()
 
     async def _keep(self) -> None:
         while True:

@@ -8,7 +8,7 @@ from tests.abuse.fleet import AbusedFleet
 from tests.abuse.scenarios import Figures, garbage, idle_connections, overload, slow_readers, vanishing
 from tests.abuse.wire import ATTACKS
 
-pytestmark = [pytest.mark.integration, pytest.mark.alone]
+pytestmark = pytest.mark.integration
 
 
 def test_at_four_times_the_capacity_the_admitted_are_served_and_the_others_told_when_to_come(

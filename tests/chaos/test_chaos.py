@@ -9,7 +9,7 @@ import pytest
 from tests.chaos.run import Options, run
 from tests.chaos.tiny import save_tiny
 
-pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.alone, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.timeout(600)]
 
 
 def test_no_stream_is_lost_or_changed_whatever_dies_hangs_or_is_scaled(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tests.chaos.poison.sitecustomize import KILLING_ID, RAISING_ID
 from tests.chaos.served import Served
 from tests.chaos.tiny import save_tiny
 
-pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.alone, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.timeout(600)]
 
 _PROMPTS = [(5, 17, 42, number) for number in range(5)]
 _MAX_TOKENS = 300

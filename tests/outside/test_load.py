@@ -10,7 +10,7 @@ from tests.outside.conftest import TOKEN, Guarded
 from tests.outside.load import STEP_TIME_S, k6, paced
 from tests.serving import Serving
 
-pytestmark = [pytest.mark.integration, pytest.mark.alone]
+pytestmark = pytest.mark.integration
 NUM_STREAMS = 24
 
 
