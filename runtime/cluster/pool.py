@@ -165,7 +165,7 @@ class HostPool:
 
     async def _renew(self) -> None:
         """A host that does not answer holds up nobody else's renewal; it is its mesh's watch's to find."""
-        asked: dict[RemoteHost, asyncio.Future[list[bool | BaseException]]] = {}
+        asked: dict[RemoteHost, asyncio.Future[tuple[bool | BaseException]]] = {}
         try:
             while True:
                 asked = {host: renewal for host, renewal in asked.items() if not renewal.done()}
