@@ -107,7 +107,7 @@ def module_name(path: Path) -> str:
 
 def source_files() -> list[Path]:
     folders = [ROOT / "parallel", ROOT / "runtime", ROOT / "benchmarks"]
-    nested = [path for folder in folders for path in folder.rglob("*.py")]
+    nested = [path for folder in folders for path in folder.rglob("*.py") if ".peers" not in path.parts]
     return sorted([*nested, *(ROOT / "shardray").glob("*.py"), *(ROOT / "proto").glob("*.py")])
 
 

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from shardray.runtime.cli import options
+
 
 class Target(StrEnum):
     """What is rendered for."""
@@ -32,9 +34,7 @@ def command(
     model_claim: Annotated[
         str | None, typer.Option(help="A ReadWriteMany claim for weights, at /models in every pod.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Override one setting: parallel.tensor_parallel_size=3")
-    ] = None,
+    overrides: options.Overrides = None,
 ) -> None:
     """Print the manifests of a fleet, for `kubectl apply -f -`.
 
@@ -49,7 +49,7 @@ def command(
         memory_bytes = None if memory is None else parse_bytes(memory)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--memory") from None
-    options = RenderOptions(
+    asked = RenderOptions(
         name=name,
         namespace=namespace,
         image=image,
@@ -59,4 +59,4 @@ def command(
         overrides=tuple(overrides or ()),
     )
     assert target is Target.KUBERAY
-    typer.echo(render(config, options), nl=False)
+    typer.echo(render(config, asked), nl=False)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
+from ray.cluster_utils import Cluster
 from ray.util.placement_group import remove_placement_group
 
 from shardray.runtime.cluster.events import EventSink, ignore_events
@@ -34,6 +35,20 @@ from shardray.runtime.engine.request import EngineRequest, SamplingParams, Token
 
 PROMPT_IDS = (5, 17, 42, 99, 3, 64, 21)
 NUM_TOKENS = 24
+_STORE_BYTES = 80 << 20
+
+
+@contextmanager
+def several_nodes(num_nodes: int, num_cpus: int) -> Iterator[Cluster]:
+    """A Ray on this machine: a head without room for hosts, and nodes with room for ``num_cpus`` each."""
+    head = {"num_cpus": 0, "object_store_memory": _STORE_BYTES, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        for _ in range(num_nodes):
+            cluster.add_node(num_cpus=num_cpus, object_store_memory=_STORE_BYTES)
+        yield cluster
+    finally:
+        cluster.shutdown()
 
 
 def make_tiny_llama(folder: Path) -> Path:

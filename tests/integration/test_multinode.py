@@ -12,7 +12,7 @@ from ray.cluster_utils import Cluster
 
 from shardray.runtime.cluster.events import ClusterEvent, PlacementWaiting
 from shardray.runtime.cluster.form import FormedMesh
-from tests.cluster.fleets import fleet_config, generate, make_tiny_llama, reference_ids, running
+from tests.cluster.fleets import fleet_config, generate, make_tiny_llama, reference_ids, running, several_nodes
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio]
 _STORE_BYTES = 80 << 20
@@ -25,15 +25,10 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head without room for hosts, and two nodes with room for two each."""
-    head = {"num_cpus": 0, "object_store_memory": _STORE_BYTES, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(2):
-        cluster.add_node(num_cpus=2, object_store_memory=_STORE_BYTES)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with several_nodes(2, num_cpus=2) as nodes:
+        ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
+        yield nodes
+        ray.shutdown()
 
 
 def _nodes_of(mesh: FormedMesh) -> list[str]:

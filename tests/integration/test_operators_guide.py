@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.cluster_utils import Cluster
 
 from shardray.runtime.client import Client
 from shardray.runtime.deploy.kuberay import manifests
 from shardray.runtime.deploy.names import CONFIG_DIR, CONFIG_FILE, RAYLET_PORT, RenderOptions
 from shardray.runtime.model.sources import resolve_model
+from tests.cluster.fleets import several_nodes
 
 ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "docs" / "operators-guide.md"
@@ -26,7 +26,6 @@ _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Programs of blocks that begin with `$`: what they do is not to be done to the machine that tests run on.
 _ELSEWHERE = {"python3", "/opt/shardray/bin/pip", "docker", "export", "ray", "cp", "systemctl", "journalctl", "kubectl"}
 _CLIENTS = {"status", "generate", "scale", "reload", "restart", "drain", "trace"}
-_STORE_BYTES = 80 << 20
 
 
 def blocks(language: str) -> list[str]:
@@ -48,13 +47,8 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def ray_address() -> Iterator[str]:
-    """A head without room for hosts, and two nodes with room for three each."""
-    head = {"num_cpus": 0, "object_store_memory": _STORE_BYTES, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(2):
-        cluster.add_node(num_cpus=3, object_store_memory=_STORE_BYTES)
-    yield cluster.address
-    cluster.shutdown()
+    with several_nodes(2, num_cpus=3) as nodes:
+        yield nodes.address
 
 
 class Shell:

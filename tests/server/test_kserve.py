@@ -23,8 +23,8 @@ from shardray.runtime.engine.request import FieldError
 from shardray.runtime.model.tokenizer import Tokenizer
 from shardray.runtime.observe import extras
 from shardray.runtime.observe.extras import MissingExtraError, check_extras
-from shardray.runtime.server.kserve.merge import answer_all
 from shardray.runtime.server.kserve.requests import read_request
+from shardray.runtime.server.merge import answer_all
 from shardray.v1 import common_pb2
 from tests.serving import Serving, eventually, in_thread, serving
 

@@ -6,6 +6,7 @@ import numpy as np
 from smg_grpc_proto import vllm_engine_pb2
 
 from shardray.runtime.engine.request import FieldError, ServedModel, given_ids
+from shardray.runtime.server.numbers import as_written
 from shardray.v1 import common_pb2, inference_pb2
 
 _MAX_CHOICES = 128
@@ -70,9 +71,9 @@ def _sampling(params: vllm_engine_pb2.SamplingParams, index: int) -> common_pb2.
     for name in _INTEGERS:
         setattr(native, name, getattr(params, name))
     for name in (*_FLOATS, *(name for name in _FLOATS_UNSET_IF_0 if getattr(params, name) != 0.0)):
-        setattr(native, name, _as_written(getattr(params, name)))
+        setattr(native, name, as_written(np.float32(getattr(params, name))))
     if params.HasField("temperature"):
-        native.temperature = _as_written(params.temperature)
+        native.temperature = as_written(np.float32(params.temperature))
     if params.HasField("max_tokens"):
         native.max_tokens = params.max_tokens
     if params.HasField("logprobs"):
@@ -80,13 +81,8 @@ def _sampling(params: vllm_engine_pb2.SamplingParams, index: int) -> common_pb2.
     if params.HasField("seed"):
         native.seed = (params.seed + index) % 2**64  # each choice has noise of its own
     for token_id, bias in params.logit_bias.items():
-        native.logit_bias[_unsigned("sampling_params.logit_bias", token_id)] = _as_written(bias)
+        native.logit_bias[_unsigned("sampling_params.logit_bias", token_id)] = as_written(np.float32(bias))
     return native
-
-
-def _as_written(value: float) -> float:
-    """A client's 0.7 travels as a 32-bit number, and would be 0.699999988: give back the number that was meant."""
-    return float(str(np.float32(value)))
 
 
 def _unsigned(field: str, value: int) -> int:

@@ -9,8 +9,8 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -22,14 +22,15 @@ from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.errors import DuplicateRequestError
 from shardray.runtime.engine.request import FieldError
 from shardray.runtime.server.auth import CALLER
-from shardray.runtime.server.gateway.interleave import interleave
 from shardray.runtime.server.gateway.loads import loads_of
 from shardray.runtime.server.gateway.requests import choice_id, field_of, num_choices, to_native
 from shardray.runtime.server.gateway.responses import Choice
 from shardray.runtime.server.gateway.tokenizer_bundle import in_chunks, zip_tokenizer
 from shardray.runtime.server.inference import InferenceService
+from shardray.runtime.server.merge import answer_all
 from shardray.v1 import inference_pb2
 
+T = TypeVar("T")
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -156,13 +157,20 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
     async def _answers(
         self, natives: list[inference_pb2.GenerateRequest], context: _Context
     ) -> AsyncGenerator[tuple[int, inference_pb2.GenerateResponse]]:
-        async with contextlib.AsyncExitStack() as closing:
-            streams = [self._inference.Generate(native, context) for native in natives]
-            for stream in streams:
-                await closing.enter_async_context(contextlib.aclosing(stream))
-            answers = await closing.enter_async_context(contextlib.aclosing(interleave(streams)))
-            async for answer in answers:
-                yield answer
+        async def answer(
+            choice: tuple[int, inference_pb2.GenerateRequest],
+        ) -> AsyncGenerator[tuple[int, inference_pb2.GenerateResponse]]:
+            index, native = choice
+            async with contextlib.aclosing(self._inference.Generate(native, context)) as responses:
+                async for response in responses:
+                    yield index, response
+
+        choices = list(enumerate(natives))
+        one = len(choices) == 1  # then without tasks
+        answers = answer(choices[0]) if one else answer_all(_each(choices), answer, len(choices))
+        async with contextlib.aclosing(answers):
+            async for answered in answers:
+                yield answered
 
     @contextlib.contextmanager
     def _counted(self, request_id: str, count: int) -> Iterator[None]:
@@ -183,3 +191,8 @@ def _fields_named_as_here() -> Iterator[None]:
         yield
     except FieldError as error:
         raise FieldError(field_of(error.field), error.message) from None
+
+
+async def _each(items: Iterable[T]) -> AsyncIterator[T]:
+    for item in items:
+        yield item

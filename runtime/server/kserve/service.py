@@ -16,9 +16,9 @@ from shardray.runtime.engine.request import FieldError
 from shardray.runtime.observe.logs import REQUEST_ID
 from shardray.runtime.server.inference import InferenceService
 from shardray.runtime.server.kserve import describe
-from shardray.runtime.server.kserve.merge import answer_all
 from shardray.runtime.server.kserve.requests import Asked, in_their_words, read_request
 from shardray.runtime.server.kserve.responses import ResponseMaker
+from shardray.runtime.server.merge import answer_all
 from shardray.runtime.server.status import to_status
 
 SERVICE = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name

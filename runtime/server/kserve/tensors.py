@@ -16,6 +16,7 @@ import numpy as np
 from tritonclient.grpc import service_pb2
 
 from shardray.runtime.engine.request import FieldError
+from shardray.runtime.server.numbers import as_written
 
 Datatype = Literal["BYTES", "BOOL", "UINT32", "UINT64", "INT32", "FP32"]
 
@@ -82,7 +83,7 @@ def _from_contents(tensor: _InputTensor) -> list[Any]:
         case "BYTES":
             return [_text(tensor.name, data) for data in contents]
         case "FP32":
-            return _as_written(np.array(contents, dtype=np.float32))
+            return [as_written(value) for value in np.array(contents, dtype=np.float32)]
     return list(contents)
 
 
@@ -99,12 +100,7 @@ def _from_raw(tensor: _InputTensor, raw: bytes) -> list[Any]:
         raise FieldError(tensor.name, f"has {len(raw)} bytes, no whole number of {tensor.datatype}")
     _check_count(tensor, num_values)
     values = np.frombuffer(raw, dtype=kind)
-    return _as_written(values) if tensor.datatype in ("FP16", "FP32") else list(values.tolist())
-
-
-def _as_written(values: np.ndarray[Any, Any]) -> list[float]:
-    """What 0.7 was before it lost half of its bits: a seed then gives the same tokens as through our own service."""
-    return [float(str(value)) for value in values]
+    return [as_written(value) for value in values] if tensor.datatype in ("FP16", "FP32") else list(values.tolist())
 
 
 def _check_count(tensor: _InputTensor, num_values: int) -> None:
