@@ -133,7 +133,7 @@ class PagedAttention:
         self._sinks = None if sinks is None else sinks.float()[:, None, None]
         unlike = attention.alibi, attention.window, attention.softcap, sinks, relative
         self.is_plain = all(feature is None for feature in unlike)
-        self._causal = attention.causal
+        self.causal = attention.causal
         self._window, self._softcap = attention.window, attention.softcap
         self._slopes: Tensor | None = None
         if attention.alibi is not None:
@@ -147,6 +147,7 @@ class PagedAttention:
         num_kv_heads = kv_of_head[-1] + 1 if kv_of_head else 0
         edges = [sum(kv < group for kv in kv_of_head) for group in range(num_kv_heads + 1)]
         self.groups = torch.tensor(edges, dtype=torch.int64)  # heads [groups[i], groups[i + 1]) read KV head i
+        self.widest_group = max((kv_of_head.count(kv) for kv in set(kv_of_head)), default=0)
 
     def __call__(self, queries: Tensor, pages: KVPages, layer: int, view: StepView) -> Tensor:
         """(T, n, d) -> (T, n, d); this step's keys and values are in the pages already."""
@@ -173,8 +174,8 @@ class PagedAttention:
         if self._softcap is not None or self._sinks is not None:
             return self._attend_by_scores(queries, keys, values).transpose(0, 1)
         num_tokens = queries.shape[1]
-        causal = self._causal and self.is_plain and num_tokens == context_len
-        needs_none = causal or (self.is_plain and (num_tokens == 1 or not self._causal))
+        causal = self.causal and self.is_plain and num_tokens == context_len
+        needs_none = causal or (self.is_plain and (num_tokens == 1 or not self.causal))
         mask = None if needs_none else self._mask(num_tokens, context_len, queries)
         out = F.scaled_dot_product_attention(
             queries[None], keys[None], values[None], attn_mask=mask, is_causal=causal and num_tokens > 1,
@@ -200,7 +201,7 @@ class PagedAttention:
         """What the last ``num_tokens`` tokens of a context see: (num_tokens, context_len) bool, or (n, ...) to add."""
         ends = torch.arange(context_len - num_tokens, context_len, device=like.device)[:, None]
         distance = ends - torch.arange(context_len, device=like.device)
-        seen = distance >= 0 if self._causal else torch.ones_like(distance, dtype=torch.bool)
+        seen = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
         if self._window is not None:
             seen &= distance.abs() < self._window
         if self._slopes is not None:
