@@ -17,7 +17,7 @@ from shardray.runtime.model.spec import Activation
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 256
-_HEADS_A_PROGRAM = 4  # of rotate_and_store
+_HEADS_A_PROGRAM = 8  # of rotate_and_store
 _COLUMNS_A_PROGRAM = 1024  # of activate
 _PROGRAMS_A_CORE = 2  # of decode: their blocks of keys and values fill a core's shared memory
 _SPLITS_AT_ONCE = 16  # of combine
@@ -54,7 +54,7 @@ def prefill_blocks(dtype: torch.dtype, head_dim: int) -> Blocks:
     """As large as the registers hold; ``rows`` divides TILE."""
     wide = head_dim > 128
     if dtype == torch.float32:
-        return Blocks(32, 16, 4, 2) if wide else Blocks(64, 32, 8, 2)
+        return Blocks(32 if wide else 64, 16 if head_dim > 64 else 32, 8, 2)
     return Blocks(64, 32, 8, 2) if wide else Blocks(128, 64, 8, 3)
 
 
@@ -92,7 +92,7 @@ class TritonOps(Ops):
             pages.keys[layer], pages.values[layer], num_heads, (total_heads - num_heads) // 2, first_head,
             D=head_dim, BLOCK_D=power_of_two(head_dim), HALF=half, BLOCK_HALF=power_of_two(half),
             INTERLEAVED=angles is not None and angles.interleaved, PAGE=pages.block_size, HEADS=_HEADS_A_PROGRAM,
-            **launch_options(1),
+            **launch_options(2),
         )  # fmt: skip
         return qkv[:, :num_heads]
 
