@@ -22,7 +22,7 @@ from shardray.parallel.kernels.triton_launch import launch_options
 
 MAX_TOKENS = 4  # above, cuBLAS; the tile itself has room for 16
 DTYPES = (torch.bfloat16, torch.float16)
-_TILE_TOKENS = 16  # rows of a tensor core's smallest tile
+TILE_TOKENS = 16  # rows of a tensor core's smallest tile
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -66,7 +66,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype)
     out = torch.empty(num_tokens, num_outputs, dtype=dtype, device=x.device)
     narrow_linear[(triton.cdiv(num_outputs, block_n),)](
         x, weight, bias, out, num_tokens, num_outputs, num_inputs, x.stride(0),
-        BLOCK_T=_TILE_TOKENS, BLOCK_N=block_n, BLOCK_K=block_k, HAS_BIAS=bias is not None,
+        BLOCK_T=TILE_TOKENS, BLOCK_N=block_n, BLOCK_K=block_k, HAS_BIAS=bias is not None,
         **launch_options(num_warps, num_stages),
     )  # fmt: skip
     return out

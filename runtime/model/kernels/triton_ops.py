@@ -17,10 +17,10 @@ from shardray.runtime.model.spec import Activation
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 256
-_HEADS_A_PROGRAM = 8  # of rotate_and_store
-_COLUMNS_A_PROGRAM = 1024  # of activate
-_PROGRAMS_A_CORE = 2  # of decode: their blocks of keys and values fill a core's shared memory
-_SPLITS_AT_ONCE = 16  # of combine
+HEADS_A_PROGRAM = 8  # of rotate_and_store
+COLUMNS_A_PROGRAM = 1024  # of activate
+PROGRAMS_A_CORE = 2  # of decode: their blocks of keys and values fill a core's shared memory
+SPLITS_AT_ONCE = 16  # of combine
 
 
 def supports(dtype: torch.dtype) -> bool:
@@ -86,12 +86,12 @@ class TritonOps(Ops):
         num_tokens, total_heads, head_dim = qkv.shape
         half = 0 if angles is None else angles.cos.shape[1]
         first_head = num_heads if angles is None else 0  # queries stay as they are
-        grid = (num_tokens, -(-(total_heads - first_head) // _HEADS_A_PROGRAM))
+        grid = (num_tokens, -(-(total_heads - first_head) // HEADS_A_PROGRAM))
         triton_elementwise.rotate_and_store[grid](
             qkv, None if angles is None else angles.cos, None if angles is None else angles.sin, view.cache_index,
             pages.keys[layer], pages.values[layer], num_heads, (total_heads - num_heads) // 2, first_head,
             D=head_dim, BLOCK_D=power_of_two(head_dim), HALF=half, BLOCK_HALF=power_of_two(half),
-            INTERLEAVED=angles is not None and angles.interleaved, PAGE=pages.block_size, HEADS=_HEADS_A_PROGRAM,
+            INTERLEAVED=angles is not None and angles.interleaved, PAGE=pages.block_size, HEADS=HEADS_A_PROGRAM,
             **launch_options(2),
         )  # fmt: skip
         return qkv[:, :num_heads]
@@ -101,8 +101,8 @@ class TritonOps(Ops):
             return super().activate(inner, activation, gated)
         num_tokens, size = inner.shape[0], inner.shape[1] // (2 if gated else 1)
         out = inner.new_empty(num_tokens, size)
-        triton_elementwise.activate[(num_tokens, -(-size // _COLUMNS_A_PROGRAM))](
-            inner, out, size, KIND=activation, GATED=gated, BLOCK=_COLUMNS_A_PROGRAM, **launch_options(4)
+        triton_elementwise.activate[(num_tokens, -(-size // COLUMNS_A_PROGRAM))](
+            inner, out, size, KIND=activation, GATED=gated, BLOCK=COLUMNS_A_PROGRAM, **launch_options(4)
         )
         return out
 
@@ -127,7 +127,7 @@ class TritonOps(Ops):
         shape = (tasks.splits.shape[0], num_heads)
         partial_sums = torch.empty(*shape, head_dim, dtype=torch.float32, device=queries.device)  # (W, n, d)
         partial_stats = torch.empty(*shape, 2, dtype=torch.float32, device=queries.device)
-        triton_attention.decode[(num_programs(queries.device, _PROGRAMS_A_CORE),)](
+        triton_attention.decode[(num_programs(queries.device, PROGRAMS_A_CORE),)](
             queries, pages.keys[layer], pages.values[layer], view.block_tables, view.context_lens, tasks.splits,
             tasks.split_starts, attention.groups, _bias(attention), partial_sums, partial_stats, view.num_decodes,
             num_heads, len(attention.groups) - 1, pages.keys.shape[2], queries.stride(0), view.block_tables.stride(0),
@@ -136,7 +136,7 @@ class TritonOps(Ops):
         )  # fmt: skip
         triton_attention.combine[(view.num_decodes, num_heads)](
             partial_sums, partial_stats, tasks.split_starts, view.context_lens, attention.sinks, out, num_heads,
-            D=head_dim, BLOCK_D=power_of_two(head_dim), BLOCK_S=_SPLITS_AT_ONCE, BLOCK_N=blocks.columns, SPLIT=SPLIT,
+            D=head_dim, BLOCK_D=power_of_two(head_dim), BLOCK_S=SPLITS_AT_ONCE, BLOCK_N=blocks.columns, SPLIT=SPLIT,
             WINDOW=attention.window or 0, HAS_SINKS=attention.sinks is not None, **launch_options(4),
         )  # fmt: skip
 
