@@ -1,9 +1,9 @@
 """Products of few tokens with a whole weight, on CUDA: as fast as the weight can be read.
 
-A program makes a few outputs of all tokens. It streams its rows of the weight through shared memory, several blocks ahead
-of the arithmetic, which the tensor cores do on a tile of 16 tokens: those that are not there are zeros, and cost nothing
-that shows beside the reading. So one compiled kernel serves any number of tokens, the sum over K always goes in the same
-order, and a token's result does not depend on who shares the batch.
+A program makes a few outputs of all tokens. It streams its rows of the weight through shared memory, several blocks
+ahead of the arithmetic, which the tensor cores do on a tile of 16 tokens: those that are not there are zeros, and cost
+nothing that shows beside the reading. So one compiled kernel serves any number of tokens, the sum over K always goes in
+the same order, and a token's result does not depend on who shares the batch.
 
 Legend: T tokens, N outputs, K inputs.
 """
@@ -60,7 +60,7 @@ def blocks(num_outputs: int) -> tuple[int, int, int, int]:
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(T, K) -> (T, N) in ``dtype``, for T up to MAX_TOKENS and weights of two bytes. Rows of ``x`` may have a stride."""
+    """(T, K) -> (T, N) in ``dtype``; T is 1 to MAX_TOKENS, weights have two bytes. Rows of ``x`` may have a stride."""
     num_tokens, (num_outputs, num_inputs) = x.shape[0], weight.shape
     block_n, block_k, num_warps, num_stages = blocks(num_outputs)
     out = torch.empty(num_tokens, num_outputs, dtype=dtype, device=x.device)

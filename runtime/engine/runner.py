@@ -65,7 +65,9 @@ class SlotTable:
         last_token = {row.slot: int(end) - 1 for row, end in zip(rows, ends, strict=True)}
         sampled = np.array([last_token[row.slot] for row in plan.rows if row.samples], np.int64)
         view = self._view(self._token_ids(rows, ends), counts, starts, tables, int((counts == 1).sum()), sampled)
-        return dataclasses.replace(view, prompts=self._prompts(plan, view, slots, counts)) if self._has_prompts else view
+        if not self._has_prompts:
+            return view
+        return dataclasses.replace(view, prompts=self._prompts(plan, view, slots, counts))
 
     def _tables(self, slots: np.ndarray, lens: np.ndarray) -> np.ndarray:
         """(R, blocks): the pages of what each row has itself."""

@@ -33,9 +33,7 @@ def test_the_tiles_of_a_prompt_cover_its_tokens(counts: list[int], num_decodes: 
 
 
 @given(lengths=LENGTHS, spare_rows=st.integers(0, 3), spare_tokens=st.integers(0, 1000))
-def test_no_step_has_more_splits_than_there_is_room_for(
-    lengths: list[int], spare_rows: int, spare_tokens: int
-) -> None:
+def test_no_step_has_more_splits_than_there_is_room_for(lengths: list[int], spare_rows: int, spare_tokens: int) -> None:
     splits, _ = decode_splits(np.array(lengths, dtype=np.int64))
     bound = max_splits(len(lengths) + spare_rows, max(lengths, default=0), sum(lengths) + spare_tokens)
     assert len(splits) <= bound

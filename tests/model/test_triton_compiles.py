@@ -38,11 +38,13 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
-def compile_kernel(kernel: Any, values: dict[str, Any], options: dict[str, int], early: bool = False) -> tuple[int, int]:
+def compile_kernel(
+    kernel: Any, values: dict[str, Any], options: dict[str, int], early: bool = False
+) -> tuple[int, int]:
     """Bytes of shared memory, and bytes that spill. ``values``: a type for each argument, or its constant.
 
-    Pointers and numbers that are divisible by 16 are said to be, as Triton finds out when a kernel is started; "i32!" is
-    a number that is not, or that it is told not to look at.
+    Pointers and numbers that are divisible by 16 are said to be, as Triton finds out when a kernel is started; "i32!"
+    is a number that is not, or that it is told not to look at.
     """
     values = values | {"EARLY": early}
     types = {name: value for name, value in values.items() if isinstance(value, str) and value.rstrip("!") in KINDS}

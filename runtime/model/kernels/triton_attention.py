@@ -1,11 +1,11 @@
 """Attention that reads the pages in place, on CUDA: decodes in splits of their contexts, chunks of prompts in tiles.
 
 Both go over keys and values in blocks of tokens and keep a running softmax (arXiv 2205.14135), in float32, to the base
-of 2. A block's place depends on the sequence alone, and blocks that a query does not see leave its sums as they are, bit
-by bit; so a row's result is the same whoever shares the batch, and a prompt's whatever chunks it comes in.
+of 2. A block's place depends on the sequence alone, and blocks that a query does not see leave its sums as they are,
+bit by bit; so a row's result is the same whoever shares the batch, and a prompt's whatever chunks it comes in.
 
-Legend: T tokens, R rows, D decode rows, W splits, n / g query and KV heads, d head size, P pages, b tokens a page. Pages are
-(P, g, b, d). ``scale`` and SOFTCAP are in units of the base-2 exponent.
+Legend: T tokens, R rows, D decode rows, W splits, n / g query and KV heads, d head size, P pages, b tokens a page.
+Pages are (P, g, b, d). ``scale`` and SOFTCAP are in units of the base-2 exponent.
 """
 
 # mypy: ignore-errors
@@ -120,7 +120,7 @@ def combine(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
     WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """out (D, n, d): the splits of a row, from its first one on. A program takes a head of a row. No splits give zeros."""
+    """out (D, n, d): the splits of a row, from its first on; zeros if it has none. A program takes a head of a row."""
     enter(EARLY)
     row, head = tl.program_id(0), tl.program_id(1)
     first, end = tl.load(split_starts + row), tl.load(split_starts + row + 1)
@@ -160,7 +160,7 @@ def prefill(
     TILE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     FURTHEST: tl.constexpr, HAS_SINKS: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Rows of several tokens, the last ones of their contexts, into out (T, n, d). A program takes BLOCK_M of a head."""
+    """Rows of several tokens, the last of their contexts, into out (T, n, d). A program takes BLOCK_M of a head."""
     enter(EARLY)
     head = tl.program_id(0)
     tile, part = tl.program_id(1) // (TILE // BLOCK_M), tl.program_id(1) % (TILE // BLOCK_M)

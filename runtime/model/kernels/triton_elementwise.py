@@ -1,7 +1,7 @@
 """What stands between the matrix products of a layer, one kernel each, on CUDA.
 
-Legend: T tokens, H hidden size, F FFN columns of this rank, n / g query and KV heads, d head size, b tokens a page. Norm
-weights, angles and everything computed are float32; activations are of the model's dtype.
+Legend: T tokens, H hidden size, F FFN columns of this rank, n / g query and KV heads, d head size, b tokens a page.
+Norm weights, angles and everything computed are float32; activations are of the model's dtype.
 """
 
 # mypy: ignore-errors
@@ -77,7 +77,10 @@ def rotate_and_store(
         s = tl.load(sin + token * HALF + pair, pair < HALF, 0.0)
         low = tl.load(source + low_at, turned, 0.0).to(tl.float32)
         high = tl.load(source + high_at, turned, 0.0).to(tl.float32)
-        new_low, new_high = (low * c - high * s).to(keys.dtype.element_ty), (high * c + low * s).to(keys.dtype.element_ty)
+        new_low, new_high = (
+            (low * c - high * s).to(keys.dtype.element_ty),
+            (high * c + low * s).to(keys.dtype.element_ty),
+        )
         tl.store(source + low_at, new_low, turned & is_query)
         tl.store(source + high_at, new_high, turned & is_query)
         tl.store(keys + target + low_at, new_low, turned & is_key)

@@ -13,14 +13,15 @@ from shardray.runtime.model.kernels.ops import Ops
 from shardray.runtime.model.kernels.splits import SPLIT, TILE
 from shardray.runtime.model.kernels.triton_ops import TritonOps
 from shardray.runtime.model.positions import Relative
-from tests.interpreted.steps import (
-    CPU,
+from tests.kernels.steps import (
+    DEVICE,
     DTYPES,
     check_close,
     filled_pages,
     in_float32,
     make_attention,
     make_step,
+    normal,
     one_row,
 )
 
@@ -48,14 +49,14 @@ FEATURES: dict[str, dict[str, Any]] = {
 def check(attention: PagedAttention, view: StepView, pages: KVPages, dtype: torch.dtype) -> None:
     num_heads, head_dim = attention.num_heads, pages.values.shape[-1]
     torch.manual_seed(2)
-    fused = torch.randn(len(view.positions), num_heads + 2, head_dim).to(dtype)  # rows with a stride of their own
+    fused = normal(len(view.positions), num_heads + 2, head_dim, dtype=dtype)  # rows with a stride of their own
     queries = fused[:, :num_heads]
     expected = Ops().attend(attention, queries.float(), in_float32(pages), 0, view)
     check_close(TritonOps().attend(attention, queries, pages, 0, view), expected, dtype)
 
 
 def test_these_are_the_operations_of_a_device_that_triton_runs_on() -> None:
-    assert isinstance(choose_ops(CPU, torch.bfloat16, 1), TritonOps)
+    assert isinstance(choose_ops(DEVICE, torch.bfloat16, 1), TritonOps)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,14 +83,14 @@ def test_masks_and_scores_of_every_kind_equal_the_reference(feature: str) -> Non
 @pytest.mark.parametrize("causal", [True, False])
 def test_biases_by_distance_equal_the_reference(causal: bool) -> None:
     relative = Relative(num_buckets=8, max_distance=20)
-    attention = make_attention((0, 1), 16, relative_weight=torch.randn(8, 2), relative=relative, causal=causal)
+    attention = make_attention((0, 1), 16, relative_weight=normal(8, 2), relative=relative, causal=causal)
     check(attention, make_step(MIXED, 16, 160), filled_pages(160, 16, 2, 16, torch.float32), torch.float32)
 
 
 @pytest.mark.parametrize("window", [None, 40])
 def test_sinks_equal_the_reference(window: int | None) -> None:
     pages = filled_pages(160, 16, 2, 32, torch.float32)
-    attention = make_attention((0, 0, 1), 32, sinks=torch.tensor([3.0, -1.0, 8.0]), window=window)
+    attention = make_attention((0, 0, 1), 32, sinks=torch.tensor([3.0, -1.0, 8.0], device=DEVICE), window=window)
     check(attention, make_step(MIXED, 16, 160), pages, torch.float32)
 
 
@@ -99,7 +100,7 @@ def test_a_decode_is_the_same_bits_in_any_batch(dtype: torch.dtype, window: int 
     pages = filled_pages(256, 16, 2, 64, dtype)
     attention = make_attention((0, 0, 0, 1), 64, window=window)
     view = make_step([*DECODES, (40, 60)], 16, 256)
-    queries = torch.randn(len(view.positions), 4, 64).to(dtype)
+    queries = normal(len(view.positions), 4, 64, dtype=dtype)
     together = TritonOps().attend(attention, queries, pages, 0, view)
     for row in range(view.num_decodes):
         alone = TritonOps().attend(attention, queries[row : row + 1], pages, 0, one_row(view, row))
@@ -112,7 +113,7 @@ def test_a_prompt_is_the_same_bits_in_any_chunks(dtype: torch.dtype) -> None:
     attention = make_attention((0, 0, 1), 64)
     length = TILE + 90
     whole = make_step([(length, length)], 16, 32)
-    queries = torch.randn(length, 3, 64).to(dtype)
+    queries = normal(length, 3, 64, dtype=dtype)
     expected = TritonOps().attend(attention, queries, pages, 0, whole)
     for cut in (17, TILE, TILE + 50):
         last = make_step([(length - cut, length)], 16, 32)
@@ -123,9 +124,9 @@ def test_a_prompt_is_the_same_bits_in_any_chunks(dtype: torch.dtype) -> None:
 def test_what_a_page_holds_beyond_the_context_does_not_matter() -> None:
     pages = filled_pages(4, 16, 1, 16, torch.float32)
     attention, view = make_attention((0,), 16), make_step([(1, 3), (2, 5)], 16, 4)
-    queries = torch.randn(3, 1, 16)
+    queries = normal(3, 1, 16)
     before = TritonOps().attend(attention, queries, pages, 0, view)
-    for table, length in zip(view.block_tables, view.context_lens.tolist(), strict=True):
+    for table, length in zip(view.block_tables.long(), view.context_lens.tolist(), strict=True):
         pages.keys[0, table, :, length:] = float("nan")
         pages.values[0, table, :, length:] = float("nan")
     assert torch.equal(TritonOps().attend(attention, queries, pages, 0, view), before)
@@ -138,6 +139,6 @@ def test_a_row_without_a_context_gives_zeros() -> None:
     view.context_lens[1] = 0
     assert view.tasks is not None
     view.tasks.split_starts[2] = 1
-    out = TritonOps().attend(make_attention((0,), 16), torch.randn(2, 1, 16), pages, 0, view)
+    out = TritonOps().attend(make_attention((0,), 16), normal(2, 1, 16), pages, 0, view)
     assert out[0].isfinite().all()
-    assert torch.equal(out[1], torch.zeros(1, 16))
+    assert torch.equal(out[1], torch.zeros(1, 16, device=DEVICE))

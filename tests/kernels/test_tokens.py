@@ -9,6 +9,7 @@ import pytest
 
 from shardray import LLM, SamplingParams
 from shardray.runtime.model.kernels.splits import SPLIT
+from tests.kernels.steps import DEVICE
 from tests.model.encoder_zoo import PairReference, save_encoder
 from tests.model.zoo import save
 from tests.tiny_models import Reference, save_llama
@@ -25,7 +26,7 @@ def some_prompts(lens: list[int], vocab_size: int) -> list[tuple[int, ...]]:
 def check(reference: Reference | PairReference, prompts: list[tuple[int, ...]]) -> None:
     """Three at a time, in chunks of 96 tokens at most."""
     with LLM(
-        reference.folder, dtype="float32", device="cpu", max_num_seqs=3, max_num_batched_tokens=96,
+        reference.folder, dtype="float32", device=DEVICE.type, max_num_seqs=3, max_num_batched_tokens=96,
         kv_memory_bytes=8 << 20,
     ) as llm:  # fmt: skip
         found = [completion.token_ids for completion in llm.generate(prompts, PARAMS)]
