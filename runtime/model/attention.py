@@ -6,7 +6,7 @@ Legend: T tokens of the step, R rows (sequences), n query heads, g KV heads, d h
     values[layer]    (P, g, b, d)
 
 What one KV head holds of a page is one tile, which a kernel streams. Keys lie so that a vector runs over tokens; on
-CUDA they lie as values do, (P, g, b, d): a tensor core takes tiles either way round, and a token is read in whole lines.
+CUDA they lie as values do, (P, g, b, d): tensor cores take tiles either way round, and a token is read in whole lines.
 
 Rows of one token (decodes) come first in a step. The reference gathers a row's pages and calls SDPA;
 runtime/model/kernels holds kernels that read the pages in place.
