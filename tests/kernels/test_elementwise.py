@@ -65,7 +65,6 @@ def check_stored(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", get_args(Activation))
 def test_activations_equal_the_reference_at_any_magnitude(activation: Activation, dtype: torch.dtype) -> None:
     torch.manual_seed(0)

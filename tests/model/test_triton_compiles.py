@@ -46,14 +46,14 @@ def compile_kernel(
     Pointers and numbers that are divisible by 16 are said to be, as Triton finds out when a kernel is started; "i32!"
     is a number that is not, or that it is told not to look at.
     """
-    values = values | {"EARLY": early}
+    values = {"EARLY": False} | values
     types = {name: value for name, value in values.items() if isinstance(value, str) and value.rstrip("!") in KINDS}
     signature = {name: types.get(name, "constexpr").rstrip("!") for name in kernel.arg_names}
     constants = {name: values[name] for name in kernel.arg_names if name not in types}
     aligned = [i for i, name in enumerate(kernel.arg_names) if types.get(name, "fp32") not in ("fp32", "i32!")]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     target = GPUTarget("cuda", 90, 32)
-    binary = triton.compile(source, target=target, options=options | ({"launch_pdl": True} if early else {}))
+    binary = triton.compile(source, target=target, options=options)
     return binary.metadata.shared, _spilled_bytes(binary.asm["cubin"])
 
 
@@ -71,12 +71,11 @@ def _spilled_bytes(cubin: bytes) -> int:
 
 
 def check(kernel: Any, values: dict[str, Any], num_warps: int, num_stages: int = 3, programs: int = 1) -> None:
-    """No spills, and room for so many programs on a core; started early as well."""
-    for early in (False, True):
-        options = {"num_warps": num_warps, "num_stages": num_stages}
-        shared_bytes, spilled_bytes = compile_kernel(kernel, values, options, early)
-        assert spilled_bytes == 0
-        assert shared_bytes <= SHARED_BYTES // programs
+    """No spills, and room for so many programs on a core."""
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    shared_bytes, spilled_bytes = compile_kernel(kernel, values, options)
+    assert spilled_bytes == 0
+    assert shared_bytes <= SHARED_BYTES // programs
 
 
 def attention_values(dtype: torch.dtype, head_dim: int, features: dict[str, Any]) -> dict[str, Any]:
@@ -116,6 +115,21 @@ def test_attention_fits_a_core(dtype: torch.dtype, head_dim: int, feature: str, 
     check(triton_attention.prefill, values, blocks.num_warps, blocks.num_stages)
 
 
+def test_every_kernel_compiles_to_be_started_early() -> None:
+    early = {"EARLY": True}
+    values = attention_values(torch.bfloat16, 128, {}) | product_values(4096, "*bf16", None) | early
+    values |= norm_values(4096, torch.bfloat16, True) | rotation_values(128, 64, torch.bfloat16, False)
+    values |= {"inner": "*bf16", "KIND": "silu", "GATED": True, "BLOCK": 4096, "BLOCK_H": 16, "BLOCK_M": 128}
+    values |= {"keys": "*bf16", "values": "*bf16", "weight": "*bf16", "bias": None, "HAS_BIAS": False}
+    kernels = (
+        triton_attention.decode, triton_attention.combine, triton_attention.prefill, triton_linear.narrow_linear,
+        triton_elementwise.add_norm, triton_elementwise.rotate_and_store, triton_elementwise.activate,
+    )  # fmt: skip
+    for kernel in kernels:
+        own = values | {"BLOCK_N": 64 if kernel.fn.__module__ == triton_attention.__name__ else 16}
+        compile_kernel(kernel, own | {"BLOCK_S": triton_ops.SPLITS_AT_ONCE}, {"num_warps": 8, "launch_pdl": True})
+
+
 def test_attention_of_one_kv_head_compiles() -> None:
     """Triton makes a constant of a count that is one."""
     values = attention_values(torch.bfloat16, 64, {}) | {"num_kv_heads": 1, "page_heads": 1}
@@ -128,40 +142,51 @@ def test_attention_of_one_kv_head_compiles() -> None:
 @pytest.mark.parametrize("num_outputs", [1024, 4096, 28_672, 151_936])
 @pytest.mark.parametrize("out", ["*bf16", "*fp32"])
 def test_a_narrow_product_fits_a_core(num_outputs: int, out: str) -> None:
-    block_n, block_k, num_warps, num_stages = triton_linear.blocks(num_outputs)
+    _, _, num_warps, num_stages = triton_linear.blocks(num_outputs)
     for bias in (None, "*bf16"):
-        values = {
-            "x": "*bf16", "weight": "*bf16", "bias": bias, "out": out, "num_tokens": "i32!", "num_outputs": "i32",
-            "num_inputs": "i32", "x_stride": "i32", "BLOCK_T": triton_linear.TILE_TOKENS, "BLOCK_N": block_n,
-            "BLOCK_K": block_k, "HAS_BIAS": bias is not None,
-        }  # fmt: skip
+        values = product_values(num_outputs, out, bias)
         check(triton_linear.narrow_linear, values, num_warps, num_stages, programs=3)
+
+
+def product_values(num_outputs: int, out: str, bias: str | None) -> dict[str, Any]:
+    block_n, block_k, _, _ = triton_linear.blocks(num_outputs)
+    return {
+        "x": "*bf16", "weight": "*bf16", "bias": bias, "out": out, "num_tokens": "i32!", "num_outputs": "i32",
+        "num_inputs": "i32", "x_stride": "i32", "BLOCK_T": triton_linear.TILE_TOKENS, "BLOCK_N": block_n,
+        "BLOCK_K": block_k, "HAS_BIAS": bias is not None,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("size", [576, 4096, 16_384])
 def test_norms_fit_a_core(size: int, dtype: torch.dtype) -> None:
     for is_rms in (True, False):
-        values = {
-            "x": TYPES[dtype], "delta": TYPES[dtype], "weight": "*fp32", "bias": None if is_rms else "*fp32",
-            "out": TYPES[dtype], "size": "i32", "eps": "fp32", "BLOCK": triton_ops.power_of_two(size),
-            "HAS_DELTA": True, "HAS_WEIGHT": True, "HAS_BIAS": not is_rms, "IS_RMS": is_rms,
-        }  # fmt: skip
-        check(triton_elementwise.add_norm, values, triton_ops.norm_warps(size))
+        check(triton_elementwise.add_norm, norm_values(size, dtype, is_rms), triton_ops.norm_warps(size))
+
+
+def norm_values(size: int, dtype: torch.dtype, is_rms: bool) -> dict[str, Any]:
+    return {
+        "x": TYPES[dtype], "delta": TYPES[dtype], "weight": "*fp32", "bias": None if is_rms else "*fp32",
+        "out": TYPES[dtype], "size": "i32", "eps": "fp32", "BLOCK": triton_ops.power_of_two(size),
+        "HAS_DELTA": True, "HAS_WEIGHT": True, "HAS_BIAS": not is_rms, "IS_RMS": is_rms,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize(("head_dim", "half"), [(64, 32), (80, 16), (128, 64), (256, 0)])
 def test_rotation_fits_a_core(head_dim: int, half: int, dtype: torch.dtype) -> None:
     for interleaved in (False, True):
-        angles = "*fp32" if half else None
-        values = {
-            "qkv": TYPES[dtype], "cos": angles, "sin": angles, "cache_index": "*i64", "keys": TYPES[dtype],
-            "values": TYPES[dtype], "num_heads": "i32!", "num_kv_heads": "i32!", "first_head": "i32!", "D": head_dim,
-            "BLOCK_D": triton_ops.power_of_two(head_dim), "HALF": half, "BLOCK_HALF": triton_ops.power_of_two(half),
-            "INTERLEAVED": interleaved, "PAGE": 16, "HEADS": triton_ops.HEADS_A_PROGRAM,
-        }  # fmt: skip
-        check(triton_elementwise.rotate_and_store, values, 2)
+        check(triton_elementwise.rotate_and_store, rotation_values(head_dim, half, dtype, interleaved), 2)
+
+
+def rotation_values(head_dim: int, half: int, dtype: torch.dtype, interleaved: bool) -> dict[str, Any]:
+    angles = "*fp32" if half else None
+    return {
+        "qkv": TYPES[dtype], "cos": angles, "sin": angles, "cache_index": "*i64", "keys": TYPES[dtype],
+        "values": TYPES[dtype], "num_heads": "i32!", "num_kv_heads": "i32!", "first_head": "i32!", "D": head_dim,
+        "BLOCK_D": triton_ops.power_of_two(head_dim), "HALF": half, "BLOCK_HALF": triton_ops.power_of_two(half),
+        "INTERLEAVED": interleaved, "PAGE": 16, "HEADS": triton_ops.HEADS_A_PROGRAM,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("activation", get_args(Activation))

@@ -20,7 +20,7 @@ _MAX_HEAD_DIM = 256
 HEADS_A_PROGRAM = 8  # of rotate_and_store
 COLUMNS_A_PROGRAM = 1024  # of activate
 PROGRAMS_A_CORE = 2  # of decode: their blocks of keys and values fill a core's shared memory
-SPLITS_AT_ONCE = 16  # of combine
+SPLITS_AT_ONCE = 32  # of combine
 
 
 def supports(dtype: torch.dtype) -> bool:
