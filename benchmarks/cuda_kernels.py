@@ -9,7 +9,7 @@ What docs/decisions/2026-11-29-triton-kernels.md predicts for an H200 stands the
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -32,7 +32,7 @@ LLAMA_8B = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28_672, 4096), "
 SHAPES = LLAMA_8B | {"head": (128_256, 4096), "small qkv": (960, 576), "small down": (576, 1536)}
 
 
-def time_us(calls: list[Callable[[], object]]) -> float:
+def time_us(calls: Sequence[Callable[[], object]]) -> float:
     """Of one call, in a graph of them all; the best of some rounds."""
     calls[0]()
     torch.cuda.synchronize()
@@ -42,16 +42,16 @@ def time_us(calls: list[Callable[[], object]]) -> float:
             call()
     times = []
     for _ in range(TURNS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) * 1000 / len(calls))
+        times.append(float(begin.elapsed_time(end)) * 1000 / len(calls))
     return min(times)
 
 
-def report(kernel: str, shape: str, calls: list[Callable[[], object]], num_bytes: int, flops: int = 0) -> None:
+def report(kernel: str, shape: str, calls: Sequence[Callable[[], object]], num_bytes: int, flops: int = 0) -> None:
     took_us = time_us(calls)
     figures = {"us": round(took_us, 2), "gb_per_s": round(num_bytes / took_us / 1000)}
     if flops:
@@ -116,7 +116,7 @@ def attention() -> None:
         calls = [partial(TritonOps().attend, paged, queries, pages, layer, view) for layer in range(num_layers)]
         seen = num_tokens * (2 * context_len - num_tokens + 1) // 2  # pairs of query and key
         flops = 0 if num_tokens == 1 else 4 * num_rows * seen * HEADS * HEAD_DIM
-        report("attend", f"{num_rows} x {num_tokens} of {context_len}", list(calls), num_bytes, flops)
+        report("attend", f"{num_rows} x {num_tokens} of {context_len}", calls, num_bytes, flops)
 
 
 def elementwise() -> None:
@@ -127,7 +127,7 @@ def elementwise() -> None:
         report("add_norm", f"{num_tokens} x 4096", [partial(ops.add_norm, norm, x, delta)] * 20, 8 * x.numel())
         inner = torch.randn(num_tokens, 28_672, device=DEVICE).bfloat16()
         calls = [partial(ops.activate, inner, "silu", True)] * 20
-        report("activate", f"{num_tokens} x 28672", list(calls), 3 * inner.numel())
+        report("activate", f"{num_tokens} x 28672", calls, 3 * inner.numel())
 
 
 if __name__ == "__main__":

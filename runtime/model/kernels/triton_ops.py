@@ -19,7 +19,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 256
 HEADS_A_PROGRAM = 8  # of rotate_and_store
 COLUMNS_A_PROGRAM = 1024  # of activate
-PROGRAMS_A_CORE = 2  # of decode: their blocks of keys and values fill a core's shared memory
+PROGRAMS_A_CORE = 2  # of decode; two fit unless a KV head has more than 32 query heads, and then take turns
 SPLITS_AT_ONCE = 32  # of combine
 
 
@@ -46,8 +46,9 @@ def decode_blocks(dtype: torch.dtype, head_dim: int, largest_group: int) -> Bloc
     Two of each are on their way while one is computed with: of the five stages the first two look up pages.
     """
     row_bytes = power_of_two(head_dim) * dtype.itemsize
-    columns = max(16, min(64, (16 << 10) // row_bytes))
-    return Blocks(max(16, power_of_two(largest_group)), columns, 4 if row_bytes <= 512 else 8, 5)
+    rows = max(16, power_of_two(largest_group))
+    columns = max(16, min(128 // dtype.itemsize, (16 << 10) // row_bytes))
+    return Blocks(rows, columns, 4 if rows < 64 and row_bytes <= 512 else 8, 5)
 
 
 def prefill_blocks(dtype: torch.dtype, head_dim: int) -> Blocks:
