@@ -43,7 +43,7 @@ def norm_warps(size: int) -> int:
 def decode_blocks(dtype: torch.dtype, head_dim: int, largest_group: int) -> Blocks:
     """A block of keys is 16 KiB at most, and so is one of values.
 
-    Two of each are on their way while one is computed with: of the five stages the first two look up pages.
+    Two of each are on their way or in use: of the five stages of the pipeline the first two look up pages.
     """
     row_bytes = power_of_two(head_dim) * dtype.itemsize
     rows = max(16, power_of_two(largest_group))
@@ -109,7 +109,8 @@ class TritonOps(Ops):
 
     def attend(self, attention: PagedAttention, queries: Tensor, pages: KVPages, layer: int, view: StepView) -> Tensor:
         head_dim = queries.shape[-1]
-        if attention.num_heads == 0 or head_dim > _MAX_HEAD_DIM or queries.stride(1) != head_dim:
+        in_rows = queries.stride()[1:] == (head_dim, 1)
+        if attention.num_heads == 0 or head_dim > _MAX_HEAD_DIM or not in_rows:
             return super().attend(attention, queries, pages, layer, view)
         assert view.tasks is not None, "a step for CUDA comes with its lists of tasks"
         out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
