@@ -25,6 +25,7 @@ elif not torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before those with other marks are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not INTERPRETED and item.path.parent == Path(__file__).parent:
