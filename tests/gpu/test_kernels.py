@@ -15,7 +15,6 @@ from shardray.runtime.model.attention import AttentionTasks, KVPages, OwnHeads, 
 from shardray.runtime.model.kernels import choose_ops
 from shardray.runtime.model.kernels.ops import Ops
 from shardray.runtime.model.kernels.splits import SPLIT, decode_splits, max_splits
-from shardray.runtime.model.kernels.triton_ops import TritonOps
 from shardray.runtime.model.spec import Attention
 
 pytestmark = [
@@ -23,6 +22,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 DEVICE = torch.device("cuda")
+pytest.importorskip("triton", reason="triton is not installed")
+
+from shardray.runtime.model.kernels.triton_ops import TritonOps  # noqa: E402
 MAX_LEN, BLOCK_SIZE, HEADS, KV_HEADS, HEAD_DIM = 4 * SPLIT, 16, 32, 8, 128
 
 
