@@ -25,6 +25,7 @@ DEVICE = torch.device("cuda")
 pytest.importorskip("triton", reason="triton is not installed")
 
 from shardray.runtime.model.kernels.triton_ops import TritonOps  # noqa: E402
+
 MAX_LEN, BLOCK_SIZE, HEADS, KV_HEADS, HEAD_DIM = 4 * SPLIT, 16, 32, 8, 128
 
 
