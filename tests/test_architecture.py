@@ -42,6 +42,7 @@ ALLOWED = {
 HOMES = {
     "ray": ("runtime.cluster",),
     "torch.distributed": ("parallel",),
+    "triton": ("parallel.kernels", "runtime.model.kernels"),
     "opentelemetry": ("runtime.observe.tracer",),
     "smg_grpc_proto": ("runtime.server.gateway",),
     "prometheus_client": ("runtime.observe.collector", "runtime.observe.port"),

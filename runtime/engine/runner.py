@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from shardray.parallel.errors import MeshError
+from shardray.parallel.kernels.triton_launch import runs_triton
 from shardray.parallel.mesh import Mesh
 from shardray.parallel.spans import SpanKind, Spans
 from shardray.runtime.engine.sampler import Sampler
 from shardray.runtime.engine.step import PageGrant, Row, SlotStart, StepPlan, StepResult
-from shardray.runtime.model.attention import AttentionRow, KVPages, PromptsView, StepView
+from shardray.runtime.model.attention import AttentionRow, AttentionTasks, KVPages, PromptsView, StepView
 from shardray.runtime.model.decoder import ShardedDecoder
+from shardray.runtime.model.kernels.splits import decode_splits, prefill_tiles
 
 
 class SlotTable:
@@ -63,7 +65,9 @@ class SlotTable:
         last_token = {row.slot: int(end) - 1 for row, end in zip(rows, ends, strict=True)}
         sampled = np.array([last_token[row.slot] for row in plan.rows if row.samples], np.int64)
         view = self._view(self._token_ids(rows, ends), counts, starts, tables, int((counts == 1).sum()), sampled)
-        return dataclasses.replace(view, prompts=self._prompts(plan, view, slots)) if self._has_prompts else view
+        if not self._has_prompts:
+            return view
+        return dataclasses.replace(view, prompts=self._prompts(plan, view, slots, counts))
 
     def _tables(self, slots: np.ndarray, lens: np.ndarray) -> np.ndarray:
         """(R, blocks): the pages of what each row has itself."""
@@ -94,9 +98,19 @@ class SlotTable:
                 for i in range(num_decodes, len(counts))
             ),
             sampled_tokens=self._tensor(sampled),
+            tasks=self._tasks(counts, starts + counts, num_decodes),
         )
 
-    def _prompts(self, plan: StepPlan, view: StepView, slots: np.ndarray) -> PromptsView:
+    def _tasks(self, counts: np.ndarray, context_lens: np.ndarray, num_decodes: int) -> AttentionTasks | None:
+        """Of rows of so many tokens at the end of their contexts; None where no kernel takes them."""
+        if not runs_triton(self._device):
+            return None
+        splits, split_starts = decode_splits(context_lens[:num_decodes])
+        query_starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+        lists = splits, split_starts, prefill_tiles(counts, num_decodes), query_starts
+        return AttentionTasks(*map(self._tensor, lists))
+
+    def _prompts(self, plan: StepPlan, view: StepView, slots: np.ndarray, counts: np.ndarray) -> PromptsView:
         rows = plan.encoder_rows
         encoded, cache_index = None, view.cache_index[:0]
         if rows:
@@ -114,6 +128,7 @@ class SlotTable:
             block_tables=self._tensor(self._pages[slots, : int(self._prompt_blocks[slots].max(initial=0))]),
             context_lens=self._tensor(prompt_lens.astype(np.int32)),
             prefills=tuple(dataclasses.replace(row, context_len=int(prompt_lens[row.row])) for row in view.prefills),
+            tasks=self._tasks(counts, prompt_lens, view.num_decodes),
         )
         pooled = tuple(row.pooling for row in rows if row.pooling is not None)
         return PromptsView(encoded, cache_index, seen, pooled)

@@ -83,11 +83,11 @@ class CpuOps(Ops):
         if self._prefill is None:
             attention.attend_prefills(queries, out, pages, layer, view)
         elif view.prefills:
-            tokens_a_task = max(1, _PREFILL_ROWS // attention.widest_group)
+            tokens_a_task = max(1, _PREFILL_ROWS // attention.largest_group)
             rows, num_tasks = _prefill_rows(view, num_kv_heads, tokens_a_task)
             self._prefill(
                 self._num_threads, num_tasks, len(rows), *shape, *inputs, rows.data_ptr(), groups, out.data_ptr(),
-                scale, tokens_a_task, tokens_a_task * attention.widest_group, attention.causal,
+                scale, tokens_a_task, tokens_a_task * attention.largest_group, attention.causal,
             )  # fmt: skip
         return out
 
