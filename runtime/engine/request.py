@@ -182,7 +182,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
                 raise FieldError(field, f"token ids must lie in [0, {vocab_size})")
 
 
-class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
+class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """One token of one request, or (``token_id`` None) the end of a stream that yields no further token.
 
     ``embedding``: float32, little-endian; with the end of a request for one.
