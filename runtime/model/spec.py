@@ -5,6 +5,7 @@ A family turns a ``config.json`` into a DecoderSpec; nothing else in the runtime
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -218,6 +219,21 @@ class DecoderSpec:
     @property
     def num_encoder_layers(self) -> int:
         return 0 if self.encoder is None else len(self.encoder.layers)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Taken once: what is worked out of a specification is kept by it."""
+        return hash((self.hidden_size, self.vocab_size, self.layers, self.encoder))
+
+    @functools.cached_property
+    def layer_kinds(self) -> tuple[int, ...]:
+        """For each of ``all_layers`` the first one like it, of the same stack. Telling layers apart takes a while."""
+        first: dict[tuple[bool, Layer], int] = {}
+        stacked = ((index < self.num_encoder_layers, layer) for index, layer in enumerate(self.all_layers))
+        return tuple(first.setdefault(kind, index) for index, kind in enumerate(stacked))
 
     @property
     def num_layers(self) -> int:
