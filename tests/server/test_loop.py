@@ -1,4 +1,4 @@
-"""The program runs on uvloop where that is installed, ends as asyncio's own runner would, and keeps what it has loaded."""
+"""The program runs on uvloop where that is installed, ends as asyncio's own runner would; what it loaded stays."""
 
 from __future__ import annotations
 
