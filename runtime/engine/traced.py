@@ -1,4 +1,4 @@
-"""What a step took, told with the tokens of requests that are traced. Times are of the calendar, by each machine's clock."""
+"""What a step took, told with the tokens of traced requests. Times are of the calendar, by each machine's clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Most ranks of a mesh are alike: as many layers of each kind, blocks as long. What is reckoned for one holds for all."""
+"""Most ranks of a mesh are alike: as many layers of each kind, blocks as long. What one takes, all of them take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The steps of one request as spans: each of the first ones with its stages inside, and one span for many later ones."""
+"""The steps of one request as spans: each of the first with its stages inside, and one span for many later ones."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """OpenTelemetry traces: a span for each request, with its queue, prefill and decode inside, and in these its steps.
 
-A replica tells of the steps of requests that are sampled; all others pay nothing. The spans inside of a request's are made
-when it has ended. They go out in a thread of their own, in batches; a collector that does not answer costs the spans
-and nothing else.
+A replica tells of the steps of requests that are sampled; all others pay nothing. The spans inside of a request's are
+made when it has ended. They go out in a thread of their own, in batches; a collector that does not answer costs the
+spans and nothing else.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A traced request of a real fleet of two stages: from its call through queue, prefill and decode down to each stage."""
+"""A traced request of a real fleet of two stages: from its call through queue, prefill and decode to the stages."""
 
 from __future__ import annotations
 
