@@ -221,12 +221,8 @@ class DecoderSpec:
         return 0 if self.encoder is None else len(self.encoder.layers)
 
     def __hash__(self) -> int:
-        return self._hash
-
-    @functools.cached_property
-    def _hash(self) -> int:
-        """Taken once: what is worked out of a specification is kept by it."""
-        return hash((self.hidden_size, self.vocab_size, self.layers, self.encoder))
+        """Of a few numbers: what is worked out of a specification is kept by it, and its layers take long to hash."""
+        return hash((self.vocab_size, self.hidden_size, self.max_positions, len(self.layers)))
 
     @functools.cached_property
     def layer_kinds(self) -> tuple[int, ...]:
