@@ -43,7 +43,7 @@ HOMES = {
     "ray": ("runtime.cluster",),
     "torch.distributed": ("parallel",),
     "triton": ("parallel.kernels", "runtime.model.kernels"),
-    "opentelemetry": ("runtime.observe.tracer",),
+    "opentelemetry": ("runtime.observe.tracer", "runtime.observe.step_spans"),
     "smg_grpc_proto": ("runtime.server.gateway",),
     "prometheus_client": ("runtime.observe.collector", "runtime.observe.port"),
     **dict.fromkeys(

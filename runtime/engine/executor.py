@@ -7,6 +7,8 @@ import queue
 import threading
 from collections.abc import Callable
 
+import msgspec
+
 from shardray.parallel.errors import MeshError
 from shardray.parallel.link import Link
 from shardray.parallel.mesh import Mesh
@@ -25,6 +27,8 @@ class MeshExecutor:
         self._workers = [link for rank, link in sorted(mesh.links.items()) if rank != mesh.spec.rank]
         sampler_rank = mesh.spec.rank_at(mesh.spec.pp_size - 1, 0)
         self._sampler: Link | None = mesh.links.get(sampler_rank)  # None: this rank samples
+        # They have something to tell of traced plans alone, and then before the last stage is done.
+        self._between = [mesh.links[mesh.spec.rank_at(stage, 0)] for stage in range(1, mesh.spec.pp_size - 1)]
         self._timeout_s = mesh.spec.timeout_s
         self._runner = runner
         self._prepare_thread = prepare_thread
@@ -42,16 +46,19 @@ class MeshExecutor:
 
     def result(self) -> StepResult:
         """Raises MeshError, or whatever else the runner of this rank raised."""
-        if self._sampler is not None:
-            result: StepResult | Exception | None = decode_result(self._sampler.recv(self._timeout_s))
-            own = self._results.get()
-            result = own if isinstance(own, Exception) else result
-        else:
-            result = self._results.get()
-        if isinstance(result, Exception):
-            raise result
+        last = None if self._sampler is None else decode_result(self._sampler.recv(self._timeout_s))
+        own = self._results.get()
+        if isinstance(own, Exception):
+            raise own
+        result = last or own
         assert result is not None
-        return result
+        return self._with_all_stages(own, result) if result.stages and last is not None else result
+
+    def _with_all_stages(self, own: StepResult | None, last: StepResult) -> StepResult:
+        """A traced result that has the time of every stage, in their order."""
+        assert own is not None
+        between = [decode_result(link.recv(self._timeout_s)) for link in self._between]
+        return msgspec.structs.replace(last, stages=tuple(one.stages[0] for one in (own, *between, last)))
 
     def close(self) -> None:
         """End the runner's thread once the plans that it has are done, and take leave of the other ranks."""

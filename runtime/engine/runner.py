@@ -9,6 +9,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from shardray.parallel.mesh import Mesh
 from shardray.parallel.spans import SpanKind, Spans
 from shardray.runtime.engine.sampler import Sampler
 from shardray.runtime.engine.step import PageGrant, Row, SlotStart, StepPlan, StepResult
+from shardray.runtime.engine.traced import StageTime
 from shardray.runtime.model.attention import AttentionRow, AttentionTasks, KVPages, PromptsView, StepView
 from shardray.runtime.model.decoder import ShardedDecoder
 from shardray.runtime.model.kernels.splits import decode_splits, prefill_tiles
@@ -160,6 +162,7 @@ class ShardRunner:
         self.num_steps = 0
         self.busy_s = 0.0  # within ``run``
         self._spans: Spans | None = None
+        self._begin_ns = 0  # since 1970: when the input of a traced plan was there
 
     def start_trace(self) -> None:
         """Write down what every step does from now on. Thread-safe, as is ``stop_trace``."""
@@ -186,16 +189,20 @@ class ShardRunner:
         return self._decoder.expert_imbalance()
 
     def run(self, plan: StepPlan) -> StepResult | None:
-        """Run one plan. Returns its tokens on the rank that samples, None on the others. Raises MeshError."""
+        """Run one plan. Returns its tokens on the rank that samples, None on the others. Raises MeshError.
+
+        Of a traced plan the first tensor rank of each stage returns a result that has the stage's time.
+        """
         began_s = time.perf_counter()
         try:
             with torch.inference_mode():
                 if (spans := self._spans) is None:
-                    return self._run(plan)
-                begin_ns = time.monotonic_ns()
-                result = self._run(plan)
-                spans.note(SpanKind.STEP, _describe(plan), begin_ns)
-                return result
+                    result = self._run(plan)
+                else:
+                    begin_ns = time.monotonic_ns()
+                    result = self._run(plan)
+                    spans.note(SpanKind.STEP, _describe(plan), begin_ns)
+                return self._with_time(plan, result) if plan.is_traced else result
         except MeshError as error:
             error.step = plan.step
             raise
@@ -212,6 +219,8 @@ class ShardRunner:
         view = self._slots.view(plan)
         mesh = self._mesh
         hidden = mesh.upstream.recv(view.num_tokens) if mesh.upstream is not None else None
+        if plan.is_traced:
+            self._begin_ns = time.time_ns()
         out = self._decoder(hidden, self._pages, view)
         if mesh.downstream is not None:
             assert out is not None
@@ -222,6 +231,12 @@ class ShardRunner:
             embeddings = tuple(row.tobytes() for row in out.cpu().numpy())
             return StepResult(plan.step, (), embeddings) if self._sampler is not None else None
         return self._sample(plan, out)
+
+    def _with_time(self, plan: StepPlan, result: StepResult | None) -> StepResult | None:
+        if self._mesh.spec.tp_rank != 0:
+            return result
+        stage = StageTime(self._begin_ns, time.time_ns() - self._begin_ns)
+        return msgspec.structs.replace(result or StepResult(plan.step, ()), stages=(stage,))
 
     def _sample(self, plan: StepPlan, logits: Tensor | None) -> StepResult | None:
         sampling = [row for row in plan.rows if row.samples]

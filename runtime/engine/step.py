@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from shardray.runtime.engine.request import SamplingParams
+from shardray.runtime.engine.traced import StageTime
 from shardray.runtime.model.spec import Pooling
 
 
@@ -60,6 +61,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
     grants: tuple[PageGrant, ...]
     rows: tuple[Row, ...]
     encoder_rows: tuple[EncoderRow, ...] = ()
+    is_traced: bool = False  # every stage tells what it took
 
     @property
     def num_tokens(self) -> int:
@@ -80,6 +82,7 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
     step: int
     sampled: tuple[Sampled, ...]
     embeddings: tuple[bytes, ...] = ()  # float32, little-endian
+    stages: tuple[StageTime, ...] = ()  # of a plan that is traced
 
 
 _encoder = msgspec.msgpack.Encoder()
