@@ -1,4 +1,7 @@
-"""What stands between the matrix products of a layer, fused into one pass each, on CPUs. One task per token.
+"""What stands between the matrix products of a layer, fused into one pass each, on CPUs.
+
+A task is one token or, of many, up to 16 that follow one another: their memory is then read in one stream, and threads
+do not write to the same lines of a page of keys.
 
 Legend: T tokens, H hidden size, F FFN columns of this rank, n / g query and KV heads, d head size. Norm weights, angles
 and everything computed are float32; activations are of the element's dtype.
@@ -15,7 +18,18 @@ import numpy as np
 from shardray.parallel.kernels import jit
 from shardray.parallel.kernels.jit import FLOAT32
 
+_TOKENS_A_TASK = 16
+_FEW_TOKENS = 64  # of a step: one for each task
+
 _, pointer, load, store = FLOAT32  # replaced by those of the element a kernel is compiled for
+
+
+@numba.njit(inline="always")
+def _take_tokens(args, num_tokens):
+    """The next task's tokens, [first, end); none are left when they begin behind the last"""
+    count = _TOKENS_A_TASK if num_tokens > _FEW_TOKENS else 1
+    first = jit.take_task(args) * count
+    return first, min(first + count, num_tokens)
 
 
 def add_rms_norm(args):
@@ -27,23 +41,24 @@ def add_rms_norm(args):
     words, more_words = np.empty(size, np.uint32), np.empty(size, np.uint32)
     row, more = words.view(np.float32), more_words.view(np.float32)
     while True:
-        token = jit.take_task(args)
-        if token >= num_tokens:
+        first, end = _take_tokens(args, num_tokens)
+        if first >= num_tokens:
             break
-        load(x, token * size, size, words)
-        if a[4] != 0:
-            load(delta, token * size, size, more_words)
+        for token in range(first, end):
+            load(x, token * size, size, words)
+            if a[4] != 0:
+                load(delta, token * size, size, more_words)
+                for i in range(size):
+                    row[i] += more[i]
+                store(words, size, x, token * size)
+                load(x, token * size, size, words)  # as rounded, so that fused and unfused agree
+            total = np.float32(0.0)
             for i in range(size):
-                row[i] += more[i]
-            store(words, size, x, token * size)
-            load(x, token * size, size, words)  # as rounded, so that fused and unfused agree
-        total = np.float32(0.0)
-        for i in range(size):
-            total += row[i] * row[i]
-        inverse = np.float32(1.0) / np.sqrt(total / np.float32(size) + eps)
-        for i in range(size):
-            row[i] = row[i] * inverse * weight[i]
-        store(words, size, out, token * size)
+                total += row[i] * row[i]
+            inverse = np.float32(1.0) / np.sqrt(total / np.float32(size) + eps)
+            for i in range(size):
+                row[i] = row[i] * inverse * weight[i]
+            store(words, size, out, token * size)
 
 
 def rotate_and_store(args):
@@ -58,30 +73,31 @@ def rotate_and_store(args):
     words = np.empty(head_dim, np.uint32)
     head = words.view(np.float32)
     while True:
-        token = jit.take_task(args)
-        if token >= num_tokens:
+        first, end = _take_tokens(args, num_tokens)
+        if first >= num_tokens:
             break
-        first = token * (num_heads + 2 * num_kv_heads) * head_dim
-        page, offset = cache_index[token] // block_size, cache_index[token] % block_size
-        tile = block_size * head_dim
-        for i in range(num_heads + num_kv_heads):
-            load(qkv, first + i * head_dim, head_dim, words)
-            for j in range(half):
-                c, s = cos[token * half + j], sin[token * half + j]
-                low, high = head[j], head[half + j]
-                head[j] = low * c - high * s
-                head[half + j] = high * c + low * s
-            if i < num_heads:
-                store(words, head_dim, qkv, first + i * head_dim)
-            else:  # a key is a column of its page's (d, b) tile
-                column = (page * num_kv_heads + i - num_heads) * tile + offset
+        for token in range(first, end):
+            row = token * (num_heads + 2 * num_kv_heads) * head_dim
+            page, offset = cache_index[token] // block_size, cache_index[token] % block_size
+            tile = block_size * head_dim
+            for i in range(num_heads + num_kv_heads):
+                load(qkv, row + i * head_dim, head_dim, words)
+                for j in range(half):
+                    c, s = cos[token * half + j], sin[token * half + j]
+                    low, high = head[j], head[half + j]
+                    head[j] = low * c - high * s
+                    head[half + j] = high * c + low * s
+                if i < num_heads:
+                    store(words, head_dim, qkv, row + i * head_dim)
+                else:  # a key is a column of its page's (d, b) tile
+                    column = (page * num_kv_heads + i - num_heads) * tile + offset
+                    for j in range(head_dim):
+                        store(words[j:], 1, keys, column + j * block_size)
+            for i in range(num_kv_heads):
+                start = row + (num_heads + num_kv_heads + i) * head_dim
+                place = (page * num_kv_heads + i) * tile + offset * head_dim
                 for j in range(head_dim):
-                    store(words[j:], 1, keys, column + j * block_size)
-        for i in range(num_kv_heads):
-            start = first + (num_heads + num_kv_heads + i) * head_dim
-            place = (page * num_kv_heads + i) * tile + offset * head_dim
-            for j in range(head_dim):
-                values[place + j] = qkv[start + j]
+                    values[place + j] = qkv[start + j]
 
 
 def silu_gate(args):
@@ -93,14 +109,15 @@ def silu_gate(args):
     gate, up = gate_words.view(np.float32), up_words.view(np.float32)
     power, bits = np.empty(size, np.float32), np.empty(size, np.int32)
     while True:
-        token = jit.take_task(args)
-        if token >= num_tokens:
+        first, end = _take_tokens(args, num_tokens)
+        if first >= num_tokens:
             break
-        load(gate_up, token * 2 * size, size, gate_words)
-        load(gate_up, token * 2 * size + size, size, up_words)
-        for i in range(size):
-            power[i] = min(-gate[i], np.float32(80.0))
-        jit.exp_in_place(power, bits, size)
-        for i in range(size):
-            gate[i] = gate[i] / (np.float32(1.0) + power[i]) * up[i]
-        store(gate_words, size, out, token * size)
+        for token in range(first, end):
+            load(gate_up, token * 2 * size, size, gate_words)
+            load(gate_up, token * 2 * size + size, size, up_words)
+            for i in range(size):
+                power[i] = min(-gate[i], np.float32(80.0))
+            jit.exp_in_place(power, bits, size)
+            for i in range(size):
+                gate[i] = gate[i] / (np.float32(1.0) + power[i]) * up[i]
+            store(gate_words, size, out, token * size)
