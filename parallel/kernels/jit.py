@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -109,9 +110,24 @@ def record(launch: Launch) -> None:
         launches.append(launch)
 
 
-def compile_function(function: Callable[..., None]) -> Function:
-    """``function`` over the address of its arguments; its machine code is cached on disk."""
-    return Function(numba.cfunc(_SIGNATURE, cache=True, fastmath=MATH, error_model="numpy")(function))
+def compile_function(function: Callable[..., None], names: dict[str, Any] | None = None, variant: str = "") -> Function:
+    """``function`` over the address of its arguments; its machine code is cached on disk.
+
+    ``names`` stand for its globals, and ``variant`` tells such functions apart. numba's cache sees a change in the file
+    of a function, but none in what it uses of others; so all sources enter its name.
+    """
+    digest = _digest_of(Path(function.__code__.co_filename).parent)
+    own = FunctionType(function.__code__, names or function.__globals__, f"{function.__name__}{variant}_{digest}")
+    own.__qualname__ = own.__name__
+    own.__module__ = function.__module__
+    return Function(numba.cfunc(_SIGNATURE, cache=True, fastmath=MATH, error_model="numpy")(own))
+
+
+@functools.cache
+def _digest_of(folder: Path) -> str:
+    """Of the sources beside this file and in ``folder``: of all that a kernel there is made of"""
+    sources = sorted({*Path(__file__).parent.glob("*.py"), *folder.glob("*.py")})
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
 
 
 def compile_kernel(function: Callable[..., None], variant: Element | Any) -> Kernel:
@@ -121,11 +137,7 @@ def compile_kernel(function: Callable[..., None], variant: Element | Any) -> Ker
     ``pointer``, ``load`` and ``store``) become its values: a function of its own name and globals, since a closure
     would not be found in the cache again.
     """
-    names = {**function.__globals__, **variant._asdict()}
-    own = FunctionType(function.__code__, names, f"{function.__name__}_{variant.name}")
-    own.__qualname__ = own.__name__
-    own.__module__ = function.__module__
-    compiled = compile_function(own)
+    compiled = compile_function(function, {**function.__globals__, **variant._asdict()}, f"_{variant.name}")
     team = openmp_team()
 
     def run(num_threads: int, *args: int) -> None:

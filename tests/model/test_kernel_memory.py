@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent
-TESTS = [FOLDER / "test_kernels.py", *sorted((FOLDER.parent / "parallel").glob("test_*kernel*.py"))]
+TESTS = [
+    *(FOLDER / f"test_{name}.py" for name in ("kernels", "prefill_kernel")),
+    *sorted((FOLDER.parent / "parallel").glob("test_*kernel*.py")),
+]
 
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.name)

@@ -9,6 +9,7 @@ All operands are int64: addresses and counts.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -32,16 +33,27 @@ def _words(value: int) -> Any:
     return ir.Constant(WORDS, [value] * WIDTH)
 
 
+def _higher(builder: Any, a: Any, b: Any) -> Any:
+    """One instruction, where neither is NaN"""
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
 def _exp2(builder: Any, x: Any) -> Any:
-    """2 ** x for 16 floats <= 127; lower ones than -126 count as -126."""
-    x = vector.call(builder, "llvm.maxnum.v16f32", [x, _floats(_LOWEST)], FLOATS)
+    """2 ** x for 16 floats <= 127; lower ones than -126 count as -126. Of 0 it is 1."""
+    x = _higher(builder, x, _floats(_LOWEST))
     whole = vector.call(builder, "llvm.rint.v16f32", [x], FLOATS)
     f = builder.fsub(x, whole)
     power = _floats(_POWERS[-1])
     for factor in reversed(_POWERS[:-1]):
         power = vector.multiply_add(builder, power, f, _floats(factor))
-    exponent = builder.shl(builder.add(builder.fptosi(whole, WORDS), _words(127)), _words(23))
-    return builder.fmul(power, builder.bitcast(exponent, FLOATS))
+    exponent = builder.shl(builder.fptosi(whole, WORDS), _words(23))
+    return builder.bitcast(builder.add(builder.bitcast(power, WORDS), exponent), FLOATS)
+
+
+def _to_bfloat16(builder: Any, values: Any) -> Any:
+    """Sixteen floats to nearest; where two are as near, to the greater"""
+    words = builder.add(builder.bitcast(values, WORDS), _words(0x8000))
+    return builder.trunc(builder.lshr(words, _words(16)), HALVES)
 
 
 @intrinsic
@@ -112,17 +124,17 @@ def make_soften(tile_vectors: int, num_tiles: int, all_visible: bool) -> Any:
                 row = vector.load_float32(builder, builder.add(tile, I64(v % tile_vectors * VECTOR_BYTES)))
                 row = builder.fmul(row, factors)
                 rows.append(row if all_visible else builder.select(seen[-1], row, _floats(-math.inf)))
-            top = _tree(rows, lambda a, b: vector.call(builder, "llvm.maxnum.v16f32", [a, b], FLOATS))
+            top = _tree(rows, functools.partial(_higher, builder))
             before = vector.load(builder, kept, FLOAT)
             highest = vector.call(builder, "llvm.vector.reduce.fmax.v16f32", [top], FLOAT)
-            highest = vector.call(builder, "llvm.maxnum.f32", [highest, before], FLOAT)
+            highest = _higher(builder, highest, before)
             tops = vector.splat(builder, highest)
             powers = []
             for v, (here, row) in enumerate(zip(seen, rows, strict=True)):
                 power = _exp2(builder, builder.fsub(row, tops))
                 power = power if all_visible else builder.select(here, power, _floats(0.0))
                 place = builder.add(weights, I64(v * VECTOR_BYTES // 2))
-                vector.store(builder, vector.to_bfloat16(builder, power), place)
+                vector.store(builder, _to_bfloat16(builder, power), place)
                 powers.append(power)
             total = _sum_lanes(builder, _tree(powers, builder.fadd))
             shrunk = _exp2(builder, builder.fsub(vector.splat(builder, before), tops))
