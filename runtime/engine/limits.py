@@ -13,6 +13,7 @@ class SchedulerLimits:
 
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_prefill_beside_decodes: int | None = None  # tokens of prompts in a plan with decodes; None: as many as fit
     max_model_len: int
     block_size: int
     num_pages: int
@@ -25,6 +26,8 @@ class SchedulerLimits:
         for name in ("max_num_seqs", "max_model_len", "block_size", "num_pages", "max_in_flight"):
             if getattr(self, name) < 1:
                 raise FieldError(name, f"{getattr(self, name)} must be at least 1")
+        if self.max_prefill_beside_decodes is not None and self.max_prefill_beside_decodes < 1:
+            raise FieldError("max_prefill_beside_decodes", f"{self.max_prefill_beside_decodes} must be at least 1")
         if self.lookahead not in (0, 1):
             raise FieldError("lookahead", f"{self.lookahead} must be 0 or 1")
         if self.max_num_batched_tokens <= self.max_num_seqs:
@@ -40,8 +43,14 @@ class SchedulerLimits:
         return 1 if self.lookahead else self.max_in_flight
 
     def prefill_budget(self, num_decodes: int) -> int:
-        """Tokens of prompts in a plan beside its decodes: what they leave of a lane's share, and never none."""
-        return max(1, -(-self.max_num_batched_tokens // self.num_lanes) - num_decodes)
+        """Tokens of prompts in a plan beside its decodes: what they leave of a lane's share, and never none.
+
+        Not more than would make the decodes wait long, if there are any.
+        """
+        budget = max(1, -(-self.max_num_batched_tokens // self.num_lanes) - num_decodes)
+        if num_decodes == 0 or self.max_prefill_beside_decodes is None:
+            return budget
+        return min(budget, self.max_prefill_beside_decodes)
 
     def given_ids(self, request: EngineRequest) -> tuple[int, ...]:
         """What stands before the generated tokens."""

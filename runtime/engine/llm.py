@@ -68,6 +68,7 @@ class LLM:
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 2048,
+        max_prefill_beside_decodes: int | None = None,
         kv_memory_bytes: int | None = None,
         memory_utilization: float = 0.9,
         num_threads: int | None = None,
@@ -94,6 +95,7 @@ class LLM:
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
+                max_prefill_beside_decodes=max_prefill_beside_decodes,
                 kv_memory_bytes=kv_memory_bytes,
                 memory_utilization=memory_utilization,
             )

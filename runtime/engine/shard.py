@@ -53,6 +53,9 @@ Progress = Callable[[str, float], None]
 
 _log = logging.getLogger(__name__)
 _LOAD_TIMEOUT_S = 3600.0
+# A step with so much of a prompt takes about three times as long as one that only reads the weights: three times the
+# tokens at which products take longer than reading what they multiply, beside some decodes.
+_PREFILL_BESIDE_DECODES = {"cpu": 64, "cuda": 512}
 
 
 def open_rendezvous(bind_host: str, credentials: Credentials, size: int) -> Rendezvous:
@@ -195,6 +198,7 @@ def _assemble(
     limits = SchedulerLimits(
         max_num_seqs=served.max_num_seqs,
         max_num_batched_tokens=served.max_num_batched_tokens,
+        max_prefill_beside_decodes=assignment.max_prefill_beside_decodes or _PREFILL_BESIDE_DECODES[device.type],
         max_model_len=served.max_model_len,
         block_size=served.block_size,
         num_pages=num_pages,

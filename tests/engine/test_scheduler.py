@@ -83,6 +83,19 @@ def test_pages_and_slot_of_an_ended_request_serve_the_very_next_plan() -> None:
     assert second.grants == first.grants
 
 
+def test_prompts_take_the_whole_budget_alone_and_a_bounded_part_of_it_beside_decodes() -> None:
+    scheduler = Scheduler(replace(LIMITS, max_prefill_beside_decodes=3))
+    add(scheduler, "a", prompt_len=10)
+    plan = planned(scheduler)
+    assert row_lens(plan) == [10]
+    committed(scheduler, plan)
+    add(scheduler, "b", prompt_len=8)
+    for expected in ([1, 3], [1, 3], [1, 2]):
+        plan = planned(scheduler)
+        assert sorted(row_lens(plan)) == sorted(expected)
+        committed(scheduler, plan)
+
+
 # Pipelines: several plans in flight, no lookahead
 
 
@@ -178,7 +191,14 @@ def test_ids_travel_with_a_start_only_when_the_sampler_penalizes() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("max_num_batched_tokens", 4), ("max_num_seqs", 0), ("num_pages", 0), ("block_size", 0), ("lookahead", 2)],
+    [
+        ("max_num_batched_tokens", 4),
+        ("max_prefill_beside_decodes", 0),
+        ("max_num_seqs", 0),
+        ("num_pages", 0),
+        ("block_size", 0),
+        ("lookahead", 2),
+    ],
 )
 def test_limits_that_cannot_work_are_refused_by_name(field: str, value: int) -> None:
     with pytest.raises(FieldError, match=f"^{field}: {value} must"):

@@ -24,6 +24,7 @@ def any_limits(draw: st.DrawFn) -> SchedulerLimits:
     return SchedulerLimits(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + draw(st.integers(1, 24)),
+        max_prefill_beside_decodes=draw(st.none() | st.integers(1, 24)),
         max_model_len=draw(st.integers(25, 64)),
         block_size=block_size,
         num_pages=-(-NUM_KV_TOKENS // block_size) + draw(st.integers(0, 8)),
