@@ -29,6 +29,7 @@ class _Draft:
     encoder_rows: list[EncoderRow] = field(default_factory=list)
     sampling: list[Sequence] = field(default_factory=list)
     pooling: list[Sequence] = field(default_factory=list)  # of encoder rows that yield an embedding
+    is_greedy: bool = True
 
     @property
     def num_tokens(self) -> int:
@@ -75,6 +76,7 @@ class Scheduler:
             token_ids=[*given_ids, *request.generated_ids],
             num_given=len(given_ids),
             encoder_ids=encoder_ids,
+            is_plain=params.is_plain,
             num_prompt_blocks=0 if request.pooling is not None else self._pool.pages_for(len(encoder_ids)),
         )
         if request.pooling is None and (reason := sequence.finish_reason()):
@@ -107,8 +109,9 @@ class Scheduler:
         self._num_steps += 1
         self._in_flight.append(draft)
         return StepPlan(
-            draft.step, tuple(draft.starts), tuple(draft.grants), tuple(draft.rows), tuple(draft.encoder_rows)
-        )
+            draft.step, tuple(draft.starts), tuple(draft.grants), tuple(draft.rows), tuple(draft.encoder_rows),
+            draft.is_greedy,
+        )  # fmt: skip
 
     def commit(self, result: StepResult) -> list[TokenOutput]:
         """Take the tokens of the oldest plan in flight; returns those to publish, in the plan's order."""
@@ -266,6 +269,7 @@ class Scheduler:
         draft.rows.append(row)
         if row.samples:
             draft.sampling.append(sequence)
+            draft.is_greedy &= sequence.is_greedy
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to its old place in the queue; once its tokens in flight have come, it is computed again with them."""
