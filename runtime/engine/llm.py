@@ -44,7 +44,8 @@ class LLM:
 
     ``source`` is what ``shardray pull`` takes: a name, a hub id, a folder, a ``.gguf`` file. ``device`` is ``cpu``,
     ``cuda``, ``cuda:0`` or ``auto``. With several shards the first is in this process, and each of the others in one of
-    its own, on ``cuda`` with the next device; ``num_threads`` is for each. Use it as a context manager, or call
+    its own, on ``cuda`` with the next device; ``num_threads`` is for each. ``record_steps``: whether decode steps run as
+    CUDA graphs, where they can (None: on GPUs). Use it as a context manager, or call
     ``close``. Raises ModelConfigError, PlanError, CheckpointError or MemoryError for what cannot be served, MeshError
     for a shard that cannot form.
     """
@@ -63,6 +64,7 @@ class LLM:
         kv_memory_bytes: int | None = None,
         memory_utilization: float = 0.9,
         num_threads: int | None = None,
+        record_steps: bool | None = None,
     ) -> None:
         folder = resolve_model(str(source))
         self.tokenizer = Tokenizer.load_optional(folder)
@@ -87,6 +89,7 @@ class LLM:
                 max_num_batched_tokens=max_num_batched_tokens,
                 kv_memory_bytes=kv_memory_bytes,
                 memory_utilization=memory_utilization,
+                record_steps=record_steps,
             )
         )
         self._engine = self._mesh.engine

@@ -90,6 +90,8 @@ def find_obstacle(run: Callable[[], object]) -> str | None:
 
 
 _LOOKS_AT_RESULTS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+_INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
+_COPIES = (torch.ops.aten._to_copy, torch.ops.aten.copy_)
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -103,15 +105,16 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        is_copy = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
-        # How torch.tensor([...], device="cuda") looks from here.
-        is_from_host = func is torch.ops.aten.lift_fresh.default and result.device.type != "cpu"
-        looks = any(tag in func.tags for tag in _LOOKS_AT_RESULTS)
-        if looks or is_from_host or (is_copy and _has_devices([*args[:2], result])):
+        if _needs_host(func, args, result):
             self.found.append(str(func))
         return result
 
 
-def _has_devices(values: Sequence[Any]) -> bool:
-    """Whether these tensors are on more than one"""
-    return len({value.device.type for value in values if isinstance(value, Tensor)}) > 1
+def _needs_host(func: Any, args: Sequence[Any], result: Any) -> bool:
+    if func.overloadpacket in _INDEXING:  # by a mask: as many elements as it has ones
+        return any(isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1])
+    if func.overloadpacket in _COPIES:
+        return len({value.device.type for value in (*args[:2], result) if isinstance(value, Tensor)}) > 1
+    if func is torch.ops.aten.lift_fresh.default:  # how torch.tensor([...], device="cuda") looks from here
+        return bool(result.device.type != "cpu")
+    return any(tag in func.tags for tag in _LOOKS_AT_RESULTS)
