@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardray.parallel.comm import Comm
+from shardray.parallel.rows import join_rows
 
 
 class Linear:
@@ -73,7 +74,7 @@ class ColumnParallelLinear(Linear):
 
     @classmethod
     def merged(cls, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> ColumnParallelLinear:
-        return cls(torch.cat(list(weights)), None if biases is None else torch.cat(list(biases)))
+        return cls(join_rows(weights), None if biases is None else join_rows(biases))
 
 
 class RowParallelLinear:

@@ -18,6 +18,7 @@ import torch
 from shardray.parallel.checkpoint import Checkpoint
 from shardray.parallel.credentials import Credentials
 from shardray.parallel.exchange import choose_exchange
+from shardray.parallel.filling import open_filling
 from shardray.parallel.layers import Linear, is_packed
 from shardray.parallel.mesh import Mesh, MeshSpec, Rendezvous, open_mesh
 from shardray.parallel.plan import ShardPlan
@@ -160,13 +161,14 @@ def form_shard(
     mesh = open_mesh(_mesh_spec(assignment), assignment.max_num_batched_tokens, spec.hidden_size, dtype)
     try:
         place = mesh.spec
-        loader = ParameterLoader(Checkpoint(folder), served.family, spec, plan, place.tp_rank, dtype)
         ops = choose_ops(device, dtype, assignment.num_threads)
-        decoder = ShardedDecoder(
-            spec, plan, place.stage, place.tp_rank, mesh.tp, ops, loader, device, served.max_model_len,
-            _encoder_pages(served, plan, place.tp_rank, device),
-            lambda fraction: progress("loading", fraction),
-        )  # fmt: skip
+        with open_filling(device) as filling:
+            loader = ParameterLoader(Checkpoint(folder), served.family, spec, plan, place.tp_rank, dtype, filling)
+            decoder = ShardedDecoder(
+                spec, plan, place.stage, place.tp_rank, mesh.tp, ops, loader, device, served.max_model_len,
+                _encoder_pages(served, plan, place.tp_rank, device),
+                lambda fraction: progress("loading", fraction),
+            )  # fmt: skip
         pages = _allocate_pages(assignment, served, plan, mesh)
         return _assemble(assignment, served, plan, mesh, decoder, pages)
     except BaseException:
