@@ -153,7 +153,7 @@ class _Opener:
         ranks = [spec.rank_at(spec.stage, t) for t in range(spec.tp_size)]
         key, name = f"tp/{spec.stage}", f"stage {spec.stage} tensor group"
         if not self._shares_memory(ranks):
-            return self._message_comm(ranks, key, name)
+            return self._message_comm(ranks, key, name, sends=False)
         size = ShmComm.num_bytes(spec.tp_size, _SHM_CAPACITY_BYTES)
         choose_exchange()  # loaded before the ranks meet: from then on nobody has to wait for it
         memory = share_memory(self._meeting, key, spec.rank, ranks[0], ranks[1:], size)
@@ -166,16 +166,20 @@ class _Opener:
         key = f"pp/{from_stage}/{spec.tp_rank}"
         name = f"tensor rank {spec.tp_rank} pipe from stage {from_stage}"
         if not self._shares_memory(ranks):
-            comm = self._message_comm(ranks, key, name)
+            comm = self._message_comm(ranks, key, name, sends=True)
             return MessagePipe(comm, self._max_tokens, self._hidden_size, self._dtype, spec.device)
         size = ShmPipe.num_bytes(self._max_tokens, self._hidden_size, self._dtype)
         memory = share_memory(self._meeting, key, spec.rank, ranks[0], ranks[1:], size)
         return ShmPipe(memory, self._max_tokens, self._hidden_size, self._dtype, self._waiter(ranks), name)
 
-    def _message_comm(self, ranks: Sequence[int], key: str, name: str) -> GlooComm | NcclComm:
+    def _message_comm(self, ranks: Sequence[int], key: str, name: str, sends: bool) -> GlooComm | NcclComm:
+        """``sends``: for messages between two, else for collectives."""
         spec, rank = self._spec, ranks.index(self._spec.rank)
         if spec.device.type == "cuda":
-            return open_nccl_comm(self._torch_store(ranks, key), rank, len(ranks), spec.timeout_s, name)
+            store = self._torch_store(ranks, key)
+            comm = open_nccl_comm(store, rank, len(ranks), spec.timeout_s, name, spec.device)
+            comm.warm_up(spec.device, sends)
+            return comm
         return open_gloo_comm(
             self._meeting.store(key), rank, self._members(ranks), spec.bind_host, spec.timeout_s, spec.form_timeout_s,
             self.aborted, name,
