@@ -90,9 +90,7 @@ class Checkpoint:
             raise CheckpointError(f"{info.path}: {name!r} has dtype {info.dtype} where packed bytes are expected")
         return self._read(info, index)
 
-    def _read(
-        self, info: TensorInfo, index: tuple[slice, ...], memory: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _read(self, info: TensorInfo, index: tuple[slice, ...], memory: torch.Tensor | None = None) -> torch.Tensor:
         bounds = _bounds(info, index)
         shape = tuple(stop - start for start, stop in bounds)
         num_bytes = math.prod(shape) * info.dtype.itemsize

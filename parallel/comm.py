@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions
 
 from shardray.parallel.errors import CollectiveTimeout, MeshError, PeerLost
 
@@ -108,7 +109,7 @@ class NcclComm:
         self._timeout_s = timeout_s
         self._name = name
         self._sum = _on_current_stream(dist.AllreduceOptions())
-        self._gather = _on_current_stream(dist.AllgatherOptions())
+        self._gather = _on_current_stream(AllgatherOptions())
         self._from_rank_0 = _on_current_stream(dist.BroadcastOptions())
         self._from_rank_0.rootRank = self._from_rank_0.rootTensor = 0
 

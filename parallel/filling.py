@@ -26,8 +26,10 @@ class Filling(Protocol):
     device: torch.device
 
     def fill(self, target: Tensor, checkpoint: Checkpoint, name: str, index: tuple[slice, ...]) -> None:
-        """Begin to fill ``target``, of any strides and dtype, with ``index`` of a stored tensor. Raises CheckpointError,
-        or ``finish`` does."""
+        """Begin to fill ``target``, of any strides and dtype, with ``index`` of a stored tensor.
+
+        Raises CheckpointError, or ``finish`` does.
+        """
 
     def finish(self) -> None:
         """Return once all is in place for what the device is given next."""
@@ -58,7 +60,9 @@ class StagedFilling:
     ) -> None:
         self.device = device
         self._buffer_bytes = buffer_bytes
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._buffers: queue.SimpleQueue[_Buffer] = queue.SimpleQueue()
         for _ in range(num_threads + 2):  # two on their way to the device
             self._buffers.put(_Buffer(buffer_bytes, self._stream))
@@ -101,7 +105,7 @@ class _Buffer:
     def __init__(self, num_bytes: int, stream: torch.cuda.Stream | None) -> None:
         self._stream = stream
         self._memory = self._allocate(num_bytes)
-        self._sent = None if stream is None else torch.cuda.Event()
+        self._sent = None if stream is None else torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def take(self, num_bytes: int) -> Tensor:
         """The memory, of at least that size, once nothing is under way from it any more."""
@@ -112,7 +116,7 @@ class _Buffer:
         return self._memory
 
     def send(self, staged: Tensor, target: Tensor) -> None:
-        with torch.cuda.stream(self._stream):  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
             if staged.dtype != target.dtype or not target.is_contiguous():
                 staged = staged.to(target.device, non_blocking=True)  # the device converts and transposes faster
             target.copy_(staged, non_blocking=True)

@@ -21,12 +21,12 @@ class HostCopy:
             self.tensors = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
             for target, tensor in zip(self.tensors, tensors, strict=True):
                 target.copy_(tensor, non_blocking=True)
-            self._done = torch.cuda.Event()
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._done.record()
 
     def ready(self) -> bool:
         """Whether the device has done the step, and what came before it. Raises RuntimeError if it has failed."""
-        return self.is_there or self._done.query()
+        return self.is_there or bool(self._done.query())  # type: ignore[no-untyped-call]
 
 
 class ComingResult:

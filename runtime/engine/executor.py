@@ -19,8 +19,10 @@ _log = logging.getLogger(__name__)
 
 
 class MeshExecutor:
-    """Runs plans on a whole mesh (see the Executor protocol in loop.py). This rank's part is launched by a thread of its
-    own, so that planning the next step overlaps with running the last one; who asks for a result waits for the device.
+    """Runs plans on a whole mesh (see the Executor protocol in loop.py).
+
+    This rank's part is launched by a thread of its own, so that planning the next step overlaps with running the last
+    one; who asks for a result waits for the device.
     """
 
     def __init__(self, mesh: Mesh, runner: ShardRunner, prepare_thread: Callable[[], None]) -> None:

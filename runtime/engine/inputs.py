@@ -144,7 +144,7 @@ class _HostBuffer:
         self.arrays = layout.arrays(self._memory)
         for target, array in zip(self.arrays, padding, strict=True):
             target[...] = array
-        self._read = torch.cuda.Event() if on_gpu else None
+        self._read = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
 
     def wait_until_read(self) -> None:
         if self._read is not None:

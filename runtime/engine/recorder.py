@@ -36,7 +36,7 @@ class GraphRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def record(self, run: Callable[[], T]) -> Callable[[], T]:
         """Raises RuntimeError if something in ``run`` cannot be captured."""
@@ -47,9 +47,10 @@ class GraphRecorder:
         graph = torch.cuda.CUDAGraph()
         # Only this thread's calls are looked at: NCCL's watchdog, and threads that serve, may go on.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            outputs = run()
+            outputs: Any = run()
             borrowed = [None if output is None else _borrowed(output) for output in outputs]
-        found = type(outputs)(*borrowed)
+        # Of the type that ``run`` gives: a tuple with or without names.
+        found: T = outputs._make(borrowed) if hasattr(outputs, "_make") else tuple(borrowed)
 
         def replay() -> T:
             graph.replay()
@@ -72,8 +73,9 @@ class _Borrowed:
 
 
 def _borrowed(tensor: Tensor) -> Tensor:
-    """The memory of a contiguous tensor, without a share in it: it goes back to the pool, where the next recording finds
-    it. A batch of logits for each of a dozen recordings would take half a gigabyte.
+    """The memory of a contiguous tensor, without a share in it: it goes back to the pool, for the next recording.
+
+    A batch of logits for each of a dozen recordings would take half a gigabyte.
     """
     memory = torch.as_tensor(_Borrowed(tensor), device=tensor.device)
     return memory.view(tensor.dtype).view(tensor.shape)

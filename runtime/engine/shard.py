@@ -35,8 +35,8 @@ from shardray.runtime.engine.memory import (
     num_encoder_pages,
     rank_memory,
 )
-from shardray.runtime.engine.request import ServedModel
 from shardray.runtime.engine.recorded import StepRecording
+from shardray.runtime.engine.request import ServedModel
 from shardray.runtime.engine.runner import ShardRunner
 from shardray.runtime.engine.sampler import Sampler
 from shardray.runtime.engine.served import ServedSpec, read_dtype, read_served

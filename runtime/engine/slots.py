@@ -111,7 +111,9 @@ class SlotTable:
             tables = self._pages[slots[:, None], blocks]
         return tables
 
-    def _lay_out(self, token_ids: Array, counts: Array, starts: Array, slots: Array, tables: Array) -> StepInputs[Array]:
+    def _lay_out(
+        self, token_ids: Array, counts: Array, starts: Array, slots: Array, tables: Array
+    ) -> StepInputs[Array]:
         """Rows of ``counts`` tokens from ``starts`` on, none of which samples."""
         ends = np.cumsum(counts)  # of each row's tokens, in the step
         positions = np.arange(len(token_ids)) - np.repeat(ends - counts - starts, counts)

@@ -91,12 +91,13 @@ class ParameterLoader:
 
     def _allocate(self, parameters: dict[str, Parameter]) -> Parameters:
         """Room for what this rank owns of each; those that layers merge lie one after the other."""
-        device, found = self._filling.device, {}
+        device = self._filling.device
+        found: Parameters = {}
         shapes = {name: _shape(parameter.owned(self._plan, self._tp_rank)) for name, parameter in parameters.items()}
         for names in _groups(parameters):
             rows = [shapes[name][0] for name in names]
             whole = torch.empty(sum(rows), *shapes[names[0]][1:], dtype=self._dtype, device=device)
-            found.update(zip(names, whole.split(rows), strict=True))
+            found.update(zip(names, torch.split(whole, rows), strict=True))
         return {name: found[name] for name in parameters}
 
     def _fill(self, target: Tensor, source: Source, parameter: Parameter, layer: int | None) -> None:

@@ -109,5 +109,3 @@ def test_an_aborted_rank_does_not_wait_for_its_device(folder: Path, monkeypatch:
         with pytest.raises(RuntimeError, match="step: aborted") as raised:
             llm.generate([5, 6], SamplingParams(max_tokens=4))
     assert isinstance(raised.value.__cause__, MeshAborted)
-
-

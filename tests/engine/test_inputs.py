@@ -90,7 +90,9 @@ def test_a_laid_out_plan_says_where_every_token_stands(data: st.DataObject) -> N
         block, offset = divmod(row.start + i, BLOCK_SIZE)
         assert index == pages[row.slot][block] * BLOCK_SIZE + offset
     assert inputs.context_lens.tolist() == [row.start + row.num_tokens for row in ordered]
-    ends = {row.slot: int(end) for row, end in zip(ordered, np.cumsum([row.num_tokens for row in ordered]), strict=True)}
+    ends = {
+        row.slot: int(end) for row, end in zip(ordered, np.cumsum([row.num_tokens for row in ordered]), strict=True)
+    }
     sampling = [row.slot for row in rows if row.samples]
     assert inputs.sampling_slots.tolist() == sampling
     assert inputs.sampled_tokens.tolist() == [ends[slot] - 1 for slot in sampling]
