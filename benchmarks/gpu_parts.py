@@ -1,6 +1,7 @@
 """The parts of ``python -m benchmarks gpu``: each measures one thing and yields its records.
 
-Each runs in a process of its own. Every share is of what the same device reached at copying and at multiplying, minutes before.
+Each runs in a process of its own. Every share is of what the same device reached at copying and at
+multiplying, minutes before.
 """
 
 from __future__ import annotations

@@ -50,9 +50,9 @@ class GraphRecorder:
             outputs: Any = run()
             borrowed = [None if output is None else _borrowed(output) for output in outputs]
         # Of the type that ``run`` gives: a tuple with or without names.
-        found: T = outputs._make(borrowed) if hasattr(outputs, "_make") else tuple(borrowed)
+        found: Any = outputs._make(borrowed) if hasattr(outputs, "_make") else tuple(borrowed)
 
-        def replay() -> T:
+        def replay() -> Any:
             graph.replay()
             return found
 
