@@ -26,6 +26,8 @@ ERRORS = {
     "ClusterError",
     "CollectiveTimeout",
     "ConfigError",
+    "DeviceLost",
+    "DeviceTimeout",
     "DiscoveryFileError",
     "FormError",
     "HostDied",

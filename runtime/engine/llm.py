@@ -44,8 +44,8 @@ class LLM:
 
     ``source`` is what ``shardray pull`` takes: a name, a hub id, a folder, a ``.gguf`` file. ``device`` is ``cpu``,
     ``cuda``, ``cuda:0`` or ``auto``. With several shards the first is in this process, and each of the others in one of
-    its own, on ``cuda`` with the next device; ``num_threads`` is for each. ``record_steps``: whether decode steps run as
-    they were recorded, where they can be (None: on GPUs, as CUDA graphs). Use it as a context manager, or call
+    its own, on ``cuda`` with the next device; ``num_threads`` is for each. ``record_steps``: whether decode steps run
+    as they were recorded, where they can be (None: on GPUs, as CUDA graphs). Use it as a context manager, or call
     ``close``. Raises ModelConfigError, PlanError, CheckpointError or MemoryError for what cannot be served, MeshError
     for a shard that cannot form.
     """
