@@ -48,7 +48,7 @@ class GraphRecorder:
         # Only this thread's calls are looked at: NCCL's watchdog, and threads that serve, may go on.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             outputs: Any = run()
-            borrowed = [None if output is None else _borrowed(output) for output in outputs]
+        borrowed = [None if output is None else _borrowed(output) for output in outputs]
         # Of the type that ``run`` gives: a tuple with or without names.
         found: Any = outputs._make(borrowed) if hasattr(outputs, "_make") else tuple(borrowed)
 
