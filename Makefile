@@ -28,6 +28,9 @@ $(READY): pyproject.toml constraints.txt
 		$(PYTHON) -m venv .venv && cp constraints.txt .venv/constraints.txt; \
 	fi
 	$(BIN)/pip install --quiet --use-pep517 -c .venv/constraints.txt -e ".[cpu,dev,gateway,kserve,metrics,tracing,uvloop]"
+	@# CUDA builds of torch bring their own triton; elsewhere the tests compile and interpret CUDA kernels with this one.
+	@$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install --quiet --no-deps triton==3.6.0 \
+		|| echo "no triton here: the tests of the CUDA kernels are skipped"
 	@touch $@
 
 demo: $(READY)

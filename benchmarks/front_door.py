@@ -77,22 +77,44 @@ async def measure(setup: FrontDoorSetup) -> AsyncIterator[Figure]:
 
 
 async def _streams(setup: FrontDoorSetup, core: int, count: int) -> list[Figure]:
-    with _served(setup, core, count) as (address, server):
-        async with streams(address, count, _MAX_MODEL_LEN - 64) as seen:
-            await until(lambda: seen.num_messages > 2 * count, timeout_s=60)
-            await asyncio.sleep(_WARM_UP_S)
-            seen.gaps_s.clear()
-            num_messages, num_tokens, cpu_s = seen.num_messages, seen.num_tokens, _cpu_s(server)
-            await asyncio.sleep(setup.seconds)
-            num_messages, num_tokens = seen.num_messages - num_messages, seen.num_tokens - num_tokens
-            cpu_s, gaps_s = _cpu_s(server) - cpu_s, list(seen.gaps_s)
     name = f"{count} streams"
+    with _bare(core) as (address, server):
+        bare = await _load(setup, address, server, count)
+    with _served(setup, core, count) as (address, server):
+        found = await _load(setup, address, server, count)
     return [
-        Figure(f"{name}: driver CPU a message, µs", 1e6 * cpu_s / num_messages),
-        Figure(f"{name}: between two tokens, p99, ms", 1e3 * _p99(gaps_s)),
-        Figure(f"{name}: tokens a second of each", num_tokens / setup.seconds / count),
-        Figure(f"{name}: share of the driver's core, %", 100 * cpu_s / setup.seconds),
+        Figure(f"{name}: driver CPU a message, µs", found.message_us),
+        Figure(f"{name}: CPU a message of a bare gRPC server, µs", bare.message_us),
+        Figure(f"{name}: between two tokens, p99, ms", 1e3 * _p99(found.gaps_s)),
+        Figure(f"{name}: tokens a second of each", found.num_tokens / setup.seconds / count),
+        Figure(f"{name}: share of the driver's core, %", 100 * found.cpu_s / setup.seconds),
     ]
+
+
+@dataclass(frozen=True)
+class _Load:
+    """What a server did for some seconds."""
+
+    num_messages: int
+    num_tokens: int
+    cpu_s: float
+    gaps_s: list[float]
+
+    @property
+    def message_us(self) -> float:
+        return 1e6 * self.cpu_s / self.num_messages
+
+
+async def _load(setup: FrontDoorSetup, address: str, server: psutil.Process, count: int) -> _Load:
+    async with streams(address, count, _MAX_MODEL_LEN - 64) as seen:
+        await until(lambda: seen.num_messages > 2 * count, timeout_s=60)
+        await asyncio.sleep(_WARM_UP_S)
+        seen.gaps_s.clear()
+        num_messages, num_tokens, cpu_s = seen.num_messages, seen.num_tokens, _cpu_s(server)
+        await asyncio.sleep(setup.seconds)
+        return _Load(
+            seen.num_messages - num_messages, seen.num_tokens - num_tokens, _cpu_s(server) - cpu_s, list(seen.gaps_s)
+        )
 
 
 async def _idle(setup: FrontDoorSetup, core: int, count: int) -> Figure:
@@ -142,6 +164,24 @@ def _served(
     command = [sys.executable, "-m", "benchmarks.front_door_server", "--model", setup.model]
     command += ["--replica", replica.address, "--core", str(core)]
     command += ["--max-num-seqs", str(max_num_seqs), "--max-queued", str(max_queued)]
+    try:
+        with _started(command) as started:
+            yield started
+    finally:
+        replica.kill()
+
+
+@contextlib.contextmanager
+def _bare(core: int) -> Iterator[tuple[str, psutil.Process]]:
+    """The same of one that does nothing but write."""
+    command = [sys.executable, "-m", "benchmarks.bare_server", "--core", str(core), "--rate", str(_TOKENS_A_SECOND)]
+    with _started(command) as started:
+        yield started
+
+
+@contextlib.contextmanager
+def _started(command: list[str]) -> Iterator[tuple[str, psutil.Process]]:
+    """A server that prints its port."""
     server = subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
@@ -149,7 +189,6 @@ def _served(
     finally:
         server.kill()
         server.wait()
-        replica.kill()
 
 
 def _cpu_s(process: psutil.Process) -> float:

@@ -14,7 +14,7 @@ from shardray.runtime.config import GrpcSettings, LimitsSettings
 from shardray.runtime.driver.driver import Driver
 from shardray.runtime.model.sources import resolve_model
 from shardray.runtime.model.tokenizer import Tokenizer
-from shardray.runtime.server.loop import run
+from shardray.runtime.server.loop import run, settle
 from shardray.runtime.server.server import Server
 from tests.stub_replica import SECRET
 
@@ -26,6 +26,7 @@ async def serve(model: str, replica: str, max_num_seqs: int, max_queued: int) ->
     server = Server(GrpcSettings(listen="127.0.0.1:0"), driver)
     port = await server.start()
     await driver.attach(0, replica, SECRET, ())
+    settle()  # as ``serve`` does
     print(port, flush=True)
     await asyncio.Event().wait()
 

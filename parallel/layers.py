@@ -15,11 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shardray.parallel.comm import Comm
+from shardray.parallel.kernels.triton_launch import runs_triton
 from shardray.parallel.rows import join_rows
 
 
 class Linear:
-    """``x @ weight.T + bias`` on one rank. CPU weights of two bytes are packed once, for our kernel or oneDNN's."""
+    """``x @ weight.T + bias`` on one rank.
+
+    CPU weights of two bytes are packed once, for our kernel or oneDNN's. On CUDA a few tokens go through our kernel.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.out_size = weight.shape[0]
@@ -32,6 +36,8 @@ class Linear:
 
 def _prepare(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, torch.dtype], Tensor]:
     """The fastest product there is for a weight; holds the weight as that product reads it, and nothing else of it."""
+    if runs_triton(weight.device):
+        return _with_narrow_kernel(weight, bias)
     if not is_packed(weight.device.type, weight.dtype) or weight.numel() == 0:
         return lambda x, dtype: F.linear(x, weight, bias).to(dtype)
     if weight.dtype == torch.bfloat16 and (variant := _kernel_variant()) is not None:
@@ -40,6 +46,19 @@ def _prepare(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, torch.dty
         return PackedLinear(weight, bias, variant)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
     return lambda x, dtype: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "").to(dtype)
+
+
+def _with_narrow_kernel(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, torch.dtype], Tensor]:
+    from shardray.parallel.kernels import triton_linear
+
+    is_covered = weight.dtype in triton_linear.DTYPES and weight.numel() > 0 and weight.is_contiguous()
+
+    def multiply(x: Tensor, dtype: torch.dtype) -> Tensor:
+        if is_covered and 0 < x.shape[0] <= triton_linear.MAX_TOKENS and x.stride(-1) == 1:
+            return triton_linear.multiply(x, weight, bias, dtype)
+        return F.linear(x, weight, bias).to(dtype)
+
+    return multiply
 
 
 def is_packed(device_type: str, dtype: torch.dtype) -> bool:

@@ -128,7 +128,8 @@ def split_units(count: int, weights: Sequence[float]) -> tuple[range, ...]:
 @functools.lru_cache(maxsize=1024)
 def _split_units(count: int, weights: tuple[float, ...]) -> tuple[range, ...]:
     exact = [Fraction(weight) for weight in weights]  # no rounding, so that the blocks always add up
-    quotas = [count * weight / sum(exact) for weight in exact]
+    total = sum(exact)
+    quotas = [count * weight / total for weight in exact]
     shares = [int(quota) for quota in quotas]
     by_remainder = sorted(range(len(weights)), key=lambda rank: (shares[rank] - quotas[rank], rank))
     for rank in by_remainder[: count - sum(shares)]:
@@ -139,12 +140,22 @@ def _split_units(count: int, weights: tuple[float, ...]) -> tuple[range, ...]:
 
 def split_aligned(count: int, weights: Sequence[float]) -> tuple[range, ...]:
     """As ``split_units``, in units of 8 where the count allows it, so that no block ends off a 16-byte boundary."""
+    return _split_aligned(count, tuple(weights))
+
+
+@functools.lru_cache(maxsize=1024)
+def _split_aligned(count: int, weights: tuple[float, ...]) -> tuple[range, ...]:
     unit = _ALIGNMENT if count % _ALIGNMENT == 0 and count // _ALIGNMENT >= len(weights) else 1
-    return tuple(range(b.start * unit, b.stop * unit) for b in split_units(count // unit, weights))
+    return tuple(range(b.start * unit, b.stop * unit) for b in _split_units(count // unit, weights))
 
 
 def split_layers(costs: Sequence[float], num_stages: int) -> tuple[range, ...]:
     """Contiguous stages of at least one entry whose highest cost is minimal, and then as equal as they can be."""
+    return _split_layers(tuple(costs), num_stages)
+
+
+@functools.lru_cache(maxsize=256)
+def _split_layers(costs: tuple[float, ...], num_stages: int) -> tuple[range, ...]:
     prefix = [0.0, *itertools.accumulate(costs)]
     cap = _lowest_cut(prefix, num_stages, penalty=max, cap=float("inf"))[0]
     edges = _lowest_cut(prefix, num_stages, penalty=lambda a, b: a + b * b, cap=cap)[1]

@@ -19,6 +19,7 @@ from shardray.runtime.driver.fleet import FleetStatus
 from shardray.runtime.driver.sqlite_journal import open_journal
 from shardray.runtime.model.tokenizer import Tokenizer
 from shardray.runtime.observe.observation import Observation
+from shardray.runtime.server.loop import settle
 from shardray.runtime.server.server import Server
 
 
@@ -54,6 +55,7 @@ async def serve(config: Config, model_dir: Path, watcher: Watcher, stop: asyncio
         cleanup.push_async_callback(observation.stop)
         if (metrics_address := observation.start(driver.fleet)) is not None:
             watcher.on_metrics(metrics_address)
+        settle()  # a driver that comes back has clients from here on
         port = await server.start()
         cleanup.push_async_callback(server.stop, 0.0)
         address = join_listen(parse_listen(config.grpc.listen)[0], port)
@@ -67,6 +69,7 @@ async def serve(config: Config, model_dir: Path, watcher: Watcher, stop: asyncio
         cleanup.push_async_callback(server.stop, config.limits.shutdown_grace_s)
         scaling = asyncio.create_task(Autoscaler(config.autoscaling, driver.fleet, controller).run())
         cleanup.callback(scaling.cancel)
+        settle()  # Ray has been imported since
         watcher.on_ready(address, driver.fleet.snapshot())
         await _first_of(stop.wait(), controller.stop_asked.wait())
 

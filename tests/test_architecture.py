@@ -42,7 +42,8 @@ ALLOWED = {
 HOMES = {
     "ray": ("runtime.cluster",),
     "torch.distributed": ("parallel",),
-    "opentelemetry": ("runtime.observe.tracer",),
+    "triton": ("parallel.kernels", "runtime.model.kernels"),
+    "opentelemetry": ("runtime.observe.tracer", "runtime.observe.step_spans"),
     "smg_grpc_proto": ("runtime.server.gateway",),
     "prometheus_client": ("runtime.observe.collector", "runtime.observe.port"),
     **dict.fromkeys(

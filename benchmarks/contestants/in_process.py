@@ -1,9 +1,8 @@
-"""shardray in this process: ``LLM``. Each request is streamed to a thread of its own, as a program would."""
+"""shardray in this process: ``LLM``. One thread adds requests and reads their tokens, without making text of them."""
 
 from __future__ import annotations
 
-import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
 from importlib.metadata import version
 from typing import Any
 
@@ -27,8 +26,8 @@ class InProcess:
             max_num_seqs=setup.max_num_seqs,
             kv_memory_bytes=KV_MEMORY_BYTES,
             num_threads=setup.num_threads,
+            skip_tokenizer_init=True,
         )
-        self._readers = ThreadPoolExecutor(setup.max_num_seqs)
 
     def prepare(self, requests: list[Request]) -> None:
         """Nothing: batches form as requests come."""
@@ -36,26 +35,25 @@ class InProcess:
     def serve(self, requests: list[Request]) -> list[Trace]:
         began_s = now_s()
         traces = [Trace(began_s + request.arrival_s) for request in requests]
-        readers = []
-        for request, trace in sorted(zip(requests, traces, strict=True), key=lambda pair: pair[0].arrival_s):
-            time.sleep(max(0.0, trace.submitted_s - now_s()))
-            params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=request.max_tokens)
-            readers.append(self._readers.submit(_read, self._llm.stream(request.prompt_ids, params), trace))
-        for reader in readers:
-            reader.result()
+        coming = deque(sorted(range(len(requests)), key=lambda index: requests[index].arrival_s))
+        streams, indices = self._llm.streams(), []
+        while coming or streams.num_live:
+            while coming and traces[coming[0]].submitted_s <= now_s():
+                indices.append(coming.popleft())
+                max_tokens = requests[indices[-1]].max_tokens
+                params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=max_tokens)
+                streams.add(requests[indices[-1]].prompt_ids, params)
+            came = streams.poll(max(0.0, traces[coming[0]].submitted_s - now_s()) if coming else None)
+            at_s = now_s()
+            for index, delta, _ in came:
+                traces[indices[index]].add(list(delta.token_ids), at_s)
         return traces
 
     def sample(self) -> dict[str, float]:
         return figures(self._llm.stats())
 
     def close(self) -> None:
-        self._llm.close()  # first: what the readers wait for ends with it
-        self._readers.shutdown(cancel_futures=True)
-
-
-def _read(deltas: Any, trace: Trace) -> None:
-    for delta in deltas:
-        trace.add(list(delta.token_ids), now_s())
+        self._llm.close()
 
 
 if __name__ == "__main__":

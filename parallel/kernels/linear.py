@@ -26,6 +26,7 @@ from shardray.parallel.kernels import jit
 from shardray.parallel.kernels.jit import Kernel
 from shardray.parallel.kernels.product import Variant, make_variant, product
 from shardray.parallel.kernels.vector import WIDTH
+from shardray.parallel.workspace import empty
 
 _PAIR_FEATURES = {"avx512f", "avx512bf16"}
 
@@ -75,7 +76,7 @@ class PackedLinear:
     def __call__(self, x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """(T, K) bfloat16 -> (T, N) in ``dtype``: bfloat16 or float32"""
         num_tokens = x.shape[0]
-        out = torch.empty(num_tokens, self._out_size, dtype=dtype)
+        out = empty((num_tokens, self._out_size), dtype)
         if num_tokens > 0:
             x = F.pad(x, (0, 1)) if self._in_size % 2 else x.contiguous()
             threads = torch.get_num_threads()

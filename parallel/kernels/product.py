@@ -50,16 +50,19 @@ def make_variant(name: str) -> Variant:
 
 @numba.njit(inline="always")
 def _tasks(num_tokens, num_pairs, num_blocks, num_threads, max_rows):
-    """(tokens of a span, spans, blocks of a task, tasks of a span)
+    """(tokens of a span, spans, blocks of a task, whole tasks of a span, tasks of a span)
 
     Spans are of about the same size, in whole tiles. A thread alone takes all blocks at once; several get tasks enough
-    that a slower core takes fewer.
+    that a slower core takes fewer. Where there are few blocks and threads do not divide them, what is left over is cut
+    by tokens as well: those tasks, one for each thread and block, come after the whole ones.
     """
     num_spans = (num_tokens - 1) // max(_SPAN_BYTES // (4 * min(num_pairs, _PASS)), max_rows) + 1
     span = min(((num_tokens - 1) // num_spans // max_rows + 1) * max_rows, num_tokens)
     num_spans = (num_tokens - 1) // span + 1
     blocks_a_task = max(num_blocks * num_spans // (_TASKS_A_THREAD * num_threads), 1) if num_threads > 1 else num_blocks
-    return span, num_spans, blocks_a_task, (num_blocks - 1) // blocks_a_task + 1
+    num_left = num_blocks % num_threads if blocks_a_task == 1 and span > max_rows * num_threads else 0
+    num_whole = (num_blocks - num_left - 1) // blocks_a_task + 1 if num_blocks > num_left else 0
+    return span, num_spans, blocks_a_task, num_whole, num_whole + num_left * num_threads
 
 
 @numba.njit(inline="always")
@@ -95,19 +98,31 @@ def product(args):
     num_vectors = (num_outputs - 1) // WIDTH + 1
     num_whole = num_vectors // block_vectors
     num_blocks = num_whole + num_vectors % block_vectors
-    span, num_spans, blocks_a_task, tasks_a_span = _tasks(num_tokens, num_pairs, num_blocks, num_threads, max_rows)
+    span, num_spans, blocks_a_task, whole_tasks, tasks_a_span = _tasks(
+        num_tokens, num_pairs, num_blocks, num_threads, max_rows
+    )
+    last = num_blocks - 1
     words = np.empty(span * block_vectors * WIDTH, np.uint32)  # float32 sums of the tokens and one block
     sums_at = vector.address_of(words)
     while True:
         task = jit.take_task(args)
         if task >= num_spans * tasks_a_span:
             break
-        first_token, first_block = task // tasks_a_span * span, task % tasks_a_span * blocks_a_task
-        num_rows, last_block = min(span, num_tokens - first_token), min(first_block + blocks_a_task, num_blocks)
+        first_token, place = task // tasks_a_span * span, task % tasks_a_span
+        num_rows = min(span, num_tokens - first_token)
+        if place < whole_tasks:
+            first_block = place * blocks_a_task
+            last_block = min(first_block + blocks_a_task, num_blocks)
+        else:
+            part = (place - whole_tasks) % num_threads
+            first_block = whole_tasks + (place - whole_tasks) // num_threads
+            last_block = first_block + 1
+            first_token += num_rows * part // num_threads
+            num_rows = num_rows * (part + 1) // num_threads - num_rows * part // num_threads
         num_tiles = (num_rows - 1) // max_rows + 1
         for block in range(first_block, last_block):
             # Next comes the next block; at the end of a task, as long as threads keep pace, that of so many tasks on
-            following = block + 1 if block + 1 < last_block else (task + num_threads) % tasks_a_span * blocks_a_task
+            following = block + 1 if block + 1 < last_block else min(first_block + num_threads * blocks_a_task, last)
             start = _first_vector(block, num_whole, block_vectors)
             then = _first_vector(following, num_whole, block_vectors)
             vectors = block_vectors if block < num_whole else 1

@@ -30,38 +30,13 @@ _EMPTY = {
 }
 
 
-class _Workspace:
-    """Memory of what is computed and used up within a program, the same for one program after the other.
-
-    Tensors are handed out in turns; those of the turn before last are overwritten.
-    """
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps new tensors, and sees whether torch computes anything itself."""
 
     def __init__(self) -> None:
-        self._turns: list[list[Tensor]] = [[], []]
-        self._turn = self._next = 0
-
-    def new_turn(self) -> None:
-        self._turn, self._next = 1 - self._turn, 0
-
-    def empty(self, like: Tensor) -> Tensor:
-        """Contiguous, of the shape and dtype of ``like``"""
-        buffers, index = self._turns[self._turn], self._next
-        self._next += 1
-        if index == len(buffers):
-            buffers.append(torch.empty(0, dtype=torch.uint8))
-        if buffers[index].numel() < like.nbytes:  # programs that use the old one keep it
-            buffers[index] = torch.empty(1 << (like.nbytes - 1).bit_length(), dtype=torch.uint8)
-        return buffers[index][: like.nbytes].view(like.dtype).view(like.shape)
-
-
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Takes new tensors from a workspace, and sees whether torch computes anything itself."""
-
-    def __init__(self, workspace: _Workspace) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.kept: list[Tensor] = []
         self.computed = False
-        self._workspace = workspace
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -69,10 +44,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in _EMPTY:
-            result = self._workspace.empty(result)
+        if func in _EMPTY or func.is_view:
             self.kept.append(result)
-        elif not func.is_view:
+        else:
             self.computed = True
         return result
 
@@ -128,20 +102,15 @@ class Program:
 
 
 class Recorder:
-    """Records programs that run one after the other, never at once: they share the memory between."""
+    """Records programs that run one after the other, never at once: they may share the memory between."""
 
     def __init__(self) -> None:
-        self._workspace = _Workspace()
         compile_chain()
 
     def record(self, run: Callable[[], Result]) -> tuple[Result, Program | None]:
         """What ``run`` returns, and the program that does it again: None if torch computed something in it."""
         launches: list[Launch] = []
-        watch = _Watch(self._workspace)
+        watch = _Watch()
         with jit.recorded(launches), watch:
             result = run()
         return result, None if watch.computed or not launches else Program(launches, watch.kept)
-
-    def new_turn(self) -> None:
-        """Tensors made in the turn before the last are used up. Called within ``run``, now and then."""
-        self._workspace.new_turn()

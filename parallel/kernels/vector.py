@@ -46,6 +46,14 @@ def load_float32(builder: Any, address: Any) -> Any:
     return load(builder, address, FLOATS)
 
 
+def to_bfloat16(builder: Any, values: Any) -> Any:
+    """Sixteen floats, rounded to nearest, ties to even"""
+    upper, one, below_half = (ir.Constant(WORDS, [value] * WIDTH) for value in (16, 1, 0x7FFF))
+    bits = builder.bitcast(values, WORDS)
+    odd = builder.and_(builder.lshr(bits, upper), one)
+    return builder.trunc(builder.lshr(builder.add(builder.add(bits, below_half), odd), upper), HALVES)
+
+
 def splat(builder: Any, value: Any) -> Any:
     """A vector of one float or word"""
     kind = ir.VectorType(value.type, WIDTH)
@@ -112,17 +120,28 @@ def copy(typing_context: Any, source: Any, num_vectors: Any, target: Any) -> Any
 
 
 @intrinsic
+def widen(typing_context: Any, source: Any, num_vectors: Any, target: Any) -> Any:
+    """Vectors of bfloat16 to float32"""
+
+    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
+        source, num_vectors, target = operands
+        with loop(builder, num_vectors) as i:
+            value = load_bfloat16(builder, offset(builder, source, i, VECTOR_BYTES // 2))
+            store(builder, value, offset(builder, target, i, VECTOR_BYTES))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), generate
+
+
+@intrinsic
 def narrow(typing_context: Any, source: Any, num_vectors: Any, target: Any) -> Any:
     """Vectors of float32 to bfloat16, rounded to nearest, ties to even"""
 
     def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
         source, num_vectors, target = operands
-        upper, one, below_half = (ir.Constant(WORDS, [value] * WIDTH) for value in (16, 1, 0x7FFF))
         with loop(builder, num_vectors) as i:
-            bits = load(builder, offset(builder, source, i, VECTOR_BYTES), WORDS)
-            odd = builder.and_(builder.lshr(bits, upper), one)
-            rounded = builder.lshr(builder.add(builder.add(bits, below_half), odd), upper)
-            store(builder, builder.trunc(rounded, HALVES), offset(builder, target, i, VECTOR_BYTES // 2))
+            value = load_float32(builder, offset(builder, source, i, VECTOR_BYTES))
+            store(builder, to_bfloat16(builder, value), offset(builder, target, i, VECTOR_BYTES // 2))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), generate

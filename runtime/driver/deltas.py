@@ -37,7 +37,7 @@ class PositionLogprobs:
     top: tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Delta:
     """New text and tokens. ``text`` may lag behind ``token_ids``. Only the last delta has a finish_reason."""
 

@@ -40,7 +40,7 @@ class Dispatches:
         self.by_id[live.dispatch_id] = live
         self._fleet.add_live(replica_id, +1)
         live.stream.mark_dispatched()
-        self.links[replica_id].submit(live.entry.as_engine_request(live.dispatch_id))
+        self.links[replica_id].submit(live.entry.as_engine_request(live.dispatch_id, live.is_traced))
 
     def cancel(self, live: LiveRequest) -> None:
         """Tell its replica, if it has one that is up, to stop it."""

@@ -258,6 +258,8 @@ class Driver:
         if output.finish_reason is FinishReason.ERROR:
             live.stream.fail(UnavailableError(output.error or "the replica could not finish the request"))
             return self._end(live)
+        if output.steps:
+            self._live.observer.on_steps(live, output.steps)
         if output.token_id is not None:
             self.journal.append(live.request_id, output)
             self._live.observer.on_token(live)

@@ -60,7 +60,7 @@ class JournalEntry:
             outputs.append(msgspec.structs.replace(last, finish_reason=self.end.reason))
         return outputs
 
-    def as_engine_request(self, dispatch_id: str) -> EngineRequest:
+    def as_engine_request(self, dispatch_id: str, is_traced: bool = False) -> EngineRequest:
         """What a replica is handed, now or after another one was lost."""
         return EngineRequest(
             request_id=dispatch_id,
@@ -69,6 +69,7 @@ class JournalEntry:
             params=self.params,
             priority=self.priority,
             pooling=self.pooling,
+            is_traced=is_traced,
         )
 
     def to_bytes(self) -> bytes:

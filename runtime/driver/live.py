@@ -28,6 +28,7 @@ class LiveRequest:
     num_dispatched_with: int = 0  # tokens that were sent when it was dispatched last
     num_strikes: int = 0  # meshes in a row that broke before it made progress
     num_failed_trials: int = 0  # meshes that broke while they ran nothing else
+    is_traced: bool = False  # somebody wants to know of its steps
 
     @property
     def request_id(self) -> str:

@@ -57,14 +57,12 @@ class RequestStream:
 
     def push(self, output: TokenOutput) -> None:
         """Add one token or the end of the stream; ends it as well if a stop string is complete."""
-        if self.ended:
+        if self.end is not None:
             return
         if output.token_id is not None:
             self._count_token(output.token_id, output)
         added = self._text.push(output)
-        num_hidden_chars = min(self._num_chars_to_skip, len(added.text))
-        self._num_chars_to_skip -= num_hidden_chars
-        self._pending.text += added.text[num_hidden_chars:]
+        self._pending.text += self._unseen(added.text) if self._num_chars_to_skip else added.text
         self._pending.embedding = output.embedding
         if added.finish_reason is not None:
             self._end(added.finish_reason)
@@ -96,6 +94,12 @@ class RequestStream:
                 return
             if self._error is not None:
                 self._news.set()  # more may have come while the last delta was on its way
+
+    def _unseen(self, text: str) -> str:
+        """What is left of it behind the characters that the client has seen."""
+        num_hidden_chars = min(self._num_chars_to_skip, len(text))
+        self._num_chars_to_skip -= num_hidden_chars
+        return text[num_hidden_chars:]
 
     def _count_token(self, token_id: int, output: TokenOutput) -> None:
         if self.entry.first_token_s is None:

@@ -30,7 +30,10 @@ class HostCopy:
 
 
 class ComingResult:
-    """Of one step on one rank. To be fetched once, in the order of the steps."""
+    """Of one step on one rank. To be fetched once, in the order of the steps.
+
+    What is there at once is read at once: whoever fetches it later would compete with the next step for a core.
+    """
 
     def __init__(
         self, copy: HostCopy, read: Callable[[Sequence[Tensor]], StepResult | None],
@@ -40,6 +43,7 @@ class ComingResult:
         self._copy = copy
         self._read = read
         self._wait = wait
+        self._result = read(copy.tensors) if copy.is_there else None
 
     @property
     def is_there(self) -> bool:
@@ -48,6 +52,7 @@ class ComingResult:
 
     def fetch(self) -> StepResult | None:
         """The step's result on the rank that samples, None on the others. Raises MeshError, in time."""
-        if not self._copy.is_there:
-            self._wait(self._copy.ready)
+        if self._copy.is_there:
+            return self._result
+        self._wait(self._copy.ready)
         return self._read(self._copy.tensors)

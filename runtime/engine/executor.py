@@ -7,6 +7,8 @@ import queue
 import threading
 from collections.abc import Callable
 
+import msgspec
+
 from shardray.parallel.errors import MeshError
 from shardray.parallel.link import Link
 from shardray.parallel.mesh import Mesh
@@ -29,6 +31,8 @@ class MeshExecutor:
         self._workers = [link for rank, link in sorted(mesh.links.items()) if rank != mesh.spec.rank]
         sampler_rank = mesh.spec.rank_at(mesh.spec.pp_size - 1, 0)
         self._sampler: Link | None = mesh.links.get(sampler_rank)  # None: this rank samples
+        # They have something to tell of traced plans alone, and then before the last stage is done.
+        self._between = [mesh.links[mesh.spec.rank_at(stage, 0)] for stage in range(1, mesh.spec.pp_size - 1)]
         self._timeout_s = mesh.spec.timeout_s
         self._runner = runner
         self._prepare_thread = prepare_thread
@@ -46,14 +50,20 @@ class MeshExecutor:
 
     def result(self) -> StepResult:
         """Raises MeshError, or whatever else the runner of this rank raised."""
-        sampled = None if self._sampler is None else decode_result(self._sampler.recv(self._timeout_s))
+        last = None if self._sampler is None else decode_result(self._sampler.recv(self._timeout_s))
         coming = self._coming.get()
         if isinstance(coming, Exception):
             raise coming
         own = coming.fetch()
-        result = own if sampled is None else sampled
+        result = last or own
         assert result is not None
-        return result
+        return self._with_all_stages(own, result) if result.stages and last is not None else result
+
+    def _with_all_stages(self, own: StepResult | None, last: StepResult) -> StepResult:
+        """A traced result that has the time of every stage, in their order."""
+        assert own is not None
+        between = [decode_result(link.recv(self._timeout_s)) for link in self._between]
+        return msgspec.structs.replace(last, stages=tuple(one.stages[0] for one in (own, *between, last)))
 
     def close(self) -> None:
         """End the runner's thread once the plans that it has are done, and take leave of the other ranks."""
@@ -93,7 +103,7 @@ class _Answers:
 
     def __init__(self, mesh: Mesh) -> None:
         self._leader = mesh.links[0]
-        self._is_last = mesh.spec.stage == mesh.spec.pp_size - 1 > 0
+        self._is_pipeline = mesh.spec.pp_size > 1  # else the leader samples, and has all times
         self._coming: queue.SimpleQueue[ComingResult | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._failure: MeshError | None = None
@@ -129,5 +139,5 @@ class _Answers:
 
     def _answer(self, coming: ComingResult) -> None:
         result = coming.fetch()
-        if result is not None and self._is_last:
+        if result is not None and self._is_pipeline:
             self._leader.send(encode(result))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from shardray.parallel.plan import ShardPlan
 from shardray.runtime.engine.served import ServedSpec
+from shardray.runtime.model.alike import first_alike_ranks, first_alike_stages
 from shardray.runtime.model.costs import StepCost, StepLoad, Traffic, Work, step_cost
 
 
@@ -60,12 +61,13 @@ def rank_time_s(cost: StepCost, hardware: Hardware) -> float:
 
 def stage_times_s(served: ServedSpec, plan: ShardPlan, load: StepLoad, hardware: Hardware) -> list[tuple[float, float]]:
     """(computing, handing over) of each stage, as slow as its slowest rank."""
-    times = []
-    for stage in range(plan.pp_size):
-        costs = [_cost(served, plan, stage, tp_rank, load) for tp_rank in range(plan.tp_size)]
+    stages, ranks = first_alike_stages(served.spec, plan), {*first_alike_ranks(served.spec, plan)}
+    of_first = {}
+    for stage in {*stages}:
+        costs = [_cost(served, plan, stage, tp_rank, load) for tp_rank in ranks]
         handing_s = max(traffic_time_s(cost.pipeline, hardware) for cost in costs)
-        times.append((max(rank_time_s(cost, hardware) for cost in costs), handing_s))
-    return times
+        of_first[stage] = max(rank_time_s(cost, hardware) for cost in costs), handing_s
+    return [of_first[stage] for stage in stages]
 
 
 def decode_tokens_per_s(

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shardray.runtime.model.kernels.splits import max_splits
+
 LAST_TOKEN = -1  # in ``token_ids``: the token that the row's slot sampled last, which only the device knows
 _ALIGNMENT = 16  # bytes
 _TORCH_DTYPES = {np.dtype(np.int32): torch.int32, np.dtype(np.int64): torch.int64}
@@ -35,13 +37,22 @@ class StepInputs(NamedTuple, Generic[A]):
     sampled_tokens: A  # (S,) int64: tokens of the step whose logits are wanted
     sampling_slots: A  # (S,) int64: whose tokens those are
     block_tables: A  # (R, blocks) int32
+    # For kernels on CUDA alone, as in AttentionTasks:
+    splits: A | None = None  # (W, 2) int32
+    split_starts: A | None = None  # (D + 1,) int32, of D rows of one token
+    tiles: A | None = None  # (N, 2) int32
+    query_starts: A | None = None  # (R + 1,) int32
+
+
+_STARTS = ("split_starts", "query_starts")  # of which one more than rows
 
 
 @dataclass(frozen=True)
 class DecodeShape:
     """Of a step of ``num_rows`` rows, each of one token that samples.
 
-    Rows that only fill it up read and write a page and a slot that nobody else has.
+    Rows that only fill it up read and write a page and a slot that nobody else has. For kernels they have no context,
+    the reference needs one token of it. The scratch page follows those of the sequences.
     """
 
     num_rows: int
@@ -49,6 +60,11 @@ class DecodeShape:
     block_size: int
     scratch_page: int
     scratch_slot: int
+    has_tasks: bool = False  # for kernels on CUDA
+
+    @property
+    def max_splits(self) -> int:
+        return max_splits(self.num_rows, self.max_blocks * self.block_size, self.scratch_page * self.block_size)
 
 
 def _padding(shape: DecodeShape) -> StepInputs[Array]:
@@ -57,16 +73,21 @@ def _padding(shape: DecodeShape) -> StepInputs[Array]:
     def each(value: int, dtype: type = np.int64) -> Array:
         return np.full(shape.num_rows, value, dtype)
 
-    return StepInputs(
+    inputs = StepInputs(
         token_ids=each(0),
         positions=each(0),
         cache_index=each(shape.scratch_page * shape.block_size),
         slots=each(shape.scratch_slot),
-        context_lens=each(1, np.int32),
+        context_lens=each(0 if shape.has_tasks else 1, np.int32),
         sampled_tokens=np.arange(shape.num_rows),
         sampling_slots=each(shape.scratch_slot),
         block_tables=np.full((shape.num_rows, shape.max_blocks), shape.scratch_page, np.int32),
     )
+    if not shape.has_tasks:
+        return inputs
+    starts = np.zeros(shape.num_rows + 1, np.int32)
+    splits, tiles = np.zeros((shape.max_splits, 2), np.int32), np.zeros((0, 2), np.int32)
+    return inputs._replace(splits=splits, split_starts=starts, tiles=tiles, query_starts=starts)
 
 
 class Layout:
@@ -75,7 +96,7 @@ class Layout:
     def __init__(self, arrays: StepInputs[Array]) -> None:
         self._places: list[tuple[slice, Any, tuple[int, ...]]] = []
         end = 0
-        for array in arrays:
+        for array in _present(arrays):
             begin = -(-end // _ALIGNMENT) * _ALIGNMENT
             end = begin + array.nbytes
             self._places.append((slice(begin, end), array.dtype, array.shape))
@@ -92,14 +113,19 @@ class Layout:
         return StepInputs(*views)
 
 
+def _present(arrays: StepInputs[Array]) -> list[Array]:
+    """Those that there are: all, or all but the last ones."""
+    return [array for array in arrays if array is not None]
+
+
 def upload(arrays: StepInputs[Array], device: torch.device) -> StepInputs[Tensor]:
     """Bring a step's inputs to the device; does not wait for it. On a CPU they stay where they are."""
     if device.type == "cpu":
-        return StepInputs(*map(torch.from_numpy, arrays))
+        return StepInputs(*map(torch.from_numpy, _present(arrays)))
     layout = Layout(arrays)
     # torch does not hand this memory out again before the copy out of it is done.
     host = torch.empty(layout.num_bytes, dtype=torch.uint8, pin_memory=True)
-    for target, array in zip(layout.arrays(host), arrays, strict=True):
+    for target, array in zip(_present(layout.arrays(host)), _present(arrays), strict=True):
         target[...] = array
     return layout.tensors(host.to(device, non_blocking=True))
 
@@ -128,10 +154,13 @@ class StaticInputs:
         buffer = self._buffers[self._turn]
         self._turn = (self._turn + 1) % len(self._buffers)
         buffer.wait_until_read()
-        for target, array, padding in zip(buffer.arrays, arrays, self._padding, strict=True):
+        for target, array, padding in zip(*map(_present, (buffer.arrays, arrays, self._padding)), strict=True):
             count = len(array)
             target[(slice(count), *map(slice, array.shape[1:]))] = array
             target[count:] = padding[count:]
+        for name in _STARTS if arrays.splits is not None else ():  # rows that only fill up have nothing
+            starts = getattr(arrays, name)
+            getattr(buffer.arrays, name)[len(starts) :] = starts[-1]
         buffer.send(self._on_device)
 
 
@@ -142,7 +171,7 @@ class _HostBuffer:
         on_gpu = device.type == "cuda"
         self._memory = torch.empty(layout.num_bytes, dtype=torch.uint8, pin_memory=on_gpu)
         self.arrays = layout.arrays(self._memory)
-        for target, array in zip(self.arrays, padding, strict=True):
+        for target, array in zip(_present(self.arrays), _present(padding), strict=True):
             target[...] = array
         self._read = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
 

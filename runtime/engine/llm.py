@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import queue
 import secrets
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +18,11 @@ from torch import Tensor
 from shardray.runtime.engine.assignment import ShardAssignment
 from shardray.runtime.engine.local_ranks import form_here
 from shardray.runtime.engine.output import Delta, OutputText
-from shardray.runtime.engine.request import EngineRequest, EngineStats, FinishReason, SamplingParams, TokenOutput
+from shardray.runtime.engine.request import EngineRequest, EngineStats, FinishReason, SamplingParams
+from shardray.runtime.engine.streams import Inbox, Mailroom, Prompt, Streamed, Streams
 from shardray.runtime.model.sources import resolve_model
 from shardray.runtime.model.spec import Pooling
 from shardray.runtime.model.tokenizer import Tokenizer
-
-Prompt = str | Sequence[int]
 
 
 @dataclass
@@ -38,6 +36,16 @@ class Completion:
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
+    def add(self, streamed: Streamed) -> None:
+        """What came next."""
+        delta, output = streamed.delta, streamed.output
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        self.finish_reason = delta.finish_reason
+        if output.logprob is not None:
+            self.logprobs.append(output.logprob)
+            self.top_logprobs.append(output.top_logprobs)
+
 
 class LLM:
     """A model on the devices of this machine.
@@ -45,9 +53,9 @@ class LLM:
     ``source`` is what ``shardray pull`` takes: a name, a hub id, a folder, a ``.gguf`` file. ``device`` is ``cpu``,
     ``cuda``, ``cuda:0`` or ``auto``. With several shards the first is in this process, and each of the others in one of
     its own, on ``cuda`` with the next device; ``num_threads`` is for each. ``record_steps``: whether decode steps run
-    as they were recorded, where they can be (None: on GPUs, as CUDA graphs). Use it as a context manager, or call
-    ``close``. Raises ModelConfigError, PlanError, CheckpointError or MemoryError for what cannot be served, MeshError
-    for a shard that cannot form.
+    as they were recorded, where they can be (None: on GPUs, as CUDA graphs). ``skip_tokenizer_init``: prompts are token
+    ids, and no text is made of the output. Use it as a context manager, or call ``close``. Raises ModelConfigError,
+    PlanError, CheckpointError or MemoryError for what cannot be served, MeshError for a shard that cannot form.
     """
 
     def __init__(
@@ -65,9 +73,10 @@ class LLM:
         memory_utilization: float = 0.9,
         num_threads: int | None = None,
         record_steps: bool | None = None,
+        skip_tokenizer_init: bool = False,
     ) -> None:
         folder = resolve_model(str(source))
-        self.tokenizer = Tokenizer.load_optional(folder)
+        self.tokenizer = None if skip_tokenizer_init else Tokenizer.load_optional(folder)
         num_ranks = tensor_parallel_size * pipeline_parallel_size
         self._mesh = form_here(
             ShardAssignment(
@@ -93,8 +102,7 @@ class LLM:
             )
         )
         self._engine = self._mesh.engine
-        self._streams: dict[str, queue.SimpleQueue[TokenOutput | BaseException]] = {}
-        self._failure: BaseException | None = None
+        self._mailroom = Mailroom()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -107,12 +115,27 @@ class LLM:
         """
         batch = _as_batch(prompts)
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(batch)
-        streams = [self._start(prompt, own) for prompt, own in zip(batch, each, strict=True)]
-        return [stream.read() for stream in streams]
+        streams, completions = self.streams(), []
+        try:
+            for prompt, own in zip(batch, each, strict=True):
+                prompt_ids = self._ids(prompt)
+                streams.add(prompt_ids, own)
+                completions.append(Completion(prompt_ids))
+            for streamed in streams:
+                completions[streamed.number].add(streamed)
+        finally:
+            streams.close()
+        return completions
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """Deltas of one completion as they come. Dropping the iterator cancels the request."""
-        return self._start(prompt, params or SamplingParams()).deltas()
+        streams = self.streams()
+        streams.add(prompt, params)
+        return _deltas(streams)
+
+    def streams(self) -> Streams:
+        """Several requests, to be added and read by one thread. Close it if you leave before its end."""
+        return Streams(self._start, self._engine.cancel)
 
     def chat(self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None) -> Completion:
         """Complete a conversation with the model's chat template."""
@@ -124,8 +147,11 @@ class LLM:
         Raises FieldError for a model that generates, and for a prompt that is too long for it.
         """
         pooling = pooling or self._engine.info.default_pooling or Pooling()
-        streams = [self._start(prompt, SamplingParams(seed=0), pooling) for prompt in _as_batch(prompts)]
-        return [torch.frombuffer(bytearray(stream.read_embedding()), dtype=torch.float32) for stream in streams]
+        streams, batch = self.streams(), _as_batch(prompts)
+        for prompt in batch:
+            streams.add(prompt, SamplingParams(seed=0), pooling)
+        embeddings = {streamed.number: streamed.output.embedding or b"" for streamed in streams}
+        return [torch.frombuffer(bytearray(embeddings[i]), dtype=torch.float32) for i in range(len(batch))]
 
     def stats(self) -> EngineStats:
         return self._engine.stats()
@@ -144,89 +170,46 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _start(self, prompt: Prompt, params: SamplingParams, pooling: Pooling | None = None) -> _Stream:
+    def _start(
+        self, prompt: Prompt, params: SamplingParams | None, pooling: Pooling | None, inbox: Inbox
+    ) -> tuple[str, OutputText]:
+        params = params or SamplingParams()
         if params.seed is None:
             params = msgspec.structs.replace(params, seed=secrets.randbits(64))
-        prompt_ids = tuple(self._need_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt)
+        prompt_ids = self._ids(prompt)
         request = EngineRequest(request_id=secrets.token_hex(8), prompt_ids=prompt_ids, params=params, pooling=pooling)
-        stream = _Stream(self, request, OutputText(self.tokenizer, params, prompt_ids))
-        self._streams[request.request_id] = stream.inbox
+        text = OutputText(self.tokenizer, params, prompt_ids)
+        self._mailroom.open(request.request_id, inbox)
         try:
             self._engine.submit(request)
         except Exception:
-            del self._streams[request.request_id]
+            self._mailroom.forget(request.request_id)
             raise
-        if self._failure is not None:
-            stream.inbox.put(self._failure)
-        return stream
+        return request.request_id, text
+
+    def _ids(self, prompt: Prompt) -> tuple[int, ...]:
+        return tuple(self._need_tokenizer().encode(prompt) if isinstance(prompt, str) else prompt)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise ValueError("the model folder has no tokenizer.json; give prompts as token ids")
+            raise ValueError("there is no tokenizer (no tokenizer.json, or not asked for); give prompts as token ids")
         return self.tokenizer
 
     def _run(self) -> None:
         failure: BaseException = RuntimeError("the LLM was closed")
         try:
-            self._engine.run(self._publish)
+            self._engine.run(self._mailroom.deliver)
         except Exception as error:
             failure = error
-        self._failure = failure
-        for inbox in list(self._streams.values()):
-            inbox.put(failure)
-
-    def _publish(self, outputs: list[TokenOutput]) -> None:
-        for output in outputs:
-            if (inbox := self._streams.get(output.request_id)) is not None:
-                inbox.put(output)
-                if output.finish_reason is not None:
-                    del self._streams[output.request_id]
-
-    def _cancel(self, request_id: str) -> None:
-        self._engine.cancel(request_id)
+        self._mailroom.fail(failure)
 
 
-class _Stream:
-    """One request in flight."""
-
-    def __init__(self, llm: LLM, request: EngineRequest, text: OutputText) -> None:
-        self.inbox: queue.SimpleQueue[TokenOutput | BaseException] = queue.SimpleQueue()
-        self._llm = llm
-        self._request = request
-        self._text = text
-
-    def deltas(self) -> Iterator[Delta]:
-        try:
-            while not self._text.ended:
-                yield self._text.push(self._next())
-        finally:
-            self._llm._cancel(self._request.request_id)
-
-    def read(self) -> Completion:
-        completion = Completion(self._request.prompt_ids)
-        while not self._text.ended:
-            output = self._next()
-            delta = self._text.push(output)
-            completion.text += delta.text
-            completion.token_ids += delta.token_ids
-            completion.finish_reason = delta.finish_reason
-            if output.logprob is not None:
-                completion.logprobs.append(output.logprob)
-                completion.top_logprobs.append(output.top_logprobs)
-            if delta.stopped:
-                self._llm._cancel(self._request.request_id)
-        return completion
-
-    def read_embedding(self) -> bytes:
-        embedding = self._next().embedding
-        assert embedding is not None
-        return embedding
-
-    def _next(self) -> TokenOutput:
-        output = self.inbox.get()
-        if isinstance(output, BaseException):
-            raise RuntimeError(f"the engine stopped: {output}") from output
-        return output
+def _deltas(streams: Streams) -> Iterator[Delta]:
+    try:
+        for streamed in streams:
+            yield streamed.delta
+    finally:
+        streams.close()
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -123,7 +123,9 @@ class StepRecording:
     def _step(self, num_rows: int) -> tuple[StaticInputs, Callable[[], StepOutput]]:
         """The inputs of a step, and the step."""
         slots, spec = self._slots, self._mesh.spec
-        shape = DecodeShape(num_rows, slots.max_blocks, self._block_size, self._scratch_page, slots.scratch_slot)
+        shape = DecodeShape(
+            num_rows, slots.max_blocks, self._block_size, self._scratch_page, slots.scratch_slot, slots.has_tasks
+        )
         inputs = StaticInputs(shape, spec.device, max(2, spec.pp_size) + 1)
         hidden, tensors = None if self._hidden is None else self._hidden[:num_rows], inputs.tensors
         return inputs, lambda: self._compute(hidden, slots.as_view(tensors), tensors.sampling_slots, True)

@@ -11,6 +11,7 @@ import math
 
 import msgspec
 
+from shardray.runtime.engine.traced import TracedStep
 from shardray.runtime.model.spec import Pooling
 
 
@@ -149,6 +150,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     params: SamplingParams
     priority: int = 0  # lower runs first; first come, first served within one priority
     pooling: Pooling | None = None  # for an embedding of the prompt, instead of tokens
+    is_traced: bool = False  # its outputs tell what their steps took
 
     def given_ids(self, encoder: EncoderInfo | None) -> tuple[int, ...]:
         """What stands before the generated tokens in the decoder."""
@@ -187,7 +189,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
                 raise FieldError(field, f"token ids must lie in [0, {vocab_size})")
 
 
-class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
+class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """One token of one request, or (``token_id`` None) the end of a stream that yields no further token.
 
     ``embedding``: float32, little-endian; with the end of a request for one.
@@ -200,6 +202,7 @@ class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     finish_reason: FinishReason | None = None
     error: str | None = None
     embedding: bytes | None = None
+    steps: tuple[TracedStep, ...] = ()  # of a traced request: those since its output before
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

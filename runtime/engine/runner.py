@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from shardray.runtime.engine.recorded import RecordedSteps, StepOutput
 from shardray.runtime.engine.sampler import Draw, Sampler
 from shardray.runtime.engine.slots import SlotTable
 from shardray.runtime.engine.step import StepPlan, StepResult
+from shardray.runtime.engine.traced import StageTime
 from shardray.runtime.model.attention import KVPages, StepView
 from shardray.runtime.model.decoder import ShardedDecoder
 
@@ -47,6 +49,7 @@ class ShardRunner:
         self.busy_s = 0.0  # from the launch of a step, or the end of the one before it, until its result was there
         self._last_end_s = 0.0
         self._spans: Spans | None = None
+        self._begin_ns = 0  # since 1970: when the input of the last plan was there
 
     def start_trace(self) -> None:
         """Write down what every step does from now on. Thread-safe, as is ``stop_trace``."""
@@ -81,7 +84,11 @@ class ShardRunner:
         self._recorded = None
 
     def launch(self, plan: StepPlan) -> ComingResult:
-        """Begin one plan. Raises MeshError, as does the result when it is fetched."""
+        """Begin one plan. Raises MeshError, as does the result when it is fetched.
+
+        The result is of the tokens on the rank that samples, None on the others. Of a traced plan the first tensor rank
+        of each stage has a result with the stage's time.
+        """
         began_s = time.perf_counter()
         try:
             with torch.inference_mode():
@@ -114,6 +121,7 @@ class ShardRunner:
                 self._sampler.start(start)
         laid_out, mesh = self._slots.lay_out(plan), self._mesh
         hidden = None if mesh.upstream is None else mesh.upstream.recv(plan.num_tokens)
+        self._begin_ns = time.time_ns()
         recorded = None if self._recorded is None else self._recorded.find(laid_out)
         if recorded is not None:
             output, slots = recorded.replay(laid_out.inputs, hidden)
@@ -152,24 +160,31 @@ class ShardRunner:
 
     def _coming(self, plan: StepPlan, began_s: float, tensors: Sequence[Tensor], read: _Read) -> ComingResult:
         self.num_steps += 1
-        copy = HostCopy(tensors, self._device)
-        if copy.is_there:
-            self._count(began_s)
         read = read if self._sampler is not None else _read_nothing
-        return ComingResult(copy, read, partial(self._wait, plan.step, began_s))
+        read = partial(self._read, read, plan, began_s, self._begin_ns)
+        return ComingResult(HostCopy(tensors, self._device), read, partial(self._wait, plan.step))
 
-    def _wait(self, step: int, began_s: float, ready: Callable[[], bool]) -> None:
+    def _wait(self, step: int, ready: Callable[[], bool]) -> None:
         try:
             self._mesh.wait_for_device(ready, "step")
         except MeshError as error:
             error.step = step
             raise
-        self._count(began_s)
 
-    def _count(self, began_s: float) -> None:
+    def _read(
+        self, read: _Read, plan: StepPlan, began_s: float, begin_ns: int, tensors: Sequence[Tensor]
+    ) -> StepResult | None:
+        """Of a step that is done; steps are read in their order."""
         end_s = time.perf_counter()
-        self.busy_s += end_s - max(began_s, self._last_end_s)
+        waited_s = max(0.0, self._last_end_s - began_s)  # for the step before this one
+        self.busy_s += end_s - began_s - waited_s
         self._last_end_s = end_s
+        result = read(tensors)
+        if not plan.is_traced or self._mesh.spec.tp_rank != 0:
+            return result
+        begin_ns += int(waited_s * 1e9)
+        stage = StageTime(begin_ns, max(0, time.time_ns() - begin_ns))
+        return msgspec.structs.replace(result or StepResult(plan.step, ()), stages=(stage,))
 
 
 def _read_nothing(tensors: Sequence[Tensor]) -> None:

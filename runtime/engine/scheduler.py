@@ -6,14 +6,18 @@ preempted sequence held can be given away by the very next plan, even while olde
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
+
+import msgspec
 
 from shardray.runtime.engine.limits import SchedulerLimits
 from shardray.runtime.engine.pages import PagePool
 from shardray.runtime.engine.request import EngineRequest, EngineStats, FieldError, FinishReason, TokenOutput
 from shardray.runtime.engine.sequence import Sequence, SequenceQueue
 from shardray.runtime.engine.step import EncoderRow, PageGrant, Row, SlotStart, StepPlan, StepResult
+from shardray.runtime.engine.traced import TracedStep
 
 __all__ = ["Scheduler", "SchedulerLimits"]
 
@@ -30,6 +34,8 @@ class _Draft:
     sampling: list[Sequence] = field(default_factory=list)
     pooling: list[Sequence] = field(default_factory=list)  # of encoder rows that yield an embedding
     is_greedy: bool = True
+    traced: list[tuple[Sequence, int]] = field(default_factory=list)  # with the tokens that each has in the plan
+    begin_ns: int = 0  # since 1970; of a plan with such
 
     @property
     def num_tokens(self) -> int:
@@ -108,10 +114,17 @@ class Scheduler:
             return None
         self._num_steps += 1
         self._in_flight.append(draft)
+        if draft.traced:
+            draft.begin_ns = time.time_ns()
         return StepPlan(
-            draft.step, tuple(draft.starts), tuple(draft.grants), tuple(draft.rows), tuple(draft.encoder_rows),
-            draft.is_greedy,
-        )  # fmt: skip
+            step=draft.step,
+            starts=tuple(draft.starts),
+            grants=tuple(draft.grants),
+            rows=tuple(draft.rows),
+            encoder_rows=tuple(draft.encoder_rows),
+            is_greedy=draft.is_greedy,
+            is_traced=bool(draft.traced),
+        )
 
     def commit(self, result: StepResult) -> list[TokenOutput]:
         """Take the tokens of the oldest plan in flight; returns those to publish, in the plan's order."""
@@ -135,7 +148,8 @@ class Scheduler:
                     sequence.request.request_id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason
                 )
             )
-        return outputs + self._commit_embeddings(draft, result)
+        outputs += self._commit_embeddings(draft, result)
+        return _with_steps(outputs, draft, result) if draft.traced else outputs
 
     def _commit_embeddings(self, draft: _Draft, result: StepResult) -> list[TokenOutput]:
         outputs = []
@@ -224,6 +238,8 @@ class Scheduler:
             draft.grants.append(sequence.grant(self._pool.allocate(sequence.num_prompt_blocks)))
         draft.encoder_rows.append(sequence.encode())
         sequence.last_step = draft.step
+        if sequence.request.is_traced:
+            draft.traced.append((sequence, len(sequence.encoder_ids)))
         if sequence.request.pooling is not None:
             draft.pooling.append(sequence)
 
@@ -267,6 +283,8 @@ class Scheduler:
         row = sequence.advance(num_tokens)
         sequence.last_step = draft.step
         draft.rows.append(row)
+        if sequence.request.is_traced:
+            draft.traced.append((sequence, num_tokens))
         if row.samples:
             draft.sampling.append(sequence)
             draft.is_greedy &= sequence.is_greedy
@@ -293,3 +311,19 @@ class Scheduler:
         for page in reversed(sequence.pages):  # so that they are handed out in this order again
             self._pool.release(page)
         sequence.reset()
+
+
+def _with_steps(outputs: list[TokenOutput], draft: _Draft, result: StepResult) -> list[TokenOutput]:
+    """The same, and those of traced requests tell of this step and of earlier ones that gave them nothing."""
+    duration_ns = time.time_ns() - draft.begin_ns
+    untold = {}
+    for sequence, num_tokens in draft.traced:
+        step = TracedStep(draft.step, draft.begin_ns, duration_ns, num_tokens, draft.num_tokens, result.stages)
+        sequence.untold_steps.append(step)
+        untold[sequence.request.request_id] = sequence.untold_steps
+    told = []
+    for output in outputs:
+        steps = untold.get(output.request_id, [])
+        told.append(msgspec.structs.replace(output, steps=tuple(steps)) if steps else output)
+        steps.clear()
+    return told

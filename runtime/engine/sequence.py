@@ -9,6 +9,7 @@ from operator import attrgetter
 
 from shardray.runtime.engine.request import EngineRequest, FinishReason
 from shardray.runtime.engine.step import EncoderRow, PageGrant, Row, SlotStart
+from shardray.runtime.engine.traced import TracedStep
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +39,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     last_step: int = -1  # the last plan it was in
     finished: bool = False
+    untold_steps: list[TracedStep] = field(default_factory=list)  # of a traced request, since its last output
 
     @property
     def num_generated(self) -> int:

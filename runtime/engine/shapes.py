@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
 from shardray.parallel.plan import ShardPlan, make_plan
+from shardray.runtime.model.alike import first_alike_ranks, first_alike_stages
 from shardray.runtime.model.parameters import model_sizes, num_owned_elements
 from shardray.runtime.model.spec import DecoderSpec
 
@@ -54,5 +56,5 @@ def merit(spec: DecoderSpec, plan: ShardPlan) -> tuple[int, int, int]:
 
 def _largest_share(spec: DecoderSpec, plan: ShardPlan) -> int:
     """Parameters on the rank that holds most."""
-    ranks = range(plan.tp_size * plan.pp_size)
-    return max(num_owned_elements(spec, plan, *divmod(rank, plan.tp_size)) for rank in ranks)
+    places = itertools.product({*first_alike_stages(spec, plan)}, {*first_alike_ranks(spec, plan)})
+    return max(num_owned_elements(spec, plan, *place) for place in places)

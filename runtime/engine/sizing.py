@@ -5,6 +5,7 @@ Forecasts what hosts will report, by the formulas of ``memory.py`` that they use
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from shardray.runtime.engine.forecast import Hardware, Rates, mesh_rates
 from shardray.runtime.engine.memory import MemoryGrant, RankMemory, rank_memory, room_on_cpu, room_on_gpu
 from shardray.runtime.engine.served import ServedSpec
 from shardray.runtime.engine.shapes import cut, merit, shapes_within
+from shardray.runtime.model.alike import first_alike_ranks, first_alike_stages
 
 _MIB = 1 << 20
 # Memory of a process before its weights: the interpreter, torch and compiled kernels; on a GPU its context, its kernels
@@ -99,7 +101,11 @@ class PlannedMesh:
 def plan_mesh(served: ServedSpec, plan: ShardPlan, offer: HostMemory, replicas: int = 1) -> PlannedMesh:
     """``replicas`` meshes of one cut, each on hosts of its own."""
     places = [divmod(rank, plan.tp_size) for rank in range(plan.tp_size * plan.pp_size)]
-    needs = [rank_memory(served, plan, *place, offer.is_packed) for place in places]
+    stages, ranks = first_alike_stages(served.spec, plan), first_alike_ranks(served.spec, plan)
+    of_first = {
+        place: rank_memory(served, plan, *place, offer.is_packed) for place in itertools.product({*stages}, {*ranks})
+    }
+    needs = [of_first[stages[stage], ranks[tp_rank]] for stage, tp_rank in places]
     runtime_bytes = RUNTIME_BYTES[offer.device_type]
     in_use = replicas * sum(need.loaded_bytes + runtime_bytes for need in needs)
     return PlannedMesh(

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shardray.parallel.kernels.triton_launch import runs_triton
 from shardray.runtime.engine.inputs import LAST_TOKEN, Array, StepInputs, to_device, upload
 from shardray.runtime.engine.step import EncoderRow, PageGrant, SlotStart, StepPlan
-from shardray.runtime.model.attention import AttentionRow, PromptsView, StepView
+from shardray.runtime.model.attention import AttentionRow, AttentionTasks, PromptsView, StepView
+from shardray.runtime.model.kernels.splits import decode_splits, prefill_tiles
 
 
 class LaidOut(NamedTuple):
@@ -42,6 +44,7 @@ class SlotTable:
         self._block_size = block_size
         self._device = device
         self.has_prompts = max_prompt_len is not None
+        self.has_tasks = runs_triton(device)
         self.scratch_slot = max_num_seqs  # of rows that only fill up a step
         self.max_blocks = -(-max_model_len // block_size)  # of what a slot has itself
         num_blocks = self.max_blocks - (-(max_prompt_len or 0) // block_size)
@@ -68,12 +71,14 @@ class SlotTable:
         starts = np.array([row.start for row in rows], dtype=np.int64)
         slots = np.array([row.slot for row in rows], dtype=np.int64)
         token_ids = np.array([token for row in rows for token in row.token_ids or (LAST_TOKEN,)], dtype=np.int64)
-        inputs = self._lay_out(token_ids, counts, starts, slots, self._tables(slots, starts + counts))
+        num_decodes = int((counts == 1).sum())
+        tables = self._tables(slots, starts + counts)
+        inputs = self._lay_out(token_ids, counts, starts, slots, tables, num_decodes)
         sampling = [row.slot for row in plan.rows if row.samples]
         last_token = dict(zip(slots.tolist(), (np.cumsum(counts) - 1).tolist(), strict=True))
         sampled = np.array([last_token[slot] for slot in sampling], dtype=np.int64)
         inputs = inputs._replace(sampled_tokens=sampled, sampling_slots=np.array(sampling, dtype=np.int64))
-        return LaidOut(inputs, _prefills(counts, starts, int((counts == 1).sum())), plan.encoder_rows)
+        return LaidOut(inputs, _prefills(counts, starts, num_decodes), plan.encoder_rows)
 
     def as_view(self, inputs: StepInputs[Tensor], laid_out: LaidOut | None = None) -> StepView:
         """What the decoder reads of inputs that are on the device: those of a plan, or of rows of one token each."""
@@ -93,6 +98,7 @@ class SlotTable:
             context_lens=inputs.context_lens,
             prefills=prefills,
             sampled_tokens=inputs.sampled_tokens,
+            tasks=_tasks(inputs),
         )
 
     def _with_last_tokens(self, token_ids: Tensor, slots: Tensor) -> Tensor:
@@ -112,13 +118,13 @@ class SlotTable:
         return tables
 
     def _lay_out(
-        self, token_ids: Array, counts: Array, starts: Array, slots: Array, tables: Array
+        self, token_ids: Array, counts: Array, starts: Array, slots: Array, tables: Array, num_decodes: int
     ) -> StepInputs[Array]:
-        """Rows of ``counts`` tokens from ``starts`` on, none of which samples."""
+        """Rows of ``counts`` tokens from ``starts`` on, none of which samples; the first ``num_decodes`` of one."""
         ends = np.cumsum(counts)  # of each row's tokens, in the step
         positions = np.arange(len(token_ids)) - np.repeat(ends - counts - starts, counts)
         pages = tables[np.repeat(np.arange(len(counts)), counts), positions // self._block_size]
-        return StepInputs(
+        inputs = StepInputs(
             token_ids=token_ids,
             positions=positions,
             cache_index=pages.astype(np.int64) * self._block_size + positions % self._block_size,
@@ -127,6 +133,15 @@ class SlotTable:
             sampled_tokens=slots[:0],
             sampling_slots=slots[:0],
             block_tables=np.ascontiguousarray(tables),
+        )
+        if not self.has_tasks:
+            return inputs
+        splits, split_starts = decode_splits(inputs.context_lens[:num_decodes])
+        return inputs._replace(
+            splits=splits,
+            split_starts=split_starts,
+            tiles=prefill_tiles(counts, num_decodes),
+            query_starts=np.concatenate(([0], ends)).astype(np.int32),
         )
 
     def _prompts(self, laid_out: LaidOut, view: StepView) -> PromptsView:
@@ -139,9 +154,9 @@ class SlotTable:
             blocks, begin = (lens + self._block_size - 1) // self._block_size, np.zeros_like(lens)
             of_encoder = (np.cumsum(blocks) - blocks)[:, None] + np.arange(int(blocks.max()))
             own = self._pages[places, : int(blocks.max())]
-            inputs = self._lay_out(token_ids, lens, begin, places, of_encoder.astype(np.int32))
+            inputs = self._lay_out(token_ids, lens, begin, places, of_encoder.astype(np.int32), 0)
             encoded = self._as_view(upload(inputs, self._device), _prefills(lens, begin, 0))
-            inputs = self._lay_out(token_ids, lens, begin, places, own)
+            inputs = self._lay_out(token_ids, lens, begin, places, own, 0)
             cache_index = to_device(inputs.cache_index, self._device)
         prompt_lens = self._prompt_lens[slots]
         tables = self._pages[slots, : int(self._prompt_blocks[slots].max(initial=0))]
@@ -150,9 +165,26 @@ class SlotTable:
             block_tables=to_device(tables, self._device),
             context_lens=to_device(prompt_lens.astype(np.int32), self._device),
             prefills=tuple(dataclasses.replace(row, context_len=int(prompt_lens[row.row])) for row in view.prefills),
+            tasks=self._prompt_tasks(view, prompt_lens),
         )
         pooled = tuple(row.pooling for row in rows if row.pooling is not None)
         return PromptsView(encoded, cache_index, seen, pooled)
+
+    def _prompt_tasks(self, view: StepView, prompt_lens: Array) -> AttentionTasks | None:
+        """Of the rows of a step, each over the whole of its prompt."""
+        if view.tasks is None:
+            return None
+        splits, starts = (to_device(part, self._device) for part in decode_splits(prompt_lens[: view.num_decodes]))
+        return dataclasses.replace(view.tasks, splits=splits, split_starts=starts)
+
+
+def _tasks(inputs: StepInputs[Tensor]) -> AttentionTasks | None:
+    if inputs.splits is None:
+        return None
+    assert inputs.split_starts is not None
+    assert inputs.tiles is not None
+    assert inputs.query_starts is not None
+    return AttentionTasks(inputs.splits, inputs.split_starts, inputs.tiles, inputs.query_starts)
 
 
 def _prefills(counts: Array, starts: Array, num_decodes: int) -> tuple[AttentionRow, ...]:

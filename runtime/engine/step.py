@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from shardray.runtime.engine.request import SamplingParams
+from shardray.runtime.engine.traced import StageTime
 from shardray.runtime.model.spec import Pooling
 
 
@@ -61,6 +62,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
     rows: tuple[Row, ...]
     encoder_rows: tuple[EncoderRow, ...] = ()
     is_greedy: bool = False  # the highest logit is all that matters, in every row that samples
+    is_traced: bool = False  # every stage tells what it took
 
     @property
     def num_tokens(self) -> int:
@@ -81,6 +83,7 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
     step: int
     sampled: tuple[Sampled, ...]
     embeddings: tuple[bytes, ...] = ()  # float32, little-endian
+    stages: tuple[StageTime, ...] = ()  # of a plan that is traced
 
 
 _encoder = msgspec.msgpack.Encoder()

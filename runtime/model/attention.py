@@ -5,7 +5,8 @@ Legend: T tokens of the step, R rows (sequences), n query heads, g KV heads, d h
     keys[layer]      (P, g, d, b)      token i of a sequence lies in page block_table[i // b], at i % b
     values[layer]    (P, g, b, d)
 
-What one KV head holds of a page is one tile, which a kernel streams; keys lie so that a vector runs over tokens.
+What one KV head holds of a page is one tile, which a kernel streams. Keys lie so that a vector runs over tokens; on
+CUDA they lie as values do, (P, g, b, d): tensor cores take tiles either way round, and a token is read in whole lines.
 
 Rows of one token (decodes) come first in a step. The reference gathers a row's pages and calls SDPA;
 runtime/model/kernels holds kernels that read the pages in place.
@@ -16,6 +17,7 @@ layers themselves keep nothing: all of a stage use the same pages of one layer, 
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -23,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shardray.parallel.kernels.triton_launch import runs_triton
 from shardray.parallel.plan import ShardPlan
 from shardray.runtime.model.relative import bias_by_distance
 from shardray.runtime.model.spec import Attention, Pooling
@@ -39,6 +42,16 @@ class AttentionRow:
 
 
 @dataclass(frozen=True)
+class AttentionTasks:
+    """What CUDA kernels do for the rows of a step, as lists: see runtime/model/kernels/splits.py. All int32."""
+
+    splits: Tensor  # (W, 2), or more: row and split of each task of a decode; those after the last row's are not read
+    split_starts: Tensor  # (D + 1,), of D decodes: those of row i are splits [split_starts[i], split_starts[i + 1])
+    tiles: Tensor  # (N, 2): row and first token of each task of a prefill
+    query_starts: Tensor  # (R + 1,): the tokens of row i are [query_starts[i], query_starts[i + 1]) of the step
+
+
+@dataclass(frozen=True)
 class StepView:
     """Where the tokens of one step stand. All tensors are on the shard's device."""
 
@@ -51,6 +64,7 @@ class StepView:
     prefills: tuple[AttentionRow, ...]
     sampled_tokens: Tensor  # (S,) int64: tokens of the step whose logits are wanted
     prompts: PromptsView | None = None  # with an encoder
+    tasks: AttentionTasks | None = None  # for the kernels of CUDA
 
     @property
     def num_tokens(self) -> int:
@@ -70,14 +84,19 @@ class PromptsView:
 
 
 class KVPages:
-    """The pages of the layers and KV heads of one rank. Memory is reserved at once, touched as pages are used."""
+    """The pages of the layers and KV heads of one rank. Memory is reserved at once, touched as pages are used.
+
+    ``keys_by_token``: keys are (P, g, b, d), like values.
+    """
 
     def __init__(
         self, num_layers: int, num_pages: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
         device: torch.device,
     ) -> None:  # fmt: skip
         shape = (num_layers, num_pages, num_kv_heads)
-        self.keys = torch.empty((*shape, head_dim, block_size), dtype=dtype, device=device)
+        self.keys_by_token = device.type == "cuda" or runs_triton(device)
+        tile = (block_size, head_dim) if self.keys_by_token else (head_dim, block_size)
+        self.keys = torch.empty((*shape, *tile), dtype=dtype, device=device)
         self.values = torch.empty((*shape, block_size, head_dim), dtype=dtype, device=device)
         self.num_pages = num_pages
         self.block_size = block_size
@@ -92,15 +111,19 @@ class KVPages:
     def write(self, layer: int, keys: Tensor, values: Tensor, cache_index: Tensor) -> None:
         """Store this step's (T, g, d) keys and values."""
         pages, offsets = cache_index // self.block_size, cache_index % self.block_size
-        self.keys[layer][pages, :, :, offsets] = keys
+        self._keys_as_columns(layer)[pages, :, :, offsets] = keys
         self.values[layer][pages, :, offsets] = values
 
     def gather(self, layer: int, block_table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
         """One row's keys and values, each (g, context_len, d)."""
         pages = block_table[: -(-context_len // self.block_size)].long()
-        keys = self.keys[layer].index_select(0, pages).permute(1, 0, 3, 2).flatten(1, 2)
+        keys = self._keys_as_columns(layer).index_select(0, pages).permute(1, 0, 3, 2).flatten(1, 2)
         values = self.values[layer].index_select(0, pages).transpose(0, 1).flatten(1, 2)
         return keys[:, :context_len], values[:, :context_len]
+
+    def _keys_as_columns(self, layer: int) -> Tensor:
+        """(P, g, d, b), however they lie"""
+        return self.keys[layer].transpose(2, 3) if self.keys_by_token else self.keys[layer]
 
 
 @dataclass(frozen=True)
@@ -130,23 +153,25 @@ class PagedAttention:
         kv_of_head = heads.kv_of_head
         self.num_heads = len(kv_of_head)
         self.scale = attention.scale
-        self._sinks = None if sinks is None else sinks.float()[:, None, None]
+        self.sinks = None if sinks is None else sinks.float()[:, None, None]
         unlike = attention.alibi, attention.window, attention.softcap, sinks, relative
         self.is_plain = all(feature is None for feature in unlike)
-        self._causal = attention.causal
-        self._window, self._softcap = attention.window, attention.softcap
-        self._slopes: Tensor | None = None
+        self.causal = attention.causal
+        self.window, self.softcap = attention.window, attention.softcap
+        self.slopes: Tensor | None = None  # (n, 1, 1)
         if attention.alibi is not None:
             slopes = alibi_slopes(heads.num_heads_in_all)[heads.first_head : heads.first_head + self.num_heads]
-            self._slopes = attention.alibi * slopes.to(device)[:, None, None]
-        self._biases: Tensor | None = None  # (n, 2 m + 1): of distances from -m to m
+            self.slopes = attention.alibi * slopes.to(device)[:, None, None]
+        self.biases: Tensor | None = None  # (n, 2 m + 1): of distances from -m to m
         if attention.relative is not None and relative is not None:
-            self._biases = bias_by_distance(attention.relative, attention.causal, relative).to(device)
+            self.biases = bias_by_distance(attention.relative, attention.causal, relative).to(device)
         self._one_to_one = kv_of_head == tuple(range(self.num_heads))
-        self._kv_of_head = torch.tensor(kv_of_head, dtype=torch.int64, device=device)
+        self.kv_of_head = torch.tensor(kv_of_head, dtype=torch.int64, device=device)
         num_kv_heads = kv_of_head[-1] + 1 if kv_of_head else 0
         edges = [sum(kv < group for kv in kv_of_head) for group in range(num_kv_heads + 1)]
-        self.groups = torch.tensor(edges, dtype=torch.int64)  # heads [groups[i], groups[i + 1]) read KV head i
+        # heads [groups[i], groups[i + 1]) read KV head i
+        self.groups = torch.tensor(edges, dtype=torch.int64, device=device)
+        self.largest_group = max((end - start for start, end in itertools.pairwise(edges)), default=0)
 
     def __call__(self, queries: Tensor, pages: KVPages, layer: int, view: StepView) -> Tensor:
         """(T, n, d) -> (T, n, d); this step's keys and values are in the pages already."""
@@ -168,13 +193,13 @@ class PagedAttention:
     def _attend_row(self, queries: Tensor, pages: KVPages, layer: int, block_table: Tensor, context_len: int) -> Tensor:
         keys, values = pages.gather(layer, block_table, context_len)
         if not self._one_to_one:
-            keys, values = keys.index_select(0, self._kv_of_head), values.index_select(0, self._kv_of_head)
+            keys, values = keys.index_select(0, self.kv_of_head), values.index_select(0, self.kv_of_head)
         queries = queries.transpose(0, 1)
-        if self._softcap is not None or self._sinks is not None:
+        if self.softcap is not None or self.sinks is not None:
             return self._attend_by_scores(queries, keys, values).transpose(0, 1)
         num_tokens = queries.shape[1]
-        causal = self._causal and self.is_plain and num_tokens == context_len
-        needs_none = causal or (self.is_plain and (num_tokens == 1 or not self._causal))
+        causal = self.causal and self.is_plain and num_tokens == context_len
+        needs_none = causal or (self.is_plain and (num_tokens == 1 or not self.causal))
         mask = None if needs_none else self._mask(num_tokens, context_len, queries)
         out = F.scaled_dot_product_attention(
             queries[None], keys[None], values[None], attn_mask=mask, is_causal=causal and num_tokens > 1,
@@ -185,14 +210,14 @@ class PagedAttention:
     def _attend_by_scores(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """(n, T, d) queries against (n, context, d): what SDPA does, with scores capped and sinks among them."""
         scores = queries.float() @ keys.float().transpose(1, 2) * self.scale
-        if self._softcap is not None:
-            scores = self._softcap * torch.tanh(scores / self._softcap)
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
         mask = self._mask(queries.shape[1], keys.shape[1], scores)
         if mask.dtype == torch.bool:
             mask = torch.zeros_like(scores).masked_fill(~mask, -torch.inf)
         scores = scores + mask
-        if self._sinks is not None:
-            scores = torch.cat((scores, self._sinks.expand(-1, scores.shape[1], -1)), dim=-1)
+        if self.sinks is not None:
+            scores = torch.cat((scores, self.sinks.expand(-1, scores.shape[1], -1)), dim=-1)
         weights = torch.softmax(scores, dim=-1)[..., : keys.shape[1]]
         return (weights @ values.float()).to(queries.dtype)
 
@@ -200,14 +225,14 @@ class PagedAttention:
         """What the last ``num_tokens`` tokens of a context see: (num_tokens, context_len) bool, or (n, ...) to add."""
         ends = torch.arange(context_len - num_tokens, context_len, device=like.device)[:, None]
         distance = ends - torch.arange(context_len, device=like.device)
-        seen = distance >= 0 if self._causal else torch.ones_like(distance, dtype=torch.bool)
-        if self._window is not None:
-            seen &= distance.abs() < self._window
-        if self._slopes is not None:
-            bias = -self._slopes * distance
-        elif self._biases is not None:
-            furthest = self._biases.shape[1] // 2
-            bias = self._biases[:, distance.clamp(-furthest, furthest) + furthest]
+        seen = distance >= 0 if self.causal else torch.ones_like(distance, dtype=torch.bool)
+        if self.window is not None:
+            seen &= distance.abs() < self.window
+        if self.slopes is not None:
+            bias = -self.slopes * distance
+        elif self.biases is not None:
+            furthest = self.biases.shape[1] // 2
+            bias = self.biases[:, distance.clamp(-furthest, furthest) + furthest]
         else:
             return seen
         return bias.masked_fill(~seen, -torch.inf).to(like.dtype)

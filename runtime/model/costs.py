@@ -17,11 +17,11 @@ Left out, for being small beside these: norms, activations, rotary, sampling, on
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from shardray.parallel.plan import Axis, ShardPlan
-from shardray.runtime.model.parameters import CROSS, Parameter, head_parameters, layer_parameters
+from shardray.runtime.model.parameters import CROSS, Parameter, head_parameters, kind_parameters
 from shardray.runtime.model.spec import Attention, DecoderSpec, Experts, Layer
 
 _FLOAT32_BYTES = 4
@@ -86,9 +86,11 @@ def step_cost(
 ) -> StepCost:
     """``item_bytes``: of one weight or activation."""
     products, attention = Work(), Work()
-    layers = _layers(spec, plan.stages[stage], load.is_encoding)
-    for layer, count in Counter(layers).items():  # most are alike
-        products += count * _layer_products(spec, layer, plan, tp_rank, load, item_bytes)
+    kinds = _layer_kinds(spec, plan.stages[stage], load.is_encoding)
+    layers = [spec.all_layers[kind] for kind in kinds]
+    for kind, count in Counter(kinds).items():  # most are alike
+        layer = spec.all_layers[kind]
+        products += count * _layer_products(spec, kind, plan, tp_rank, load, item_bytes)
         attention += count * _attention_work(layer, plan, tp_rank, load, item_bytes)
     makes_logits = stage == plan.pp_size - 1 and not load.is_encoding
     if makes_logits:
@@ -100,9 +102,9 @@ def step_cost(
     return StepCost(products, attention, tensor, hands_over)
 
 
-def _layers(spec: DecoderSpec, stage: range, is_encoding: bool) -> list[Layer]:
-    """Those of the encoder, or those of the decoder."""
-    return [spec.all_layers[i] for i in stage if (i < spec.num_encoder_layers) == is_encoding]
+def _layer_kinds(spec: DecoderSpec, stage: range, is_encoding: bool) -> list[int]:
+    """Of the encoder's layers, or of the decoder's."""
+    return [spec.layer_kinds[i] for i in stage if (i < spec.num_encoder_layers) == is_encoding]
 
 
 def ring_sum(num_ranks: int, num_bytes: float) -> Traffic:
@@ -146,10 +148,10 @@ def _attention_work(layer: Layer, plan: ShardPlan, tp_rank: int, load: StepLoad,
 
 
 def _layer_products(
-    spec: DecoderSpec, layer: Layer, plan: ShardPlan, tp_rank: int, load: StepLoad, item_bytes: int
+    spec: DecoderSpec, kind: int, plan: ShardPlan, tp_rank: int, load: StepLoad, item_bytes: int
 ) -> Work:
-    total = Work()
-    for parameter in _matrices(layer_parameters(spec, layer)):
+    total, layer = Work(), spec.all_layers[kind]
+    for parameter in _matrices(kind_parameters(spec, kind)):
         size = parameter.num_owned(plan, tp_rank)
         met, read = 1.0, 1.0
         if any(split.axis is Axis.EXPERTS for split in parameter.splits):
@@ -160,7 +162,7 @@ def _layer_products(
     return total
 
 
-def _matrices(parameters: dict[str, Parameter]) -> Iterator[Parameter]:
+def _matrices(parameters: Mapping[str, Parameter]) -> Iterator[Parameter]:
     """What every token is multiplied with. Keys and values of cross-attention are made once a prompt: left out."""
     others = (f"{CROSS}k.", f"{CROSS}v.", f"{CROSS}relative.", "relative.", "q_norm.", "k_norm.")
     for name, parameter in parameters.items():

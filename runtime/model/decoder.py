@@ -15,6 +15,7 @@ from torch import Tensor
 from shardray.parallel.comm import Comm
 from shardray.parallel.layers import VocabParallelHead, is_packed
 from shardray.parallel.plan import ShardPlan
+from shardray.parallel.workspace import Workspace
 from shardray.runtime.model.attention import KVPages, OwnHeads, PromptsView, StepView
 from shardray.runtime.model.blocks import DecoderLayer
 from shardray.runtime.model.embedding import TokenEmbedding
@@ -143,6 +144,7 @@ class _Head:
         self._projection = parameters.get("head_projection.weight")
         weight, bias = parameters["head.weight"], parameters.get("head.bias")
         self._logits = VocabParallelHead(weight, bias, [len(block) for block in plan.vocab], comm)
+        self._workspace = Workspace()
 
     def __call__(self, x: Tensor, delta: Tensor | None, view: StepView) -> Tensor | None:
         if view.sampled_tokens.numel() == 0:
@@ -155,7 +157,9 @@ class _Head:
             x = x + delta
         if self._projection is not None:
             x = F.linear(x, self._projection)
-        logits = self._logits(x)
+        self._workspace.new_turn()
+        with self._workspace.active():
+            logits = self._logits(x)
         if logits is None or (self._spec.scale == 1.0 and self._spec.softcap is None):
             return logits
         logits = logits * self._spec.scale

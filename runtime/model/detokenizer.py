@@ -30,7 +30,7 @@ class Detokenizer:
 
     def push(self, ids: Sequence[int]) -> str:
         """The text that ``ids`` complete; empty while a character is still in pieces."""
-        return self._utf8.decode(b"".join(self._bytes_of(token_id) for token_id in ids))
+        return self._utf8.decode(b"".join(map(self._bytes_of, ids)))
 
     def finish(self) -> str:
         """What is left: a replacement character for each character that was never completed."""
@@ -60,6 +60,8 @@ class StopStrings:
 
     def push(self, text: str) -> tuple[str, bool]:
         """(text that is safe to send, whether the text has ended). After the end nothing more is yielded."""
+        if not self._stops:
+            return text, False
         if self._matched:
             return "", True
         text = self._held + text

@@ -15,10 +15,12 @@ Those of an encoder are told apart by ``encoder.`` before their names; those of 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from shardray.parallel.plan import Axis, ModelSizes, ShardPlan
 from shardray.runtime.model.positions import Learned
@@ -115,6 +117,12 @@ def layer_parameters(spec: DecoderSpec, layer: Layer) -> dict[str, Parameter]:
     return found | _mlp_parameters(layer.mlp, hidden)
 
 
+@functools.lru_cache(maxsize=64)
+def kind_parameters(spec: DecoderSpec, kind: int) -> Mapping[str, Parameter]:
+    """Those of each layer of one of ``spec.layer_kinds``."""
+    return MappingProxyType(layer_parameters(spec, spec.all_layers[kind]))
+
+
 def _latent_parameters(attention: Attention, latent: Latent, hidden: int) -> dict[str, Parameter]:
     """The narrow vectors are made by every rank, what comes out of them by heads."""
     num_heads, dim, rotary_dim = attention.num_heads, attention.head_dim, attention.head_dim - latent.plain_dim
@@ -207,13 +215,23 @@ def num_cached_layers(spec: DecoderSpec, plan: ShardPlan, stage: int) -> int:
     return sum(index >= spec.num_encoder_layers for index in plan.stages[stage])
 
 
+@functools.lru_cache(maxsize=16)
+def all_axes(spec: DecoderSpec) -> frozenset[tuple[Axis, int]]:
+    """(axis, units of it) for every way in which some parameter is cut."""
+    ends = embedding_parameters(spec), encoder_end_parameters(spec), head_parameters(spec)
+    parts = *ends, *(kind_parameters(spec, kind) for kind in set(spec.layer_kinds))
+    return frozenset(
+        (split.axis, parameter.shape[split.dim] // split.unit)
+        for part in parts
+        for parameter in part.values()
+        for split in parameter.splits
+    )
+
+
 def num_owned_elements(spec: DecoderSpec, plan: ShardPlan, stage: int, tp_rank: int) -> int:
     """Parameters that one rank holds. A head tied to an embedding on the same rank is held once."""
-    all_layers = spec.all_layers
-    alike = Counter(all_layers[index] for index in plan.stages[stage])
-    of_layers = sum(
-        count * _num_owned_of(layer_parameters(spec, layer), plan, tp_rank) for layer, count in alike.items()
-    )
+    alike = Counter(spec.layer_kinds[index] for index in plan.stages[stage])
+    of_layers = sum(count * _num_owned_of(kind_parameters(spec, kind), plan, tp_rank) for kind, count in alike.items())
     parts = []
     if spec.num_encoder_layers - 1 in plan.stages[stage]:
         parts.append(encoder_end_parameters(spec))

@@ -5,6 +5,7 @@ A family turns a ``config.json`` into a DecoderSpec; nothing else in the runtime
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -218,6 +219,17 @@ class DecoderSpec:
     @property
     def num_encoder_layers(self) -> int:
         return 0 if self.encoder is None else len(self.encoder.layers)
+
+    def __hash__(self) -> int:
+        """Of a few numbers: what is worked out of a specification is kept by it, and its layers take long to hash."""
+        return hash((self.vocab_size, self.hidden_size, self.max_positions, len(self.layers)))
+
+    @functools.cached_property
+    def layer_kinds(self) -> tuple[int, ...]:
+        """For each of ``all_layers`` the first one like it, of the same stack. Telling layers apart takes a while."""
+        first: dict[tuple[bool, Layer], int] = {}
+        stacked = ((index < self.num_encoder_layers, layer) for index, layer in enumerate(self.all_layers))
+        return tuple(first.setdefault(kind, index) for index, kind in enumerate(stacked))
 
     @property
     def num_layers(self) -> int:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from shardray.parallel.spans import Spans
+from shardray.parallel.workspace import Workspace
 from shardray.runtime.model.attention import KVPages, PromptsView, StepView
 from shardray.runtime.model.blocks import DecoderLayer, Pending
 from shardray.runtime.model.kernels import choose_recorder
@@ -39,6 +40,7 @@ class LayerStack:
         self._angles = _angle_tables(layers, max_positions, device)
         self._max_positions = max_positions
         self._recorder = choose_recorder(device) if records else None
+        self._workspace = Workspace()
         self.spans: Spans | None = None  # while a trace is on
         self._recordings: dict[int, _Recording | None] = {}  # by number of rows; None once such a step has run
 
@@ -63,11 +65,11 @@ class LayerStack:
 
     def _run(self, inputs: _Inputs, pages: KVPages) -> Pending:
         x, delta = inputs.x, None
-        for index, layer in enumerate(self._layers):
-            if self._recorder is not None:
-                self._recorder.new_turn()
-            angles = None if layer.rotary is None else inputs.angles[layer.rotary]
-            x, delta = layer(x, delta, index, pages, inputs.view, angles)
+        with self._workspace.active():
+            for index, layer in enumerate(self._layers):
+                self._workspace.new_turn()
+                angles = None if layer.rotary is None else inputs.angles[layer.rotary]
+                x, delta = layer(x, delta, index, pages, inputs.view, angles)
         return x, delta
 
     def _record(self, inputs: _Inputs, pages: KVPages) -> Pending:

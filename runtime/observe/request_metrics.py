@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 from shardray.runtime.driver.live import LiveRequest
 from shardray.runtime.driver.observer import RequestObserver
 from shardray.runtime.engine.request import FinishReason
+from shardray.runtime.engine.traced import TracedStep
 from shardray.runtime.observe.histogram import Histogram
 
 # Seconds. Those of vLLM, so that its boards and recording rules read them; one and two milliseconds more at the start.
@@ -57,6 +59,9 @@ class RequestMetrics(RequestObserver):
 
     def on_accept(self, live: LiveRequest) -> None:
         self._then.on_accept(live)
+
+    def on_steps(self, live: LiveRequest, steps: Sequence[TracedStep]) -> None:
+        self._then.on_steps(live, steps)
 
     def on_token(self, live: LiveRequest) -> None:
         now_s = time.monotonic()

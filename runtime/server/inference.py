@@ -160,13 +160,12 @@ async def _embedding_of(stream: RequestStream) -> bytes:
 
 def _response(request_id: str, delta: Delta, seed: int | None) -> inference_pb2.GenerateResponse:
     response = inference_pb2.GenerateResponse(
-        request_id=request_id,
-        text=delta.text,
-        token_ids=delta.token_ids,
-        logprobs=[_logprobs(position) for position in delta.logprobs],
-        finish_reason=finish_to_proto(delta.finish_reason),
-        seed=seed,
+        request_id=request_id, text=delta.text, token_ids=delta.token_ids, seed=seed
     )
+    if delta.logprobs:
+        response.logprobs.extend(map(_logprobs, delta.logprobs))
+    if delta.finish_reason is not None:
+        response.finish_reason = finish_to_proto(delta.finish_reason)
     if delta.usage is not None:
         response.usage.num_prompt_tokens = delta.usage.num_prompt_tokens
         response.usage.num_output_tokens = delta.usage.num_output_tokens

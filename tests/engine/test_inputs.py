@@ -23,6 +23,7 @@ from shardray.runtime.engine.step import PageGrant, Row, StepPlan
 CPU = torch.device("cpu")
 BLOCK_SIZE, NUM_SLOTS, MAX_LEN, NUM_PAGES = 4, 9, 48, 100
 SCRATCH_PAGE = NUM_PAGES
+NUM_BASIC = StepInputs._fields.index("splits")  # inputs that every device has
 
 
 def slot_table(pages: dict[int, list[int]]) -> SlotTable:
@@ -57,7 +58,7 @@ def test_static_inputs_hold_the_step_and_padding_that_touches_only_the_scratch_p
         assert laid_out.is_decode
         static.fill(laid_out.inputs)
         count, found = len(plan.rows), static.tensors
-        for tensor, array in zip(found, laid_out.inputs, strict=True):
+        for tensor, array in zip(found[:NUM_BASIC], laid_out.inputs[:NUM_BASIC], strict=True):
             own = tensor[(slice(count), *map(slice, array.shape[1:]))]
             assert own.tolist() == array.tolist()
         assert found.slots[count:].tolist() == [NUM_SLOTS] * (NUM_SLOTS - count)
@@ -118,9 +119,9 @@ def test_arrays_laid_out_in_one_buffer_do_not_touch_one_another(num_rows: int, n
     )
     layout = Layout(arrays)
     buffer = torch.zeros(layout.num_bytes, dtype=torch.uint8)
-    for target, array in zip(layout.arrays(buffer), arrays, strict=True):
+    for target, array in zip(layout.arrays(buffer)[:NUM_BASIC], arrays[:NUM_BASIC], strict=True):
         target[...] = array
-    for tensor, array in zip(layout.tensors(buffer), arrays, strict=True):
+    for tensor, array in zip(layout.tensors(buffer)[:NUM_BASIC], arrays[:NUM_BASIC], strict=True):
         assert tensor.tolist() == array.tolist()
         assert tensor.numpy().dtype == array.dtype
 

@@ -60,6 +60,44 @@ def test_a_dropped_stream_frees_its_pages(llm: LLM) -> None:
     wait_until_idle(llm)
 
 
+def test_one_thread_reads_many_requests_and_adds_more_meanwhile(llm: LLM) -> None:
+    prompts = ["Once upon a time", "The sun", "A river"]
+    alone = [llm.generate(prompt, GREEDY)[0] for prompt in prompts]
+    streams = llm.streams()
+    texts = {streams.add(prompt, GREEDY): "" for prompt in prompts[:2]}
+    for streamed in streams:
+        if len(texts) == 2:
+            texts[streams.add(prompts[2], GREEDY)] = ""
+        texts[streamed.number] += streamed.delta.text
+    assert texts == {index: completion.text for index, completion in enumerate(alone)}
+    assert streams.num_live == 0
+
+
+def test_polling_returns_empty_handed_when_nothing_comes_in_time(llm: LLM) -> None:
+    assert llm.streams().poll(timeout_s=0.01) == []
+
+
+def test_closed_streams_free_the_pages_of_all_their_requests(llm: LLM) -> None:
+    streams = llm.streams()
+    for prompt in ("The sun", "A river"):
+        streams.add(prompt, SamplingParams(max_tokens=400, ignore_eos=True))
+    next(streams)
+    streams.close()
+    wait_until_idle(llm)
+
+
+def test_who_reads_after_the_engine_has_ended_hears_of_it(tmp_path: Path) -> None:
+    llm = LLM(save_llama(tmp_path), max_model_len=128, num_threads=1)
+    streams = llm.streams()
+    streams.add([3, 4, 5], SamplingParams(max_tokens=100, ignore_eos=True))
+    llm.close()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the LLM was closed"):
+            list(streams)
+    with pytest.raises(RuntimeError, match="the LLM was closed"):
+        llm.generate([[3, 4, 5]], GREEDY)
+
+
 def test_a_stop_string_ends_the_text_before_itself(llm: LLM) -> None:
     whole = llm.generate("Once upon a time", GREEDY)[0].text
     stop = whole[10:14]
@@ -87,4 +125,14 @@ def test_a_folder_without_a_tokenizer_serves_token_ids(tmp_path: Path) -> None:
         params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
         assert llm.generate([[3, 4, 5]], params)[0].token_ids == reference.greedy((3, 4, 5), 8)
         with pytest.raises(ValueError, match=r"no tokenizer\.json"):
+            llm.generate("text", params)
+
+
+def test_without_its_tokenizer_a_model_serves_token_ids() -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    with LLM("smollm2-135m", dtype="float32", max_model_len=64, num_threads=1, skip_tokenizer_init=True) as llm:
+        completion = llm.generate([[504, 3575]], params)[0]
+        assert len(completion.token_ids) == 4
+        assert completion.text == ""
+        with pytest.raises(ValueError, match="no tokenizer"):
             llm.generate("text", params)

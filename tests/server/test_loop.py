@@ -1,9 +1,11 @@
-"""The program runs on uvloop where that is installed, and ends as asyncio's own runner would."""
+"""The program runs on uvloop where that is installed, ends as asyncio's own runner would; what it loaded stays."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib.util
+import subprocess
+import sys
 
 import pytest
 
@@ -25,3 +27,17 @@ def test_uvloop_is_used_where_it_is_installed() -> None:
         return type(asyncio.get_running_loop()).__module__
 
     assert run(loop_module()).startswith("uvloop")
+
+
+_SETTLE = """
+import gc
+from shardray.runtime.server.loop import settle
+kept = [[number] for number in range(100_000)]
+settle()
+print(gc.isenabled(), gc.get_freeze_count() > 100_000, len(gc.get_objects()) < 1000)
+"""
+
+
+def test_later_searches_for_garbage_leave_out_what_was_there_when_the_process_had_loaded() -> None:
+    done = subprocess.run([sys.executable, "-c", _SETTLE], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout.split(), done.stderr) == (["True"] * 3, "")

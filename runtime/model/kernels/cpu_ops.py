@@ -9,8 +9,10 @@ from torch import Tensor
 
 from shardray.parallel.kernels import jit, vector
 from shardray.parallel.kernels.jit import Kernel
+from shardray.parallel.kernels.linear import cpu_features, variant_for
+from shardray.parallel.workspace import empty
 from shardray.runtime.model.attention import KVPages, PagedAttention, StepView
-from shardray.runtime.model.kernels import cpu_attention, cpu_elementwise, page_tiles
+from shardray.runtime.model.kernels import cpu_attention, cpu_elementwise, cpu_prefill, page_tiles
 from shardray.runtime.model.kernels.ops import Angles, NormWeights, Ops
 from shardray.runtime.model.spec import Activation
 
@@ -19,6 +21,7 @@ _ELEMENTS = {
     torch.bfloat16: (jit.BFLOAT16, page_tiles.BFLOAT16),
 }
 _TOKENS_A_THREAD = 8  # fewer are not worth waking a second thread for
+_PREFILL_ROWS = 96  # query heads of some tokens that share a KV head: what a task of prefill attention works on
 
 
 def supports(dtype: torch.dtype) -> bool:
@@ -31,13 +34,14 @@ class CpuOps(Ops):
     def __init__(self, dtype: torch.dtype, num_threads: int) -> None:
         kernels = _compile(dtype)
         self._add_rms_norm, self._rotate_and_store, self._silu_gate, self._decode = kernels
+        self._prefill = _compile_prefill(dtype)
         self._num_threads = num_threads
 
     def add_norm(self, norm: NormWeights, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         if norm.norm.kind != "rms" or norm.weight is None or norm.bias is not None or not x.is_contiguous():
             return super().add_norm(norm, x, delta)
         num_tokens, size = x.shape
-        out = torch.empty_like(x)
+        out = empty(x.shape, x.dtype)
         address = 0 if delta is None else delta.data_ptr()
         self._add_rms_norm(
             self._threads(num_tokens), num_tokens, size, x.data_ptr(), address, norm.weight.data_ptr(),
@@ -62,23 +66,36 @@ class CpuOps(Ops):
     def attend(self, attention: PagedAttention, queries: Tensor, pages: KVPages, layer: int, view: StepView) -> Tensor:
         num_kv_heads, block_size, head_dim = pages.values.shape[2:]
         in_vectors = head_dim % vector.WIDTH == 0 and block_size % vector.WIDTH == 0
-        if view.num_decodes == 0 or attention.num_heads == 0 or not (in_vectors and attention.is_plain):
+        if attention.num_heads == 0 or not (in_vectors and attention.is_plain):
             return super().attend(attention, queries, pages, layer, view)
-        out = torch.empty(queries.shape, dtype=queries.dtype)
-        self._decode(
-            self._num_threads, view.num_decodes, attention.num_heads, num_kv_heads, head_dim, block_size,
-            view.block_tables.shape[1], queries.data_ptr(), queries.stride(0), pages.key_addresses[layer],
-            pages.value_addresses[layer], view.block_tables.data_ptr(), view.context_lens.data_ptr(),
-            attention.groups.data_ptr(), out.data_ptr(), _float_address(attention.scale),
+        out = empty(queries.shape, queries.dtype)
+        shape = attention.num_heads, num_kv_heads, head_dim, block_size, view.block_tables.shape[1]
+        inputs = (
+            queries.data_ptr(), queries.stride(0), pages.key_addresses[layer], pages.value_addresses[layer],
+            view.block_tables.data_ptr(),
         )  # fmt: skip
-        attention.attend_prefills(queries, out, pages, layer, view)
+        groups, scale = attention.groups.data_ptr(), _float_address(attention.scale)
+        if view.num_decodes:
+            self._decode(
+                self._num_threads, view.num_decodes, *shape, *inputs, view.context_lens.data_ptr(), groups,
+                out.data_ptr(), scale,
+            )  # fmt: skip
+        if self._prefill is None:
+            attention.attend_prefills(queries, out, pages, layer, view)
+        elif view.prefills:
+            tokens_a_task = max(1, _PREFILL_ROWS // attention.largest_group)
+            rows, num_tasks = _prefill_rows(view, num_kv_heads, tokens_a_task)
+            self._prefill(
+                self._num_threads, num_tasks, len(rows), *shape, *inputs, rows.data_ptr(), groups, out.data_ptr(),
+                scale, tokens_a_task, tokens_a_task * attention.largest_group, attention.causal,
+            )  # fmt: skip
         return out
 
     def activate(self, inner: Tensor, activation: Activation, gated: bool) -> Tensor:
         if not gated or activation != "silu":
             return super().activate(inner, activation, gated)
         num_tokens, size = inner.shape[0], inner.shape[1] // 2
-        out = inner.new_empty(num_tokens, size)
+        out = empty((num_tokens, size), inner.dtype)
         self._silu_gate(self._threads(num_tokens), num_tokens, size, inner.data_ptr(), out.data_ptr())
         return out
 
@@ -92,6 +109,22 @@ def _compile(dtype: torch.dtype) -> tuple[Kernel, ...]:
     functions = cpu_elementwise.add_rms_norm, cpu_elementwise.rotate_and_store, cpu_elementwise.silu_gate
     decode = jit.compile_kernel(cpu_attention.decode, cpu_attention.make_variant(element, page_element))
     return *(jit.compile_kernel(function, element) for function in functions), decode
+
+
+@functools.cache
+def _compile_prefill(dtype: torch.dtype) -> Kernel | None:
+    """None where torch's own attention over whole prompts does better."""
+    variant = variant_for(cpu_features()) if dtype == torch.bfloat16 else None
+    return None if variant is None else jit.compile_kernel(cpu_prefill.prefill, cpu_prefill.make_variant(variant))
+
+
+def _prefill_rows(view: StepView, num_kv_heads: int, tokens_a_task: int) -> tuple[Tensor, int]:
+    """What the kernel reads of the rows of several tokens, (rows, 5) int64, and its number of tasks."""
+    rows, num_tasks = [], 0
+    for row in view.prefills:
+        rows.append((row.row, row.first, row.num_tokens, row.context_len, num_tasks))
+        num_tasks += -(-row.num_tokens // tokens_a_task) * num_kv_heads
+    return torch.tensor(rows), num_tasks
 
 
 @functools.cache

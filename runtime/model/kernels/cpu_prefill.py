@@ -1,0 +1,201 @@
+"""Flash attention of prompts over pages, on CPUs, in bfloat16: its two products are the tiles of the linears.
+
+A task is a few tokens of one row with all query heads of one KV head. It walks over the context in blocks of two tiles
+and brings each block into the layout of a linear's weights (see parallel/kernels/linear.py): keys as (d, tokens), then
+values as (tokens, d). Sums are float32; the weights of the softmax enter the second product as bfloat16. Blocks begin
+at multiples of their size, so a token's result depends on its own context alone: not on how its prompt was cut into
+chunks, nor on who shares the step.
+
+Legend: n / g query and KV heads, d head size, b tokens a page, W blocks in a row of the block table.
+"""
+
+# mypy: ignore-errors
+# (numba's dialect: pointers, fixed-width scalars, names bound when a kernel is compiled)
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numba
+import numpy as np
+
+from shardray.parallel.kernels import jit, product, vector
+from shardray.parallel.kernels.vector import VECTOR_BYTES, WIDTH
+from shardray.runtime.model.kernels.flash_tiles import fill, interleave, make_soften, shrink
+
+_LINE_BYTES = 64
+_TILES = 2  # of keys in a block
+
+
+class Variant(NamedTuple):
+    """Attention for one kind of processor: what the names below stand for."""
+
+    name: str
+    tile_vectors: int  # of 16 tokens or elements of a head, side by side in a tile
+    soften: object
+    soften_all: object
+    multiply_rows: object
+    pack_keys: object
+    pack_values: object
+
+
+tile_vectors = 0
+soften = soften_all = multiply_rows = pack_keys = pack_values = None  # these and that: a variant's
+
+
+@functools.cache
+def make_variant(name: str) -> Variant:
+    """See parallel/kernels/product.py for the names."""
+    _, vectors, max_rows, multiply = product.make_variant(name)
+
+    @numba.njit(fastmath=jit.MATH)
+    def multiply_rows(num_rows, num_vectors, x, row_bytes, weights, num_pairs, sums):
+        """sums (rows, 16 * num_vectors) += x @ weights, tile by tile"""
+        num_tiles = (num_rows - 1) // max_rows + 1
+        for tile in range(num_tiles):
+            row, next_row = num_rows * tile // num_tiles, num_rows * (tile + 1) // num_tiles
+            place = sums + row * num_vectors * VECTOR_BYTES
+            multiply(next_row - row, num_vectors, x + row * row_bytes, row_bytes, weights, num_pairs, place, weights, 0)
+
+    @numba.njit
+    def pack_keys(keys, row_bytes, num_pairs, target):
+        """Sixteen tokens of a (d, b) tile, pair by pair"""
+        for pair in range(num_pairs):
+            row = keys + 2 * pair * row_bytes
+            interleave(row, row + row_bytes, target + pair * vectors * VECTOR_BYTES)
+
+    @numba.njit
+    def pack_values(first, second, num_vectors, pair, num_pairs, target):
+        """Two tokens of a (b, d) tile: whole blocks of a head's vectors, then single ones"""
+        for v in range(num_vectors):
+            whole = v // vectors * vectors + vectors <= num_vectors
+            start, side = (v // vectors * vectors, vectors) if whole else (v, 1)
+            place = target + (start * num_pairs + pair * side + v - start) * VECTOR_BYTES
+            interleave(first + v * WIDTH * 2, second + v * WIDTH * 2, place)
+
+    softens = (make_soften(vectors, _TILES, all_visible) for all_visible in (False, True))
+    return Variant(name, vectors, *softens, multiply_rows, pack_keys, pack_values)
+
+
+@numba.njit(inline="always")
+def _side(v, head_vectors, tile_vectors):
+    """How many vectors of a head stand side by side from vector ``v`` on"""
+    return tile_vectors if v + tile_vectors <= head_vectors else 1
+
+
+@numba.njit
+def _find(prefills, num_prefills, task):
+    """The row of several tokens that a task belongs to"""
+    row = 0
+    while row + 1 < num_prefills and prefills[(row + 1) * 5 + 4] <= task:
+        row += 1
+    return row * 5
+
+
+@numba.njit
+def _copy(source, num_words, target):
+    """32-bit words from one address to another"""
+    here, there = jit.pointer_u32(source), jit.pointer_u32(target)
+    for i in range(num_words):
+        there[i] = here[i]
+
+
+def prefill(args):
+    """args: tasks, prefills, n, g, d, b, W, queries, row stride, keys, values, block tables, prefill rows, groups, out,
+    scale, tokens a task, rows of a task at most, whether causal
+
+    Prefill rows are (row of the table, first token, tokens, context length, first task), int64. ``groups`` is (g + 1,)
+    int64: query heads [groups[i], groups[i + 1]) read KV head i. ``scale`` is the address of a float32. Tensors are
+    contiguous but for the rows of ``queries``; out is (T, n, d). b and d are multiples of 16.
+    """
+    a = numba.carray(args, (20,))
+    num_tasks, num_prefills, num_heads, num_kv_heads, head_dim, block_size = a[1], a[2], a[3], a[4], a[5], a[6]
+    queries, row_stride, keys, values, tables = a[8], a[9], a[10], a[11], jit.pointer_i32(a[12])
+    prefills, groups, out, scale = jit.pointer_i64(a[13]), jit.pointer_i64(a[14]), a[15], jit.pointer_f32(a[16])[0]
+    tokens_a_task, most_rows, is_causal = a[17], a[18], a[19] != 0
+    tile_width, block_width = tile_vectors * WIDTH, _TILES * tile_vectors * WIDTH
+    head_vectors, num_pairs, page_bytes = head_dim // WIDTH, head_dim // 2, block_size * head_dim * 2
+    # Of each row: its query, its scores and weights of a block, its sums, and what is kept of it
+    row_bytes = np.array([head_dim * 2, block_width * 4, block_width * 2, head_dim * 4, _LINE_BYTES])
+    rows_bytes = most_rows * row_bytes
+    block_bytes = block_width * head_dim * 2
+    scratch = np.zeros(rows_bytes.sum() + block_bytes + head_dim * 2 + _LINE_BYTES, np.uint8)
+    query_at = (vector.address_of(scratch) + _LINE_BYTES - 1) // _LINE_BYTES * _LINE_BYTES
+    scores_at = query_at + rows_bytes[0]
+    weights_at = scores_at + rows_bytes[1]
+    sums_at = weights_at + rows_bytes[2]
+    kept_at = sums_at + rows_bytes[3]
+    packed_at = kept_at + rows_bytes[4]
+    zeros_at = packed_at + block_bytes
+    kept = jit.pointer_f32(kept_at)
+    while True:
+        task = num_tasks - 1 - jit.take_task(args)  # those with the longest contexts first
+        if task < 0:
+            break
+        at = _find(prefills, num_prefills, task)
+        table, num_new, context_len = prefills[at] * a[7], prefills[at + 2], prefills[at + 3]
+        kv_head, first = (task - prefills[at + 4]) % num_kv_heads, (task - prefills[at + 4]) // num_kv_heads
+        first *= tokens_a_task
+        num_tokens = min(tokens_a_task, num_new - first)
+        first_head, group = groups[kv_head], groups[kv_head + 1] - groups[kv_head]
+        first_token, first_position = prefills[at + 1] + first, context_len - num_new + first
+        num_rows = num_tokens * group
+        if num_rows == 0:
+            continue
+        for i in range(num_tokens):
+            source = queries + ((first_token + i) * row_stride + first_head * head_dim) * 2
+            _copy(source, group * num_pairs, query_at + i * group * head_dim * 2)
+        for i in range(num_rows):
+            kept[2 * i], kept[2 * i + 1] = np.float32(-np.inf), np.float32(0.0)
+        fill(sums_at, num_rows * head_vectors)
+        scores_bytes = num_rows * tile_width * 4  # of a tile
+        limit = min(context_len, first_position + num_tokens) if is_causal else context_len
+        for start in range(0, limit, block_width):
+            for tile in range(min(_TILES, (limit - start - 1) // tile_width + 1)):  # scores = queries @ keys
+                for v in range(tile_vectors):
+                    token = start + tile * tile_width + v * WIDTH
+                    if token < context_len:
+                        page = np.int64(tables[table + token // block_size]) * num_kv_heads + kv_head
+                        source = keys + page * page_bytes + token % block_size * 2
+                        pack_keys(source, block_size * 2, num_pairs, packed_at + v * VECTOR_BYTES)
+                place = scores_at + tile * scores_bytes
+                fill(place, num_rows * tile_vectors)
+                multiply_rows(num_rows, tile_vectors, query_at, head_dim * 2, packed_at, num_pairs, place)
+            for i in range(num_rows):  # weights = softmax(scores), as far as it is known by now
+                visible = first_position + i // group + 1 - start if is_causal else context_len - start
+                row_at, weight_at = scores_at + i * tile_width * 4, weights_at + i * block_width * 2
+                if visible < block_width:
+                    factor = soften(row_at, scores_bytes, visible, scale, kept_at + i * 8, weight_at)
+                else:
+                    factor = soften_all(row_at, scores_bytes, visible, scale, kept_at + i * 8, weight_at)
+                if factor != np.float32(1.0):
+                    v = 0
+                    while v < head_vectors:
+                        side = _side(v, head_vectors, tile_vectors)
+                        shrink(sums_at + (v * num_rows + i * side) * VECTOR_BYTES, side, factor)
+                        v += side
+            num_value_pairs = (min(block_width, limit - start) + 1) // 2  # sums += weights @ values
+            for pair in range(num_value_pairs):
+                token = start + 2 * pair
+                page = np.int64(tables[table + token // block_size]) * num_kv_heads + kv_head
+                source = values + page * page_bytes + token % block_size * head_dim * 2
+                following = source + head_dim * 2 if token + 1 < limit else zeros_at
+                pack_values(source, following, head_vectors, pair, num_value_pairs, packed_at)
+            v = 0
+            while v < head_vectors:
+                side = _side(v, head_vectors, tile_vectors)
+                source, place = packed_at + v * num_value_pairs * VECTOR_BYTES, sums_at + v * num_rows * VECTOR_BYTES
+                multiply_rows(num_rows, side, weights_at, block_width * 2, source, num_value_pairs, place)
+                v += side
+        for i in range(num_rows):
+            inverse = np.float32(1.0) / kept[2 * i + 1]
+            place = out + ((first_token + i // group) * num_heads + first_head + i % group) * head_dim * 2
+            v = 0
+            while v < head_vectors:
+                side = _side(v, head_vectors, tile_vectors)
+                source = sums_at + (v * num_rows + i * side) * VECTOR_BYTES
+                shrink(source, side, inverse)
+                vector.narrow(source, side, place + v * WIDTH * 2)
+                v += side
+    scratch[0] = np.uint8(0)  # numba frees an array after its last mention; its address does not count as one

@@ -1,0 +1,153 @@
+"""The steps of a flash attention between its matrix products, in LLVM: sixteen floats or pairs of bfloat16 at a time.
+
+A block of keys is taken at a time (arXiv 2205.14135). Of each row are kept the highest score so far, the sum of its
+weights, and the sum of values under these weights; whenever a higher score comes, the last two shrink. What a row gets
+comes from that row alone, in the order of the blocks.
+
+All operands are int64: addresses and counts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from shardray.parallel.kernels import vector
+from shardray.parallel.kernels.vector import FLOAT, FLOATS, HALVES, I64, VECTOR_BYTES, WIDTH, WORDS
+
+_LOWEST = -126.0  # of an exponent of two
+_LOG2_E = math.log2(math.e)
+_POWERS = [math.log(2.0) ** k / math.factorial(k) for k in range(6)]  # 2 ** f for |f| <= 1/2, within 3e-6
+
+
+def _floats(value: float) -> Any:
+    return ir.Constant(FLOATS, [value] * WIDTH)
+
+
+def _words(value: int) -> Any:
+    return ir.Constant(WORDS, [value] * WIDTH)
+
+
+def _exp2(builder: Any, x: Any) -> Any:
+    """2 ** x for 16 floats <= 127; lower ones than -126 count as -126."""
+    x = vector.call(builder, "llvm.maxnum.v16f32", [x, _floats(_LOWEST)], FLOATS)
+    whole = vector.call(builder, "llvm.rint.v16f32", [x], FLOATS)
+    f = builder.fsub(x, whole)
+    power = _floats(_POWERS[-1])
+    for factor in reversed(_POWERS[:-1]):
+        power = vector.multiply_add(builder, power, f, _floats(factor))
+    exponent = builder.shl(builder.add(builder.fptosi(whole, WORDS), _words(127)), _words(23))
+    return builder.fmul(power, builder.bitcast(exponent, FLOATS))
+
+
+@intrinsic
+def interleave(typing_context: Any, first: Any, second: Any, target: Any) -> Any:
+    """Sixteen words of two bfloat16: one from ``first`` and one from ``second``"""
+
+    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
+        first, second, target = operands
+        low, high = (builder.zext(vector.load(builder, place, HALVES), WORDS) for place in (first, second))
+        vector.store(builder, builder.or_(low, builder.shl(high, _words(16))), target)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), generate
+
+
+@intrinsic
+def fill(typing_context: Any, target: Any, num_vectors: Any) -> Any:
+    """Zeros"""
+
+    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
+        target, num_vectors = operands
+        with vector.loop(builder, num_vectors) as i:
+            vector.store(builder, _floats(0.0), vector.offset(builder, target, i, VECTOR_BYTES))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def shrink(typing_context: Any, sums: Any, num_vectors: Any, factor: Any) -> Any:
+    """sums *= factor"""
+
+    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
+        sums, num_vectors, factor = operands
+        factors = vector.splat(builder, factor)
+        with vector.loop(builder, num_vectors) as i:
+            place = vector.offset(builder, sums, i, VECTOR_BYTES)
+            vector.store(builder, builder.fmul(vector.load_float32(builder, place), factors), place)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), generate
+
+
+def make_soften(tile_vectors: int, num_tiles: int, all_visible: bool) -> Any:
+    """A numba function (scores, tile bytes, visible, scale, kept, weights) -> float32, for one row of a block of keys.
+
+    Of its scores each tile holds 16 * tile_vectors float32, ``tile bytes`` behind those of the tile before; the first
+    ``visible`` count, or all of them if they are known to be ``all_visible``. Their weights, 2 ** (scores * scale -
+    highest), are written side by side as bfloat16. ``kept`` is the address of two float32, the highest score and the
+    sum of weights so far, and they become those of all scores until now. What is returned is the
+    factor by which earlier sums shrink.
+    """
+    num_vectors = tile_vectors * num_tiles
+
+    @intrinsic
+    def soften(
+        typing_context: Any, scores: Any, tile_bytes: Any, visible: Any, scale: Any, kept: Any, weights: Any
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
+            scores, tile_bytes, visible, scale, kept, weights = operands
+            count = vector.splat(builder, builder.trunc(visible, vector.I32))
+            factors = vector.splat(builder, builder.fmul(scale, FLOAT(_LOG2_E)))
+            rows, seen = [], []
+            for v in range(num_vectors):
+                lanes = ir.Constant(WORDS, list(range(v * WIDTH, (v + 1) * WIDTH)))
+                seen.append(builder.icmp_signed("<", lanes, count))
+                tile = vector.offset(builder, scores, tile_bytes, v // tile_vectors)
+                row = vector.load_float32(builder, builder.add(tile, I64(v % tile_vectors * VECTOR_BYTES)))
+                row = builder.fmul(row, factors)
+                rows.append(row if all_visible else builder.select(seen[-1], row, _floats(-math.inf)))
+            top = _tree(rows, lambda a, b: vector.call(builder, "llvm.maxnum.v16f32", [a, b], FLOATS))
+            before = vector.load(builder, kept, FLOAT)
+            highest = vector.call(builder, "llvm.vector.reduce.fmax.v16f32", [top], FLOAT)
+            highest = vector.call(builder, "llvm.maxnum.f32", [highest, before], FLOAT)
+            tops = vector.splat(builder, highest)
+            powers = []
+            for v, (here, row) in enumerate(zip(seen, rows, strict=True)):
+                power = _exp2(builder, builder.fsub(row, tops))
+                power = power if all_visible else builder.select(here, power, _floats(0.0))
+                place = builder.add(weights, I64(v * VECTOR_BYTES // 2))
+                vector.store(builder, vector.to_bfloat16(builder, power), place)
+                powers.append(power)
+            total = _sum_lanes(builder, _tree(powers, builder.fadd))
+            shrunk = _exp2(builder, builder.fsub(vector.splat(builder, before), tops))
+            factor = builder.extract_element(shrunk, vector.I32(0))
+            place = builder.add(kept, I64(4))
+            earlier = builder.fmul(vector.load(builder, place, FLOAT), factor)
+            vector.store(builder, builder.fadd(earlier, total), place)
+            vector.store(builder, highest, kept)
+            return factor
+
+        i64 = types.int64
+        return types.float32(i64, i64, i64, types.float32, i64, i64), generate
+
+    return soften
+
+
+def _tree(parts: list[Any], join: Any) -> Any:
+    while len(parts) > 1:
+        parts = [join(*parts[i : i + 2]) if i + 1 < len(parts) else parts[i] for i in range(0, len(parts), 2)]
+    return parts[0]
+
+
+def _sum_lanes(builder: Any, lanes: Any) -> Any:
+    """The sum of 16 floats, in a fixed order"""
+    for half in (8, 4, 2, 1):
+        order = ir.Constant(WORDS, [(i + half) % WIDTH for i in range(WIDTH)])
+        lanes = builder.fadd(lanes, builder.shuffle_vector(lanes, lanes, order))
+    return builder.extract_element(lanes, vector.I32(0))
