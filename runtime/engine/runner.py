@@ -108,9 +108,8 @@ class ShardRunner:
         out = self._decoder(hidden, self._pages, view)
         if not is_greedy or self._mesh.downstream is not None or len(slots) == 0:
             return StepOutput(out)
-        tokens = torch.zeros_like(slots)
-        if self._sampler is not None and out is not None:
-            tokens = self._sampler.best(out)
+        sampler = self._sampler
+        tokens = torch.zeros_like(slots) if sampler is None or out is None else sampler.best(out)
         return StepOutput(out, self._share(tokens, slots))
 
     def _launch(self, plan: StepPlan, began_s: float) -> ComingResult:

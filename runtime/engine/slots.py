@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shardray.parallel.kernels.triton_launch import runs_triton
 from shardray.runtime.engine.inputs import LAST_TOKEN, Array, StepInputs, to_device, upload
-from shardray.runtime.engine.step import EncoderRow, PageGrant, SlotStart, StepPlan
+from shardray.runtime.engine.step import EncoderRow, PageGrant, Row, SlotStart, StepPlan
 from shardray.runtime.model.attention import AttentionRow, AttentionTasks, PromptsView, StepView
 from shardray.runtime.model.kernels.splits import decode_splits, prefill_tiles
 
@@ -62,10 +62,38 @@ class SlotTable:
             self._prompt_blocks[start.slot] = start.num_prompt_blocks
 
     def set_last_tokens(self, slots: Tensor, tokens: Tensor) -> None:
-        self._last_tokens[slots] = tokens
+        self._last_tokens.index_copy_(0, slots, tokens)
 
     def lay_out(self, plan: StepPlan) -> LaidOut:
         """A plan as arrays of the host; rows of one token first, otherwise in the plan's order."""
+        is_decode = all(row.num_tokens == 1 and row.samples for row in plan.rows)
+        if is_decode and plan.rows and not self.has_prompts:
+            return LaidOut(self._lay_out_decodes(plan.rows), (), ())
+        return self._lay_out_rows(plan)
+
+    def _lay_out_decodes(self, rows: Sequence[Row]) -> StepInputs[Array]:
+        """What ``_lay_out_rows`` makes of rows of one token that sample, in a quarter of the time.
+
+        Between two steps nothing of numpy is in a core's caches, and each of its calls takes ten times as long.
+        """
+        size, pages = self._block_size, self._pages.item
+        whole = np.array(
+            (
+                [row.token_ids[0] if row.token_ids else LAST_TOKEN for row in rows],
+                [row.start for row in rows],
+                [pages(row.slot, row.start // size) * size + row.start % size for row in rows],
+                [row.slot for row in rows],
+                range(len(rows)),
+            ),
+            dtype=np.int64,
+        )
+        token_ids, positions, cache_index, slots, sampled = whole
+        lens = np.array([row.start + 1 for row in rows], dtype=np.int32)
+        tables = np.ascontiguousarray(self._pages[slots, : max(row.start for row in rows) // size + 1])
+        inputs = StepInputs(token_ids, positions, cache_index, slots, lens, sampled, slots, tables)
+        return self._with_tasks(inputs, np.ones_like(slots), len(rows)) if self.has_tasks else inputs
+
+    def _lay_out_rows(self, plan: StepPlan) -> LaidOut:
         rows = sorted(plan.rows, key=lambda row: row.num_tokens > 1)
         counts = np.array([row.num_tokens for row in rows], dtype=np.int64)
         starts = np.array([row.start for row in rows], dtype=np.int64)
@@ -90,7 +118,9 @@ class SlotTable:
     def _as_view(self, inputs: StepInputs[Tensor], prefills: tuple[AttentionRow, ...]) -> StepView:
         num_decodes = len(inputs.slots) - len(prefills)
         return StepView(
-            token_ids=self._with_last_tokens(inputs.token_ids, inputs.slots[:num_decodes]),
+            token_ids=self._with_last_tokens(
+                inputs.token_ids, inputs.slots[:num_decodes] if prefills else inputs.slots
+            ),
             positions=inputs.positions,
             cache_index=inputs.cache_index,
             num_decodes=num_decodes,
@@ -103,9 +133,9 @@ class SlotTable:
 
     def _with_last_tokens(self, token_ids: Tensor, slots: Tensor) -> Tensor:
         """(T,), with the token sampled last where a row names none. ``slots``: of the rows of one token."""
-        own, rest = token_ids[: len(slots)], token_ids[len(slots) :]
-        known = torch.where(own == LAST_TOKEN, self._last_tokens[slots], own)
-        return known if len(rest) == 0 else torch.cat((known, rest))
+        own = token_ids if len(token_ids) == len(slots) else token_ids[: len(slots)]
+        known = torch.where(own == LAST_TOKEN, self._last_tokens.index_select(0, slots), own)
+        return known if own is token_ids else torch.cat((known, token_ids[len(slots) :]))
 
     def _tables(self, slots: Array, lens: Array) -> Array:
         """(R, blocks): the pages of what each row has itself."""
@@ -134,14 +164,15 @@ class SlotTable:
             sampling_slots=slots[:0],
             block_tables=np.ascontiguousarray(tables),
         )
-        if not self.has_tasks:
-            return inputs
+        return self._with_tasks(inputs, counts, num_decodes) if self.has_tasks else inputs
+
+    def _with_tasks(self, inputs: StepInputs[Array], counts: Array, num_decodes: int) -> StepInputs[Array]:
         splits, split_starts = decode_splits(inputs.context_lens[:num_decodes])
         return inputs._replace(
             splits=splits,
             split_starts=split_starts,
             tiles=prefill_tiles(counts, num_decodes),
-            query_starts=np.concatenate(([0], ends)).astype(np.int32),
+            query_starts=np.concatenate(([0], np.cumsum(counts))).astype(np.int32),
         )
 
     def _prompts(self, laid_out: LaidOut, view: StepView) -> PromptsView:

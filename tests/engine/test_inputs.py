@@ -19,6 +19,7 @@ from shardray.runtime.engine.inputs import (
 )
 from shardray.runtime.engine.slots import SlotTable
 from shardray.runtime.engine.step import PageGrant, Row, StepPlan
+from shardray.runtime.model.kernels.splits import decode_splits
 
 CPU = torch.device("cpu")
 BLOCK_SIZE, NUM_SLOTS, MAX_LEN, NUM_PAGES = 4, 9, 48, 100
@@ -68,6 +69,49 @@ def test_static_inputs_hold_the_step_and_padding_that_touches_only_the_scratch_p
         assert found.sampled_tokens.tolist() == list(range(NUM_SLOTS))
         read = {int(page) for row in found.block_tables[:count] for page in row}
         assert read <= {*range(NUM_PAGES), SCRATCH_PAGE}  # columns past a row's end name pages that there are
+
+
+@settings(max_examples=80, deadline=None)
+@given(decode_plans(), st.booleans())
+def test_decodes_are_laid_out_as_rows_of_any_length_are(
+    drawn: tuple[dict[int, list[int]], StepPlan], has_tasks: bool
+) -> None:
+    pages, plan = drawn
+    slots = slot_table(pages)
+    slots.has_tasks = has_tasks
+    found, expected = slots.lay_out(plan), slots._lay_out_rows(plan)
+    assert found.is_decode
+    assert expected.is_decode
+    for name, array, other in zip(StepInputs._fields, found.inputs, expected.inputs, strict=True):
+        if array is None or other is None:
+            assert array is other
+            assert not has_tasks
+            continue
+        assert (name, array.dtype, array.tolist()) == (name, other.dtype, other.tolist())
+        assert array.flags.c_contiguous
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(decode_plans(), min_size=1, max_size=3))
+def test_tasks_of_recorded_rows_are_those_of_the_step_and_rows_that_fill_up_have_none(
+    plans: list[tuple[dict[int, list[int]], StepPlan]],
+) -> None:
+    shape = DecodeShape(NUM_SLOTS + 2, MAX_LEN // BLOCK_SIZE, BLOCK_SIZE, SCRATCH_PAGE, NUM_SLOTS, has_tasks=True)
+    static = StaticInputs(shape, CPU, num_buffers=2)
+    for pages, plan in plans:
+        slots = slot_table(pages)
+        slots.has_tasks = True
+        laid_out = slots.lay_out(plan)
+        static.fill(laid_out.inputs)
+        tasks = slots.as_view(static.tensors).tasks
+        assert tasks is not None
+        splits, starts = decode_splits(static.tensors.context_lens.numpy())
+        assert tasks.splits[: len(splits)].tolist() == splits.tolist()
+        assert tasks.split_starts.tolist() == starts.tolist()
+        assert static.tensors.context_lens[len(plan.rows) :].tolist() == [0] * (NUM_SLOTS + 2 - len(plan.rows))
+        assert tasks.tiles.shape == (0, 2)
+        counts = [1] * len(plan.rows) + [0] * (NUM_SLOTS + 2 - len(plan.rows))
+        assert tasks.query_starts.tolist() == [0, *np.cumsum(counts).tolist()]
 
 
 @settings(max_examples=80, deadline=None)
