@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
-from benchmarks import driver_load, fleet, front_door, recovery, scaling, startup
+from benchmarks import driver_load, fleet, front_door, gpu, recovery, scaling, startup
 from benchmarks.compare import read_records, to_markdown
 from benchmarks.emitting import RESULTS_DIR, Emit, emitter, new_run_id
 from benchmarks.everything import PARTS, run_parts
+from benchmarks.gpu_parts import TINY, GpuSetup
 from benchmarks.kinds import KINDS
 from benchmarks.paper import SCALING_PAGE, tables, with_tables
 from benchmarks.peers import PeerError, make_environments
@@ -246,6 +247,26 @@ def _front_door(
         run_in_loop, _collect(figures, lambda one: emit({**dataclasses.asdict(one), "target": one.target}))
     )
     print(f"\n{front_door.to_table(found)}", file=sys.stderr)
+
+
+@app.command(name="gpu")
+def _gpu(
+    parts: Annotated[list[str] | None, typer.Option("--part", help=f"Of {', '.join(gpu.LIMITS_S)}; repeat.")] = None,
+    device: Annotated[str, typer.Option(help="cuda:0, say.")] = "cuda:0",
+    tiny: Annotated[bool, typer.Option(help="Tiny shapes on a CPU, to try the script out.")] = False,
+    output: Output = None,
+) -> None:
+    """What one GPU reaches at decode, prefill and loading, against what it can do; at most ten minutes."""
+    setup = TINY if tiny else GpuSetup(device=device)
+    emit = _own_emitter(output, "gpu", {})
+    found = _or_exit(lambda: list(_told(gpu.measure(setup, parts or ()), emit)))
+    print(f"\n{gpu.to_table(found)}", file=sys.stderr)
+
+
+def _told(records: Iterator[T], emit: Callable[[T], None]) -> Iterator[T]:
+    for record in records:
+        emit(record)
+        yield record
 
 
 def _own_emitter(output: Path | None, name: str, common: dict[str, Any]) -> Emit:

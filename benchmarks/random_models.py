@@ -22,7 +22,7 @@ _COMMON: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "head_dim": 64,
 }
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "60M": {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 8,
             "num_key_value_heads": 4, "vocab_size": 32768},
     "0.5B": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 32, "num_attention_heads": 16,
@@ -32,7 +32,7 @@ SIZES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 
 
-def write_model(folder: Path, sizes: dict[str, int]) -> Path:
+def write_model(folder: Path, sizes: dict[str, Any]) -> Path:
     """A folder with a configuration and one safetensors file in bfloat16; nothing is done if it is there."""
     if not folder.exists():
         partial = folder.with_suffix(".partial")
@@ -52,8 +52,8 @@ def _weight(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     return row.repeat(shape[0], 1)
 
 
-def _shapes(sizes: dict[str, int]) -> list[tuple[str, tuple[int, ...]]]:
-    hidden, mlp, head_dim = sizes["hidden_size"], sizes["intermediate_size"], _COMMON["head_dim"]
+def _shapes(sizes: dict[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
+    hidden, mlp, head_dim = sizes["hidden_size"], sizes["intermediate_size"], (_COMMON | sizes)["head_dim"]
     queries, keys = sizes["num_attention_heads"] * head_dim, sizes["num_key_value_heads"] * head_dim
     of_layer: list[tuple[str, tuple[int, ...]]] = [
         ("self_attn.q_proj", (queries, hidden)),
@@ -68,4 +68,7 @@ def _shapes(sizes: dict[str, int]) -> list[tuple[str, tuple[int, ...]]]:
     ]
     layers = range(sizes["num_hidden_layers"])
     shapes = [(f"model.layers.{layer}.{name}.weight", shape) for layer in layers for name, shape in of_layer]
-    return [("model.embed_tokens.weight", (sizes["vocab_size"], hidden)), *shapes, ("model.norm.weight", (hidden,))]
+    ends: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (sizes["vocab_size"], hidden))]
+    if not (_COMMON | sizes)["tie_word_embeddings"]:
+        ends.append(("lm_head.weight", (sizes["vocab_size"], hidden)))
+    return [*ends, *shapes, ("model.norm.weight", (hidden,))]

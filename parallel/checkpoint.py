@@ -69,8 +69,9 @@ class Checkpoint:
         self.bytes_read = 0  # of tensor data, over the life of this object
         self._count_lock = threading.Lock()
 
-    def read(self, name: str, index: tuple[slice, ...] = ()) -> torch.Tensor:
-        """A contiguous tensor of its own that holds ``tensor[index]``; dimensions without a slice are read whole.
+    def read(self, name: str, index: tuple[slice, ...] = (), memory: torch.Tensor | None = None) -> torch.Tensor:
+        """A contiguous tensor that holds ``tensor[index]``; dimensions without a slice are read whole. It lies at the
+        beginning of ``memory``, contiguous on the CPU and large enough, or in memory of its own.
 
         A slice of the leading dimension is one read; slices of inner dimensions are one read per row.
         Raises CheckpointError for an unknown name, a dtype that is not a float of 16 or 32 bits, a slice out of range.
@@ -80,7 +81,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{info.path}: {name!r} has dtype {info.dtype}; float32, bfloat16 and float16 are read"
             )
-        return self._read(info, index)
+        return self._read(info, index, memory)
 
     def read_bytes(self, name: str, index: tuple[slice, ...] = ()) -> torch.Tensor:
         """As ``read``, of a tensor of uint8: what is packed in it is for the caller to know."""
@@ -89,10 +90,13 @@ class Checkpoint:
             raise CheckpointError(f"{info.path}: {name!r} has dtype {info.dtype} where packed bytes are expected")
         return self._read(info, index)
 
-    def _read(self, info: TensorInfo, index: tuple[slice, ...]) -> torch.Tensor:
+    def _read(self, info: TensorInfo, index: tuple[slice, ...], memory: torch.Tensor | None = None) -> torch.Tensor:
         bounds = _bounds(info, index)
         shape = tuple(stop - start for start, stop in bounds)
-        buffer = torch.empty(math.prod(shape) * info.dtype.itemsize, dtype=torch.uint8)
+        num_bytes = math.prod(shape) * info.dtype.itemsize
+        if memory is None:
+            memory = torch.empty(num_bytes, dtype=torch.uint8)
+        buffer = memory.view(-1).view(torch.uint8)[:num_bytes]
         self._fill(buffer.numpy().data, info, bounds)
         return buffer.view(info.dtype).reshape(shape)
 

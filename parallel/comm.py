@@ -18,8 +18,11 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions
 
 from shardray.parallel.errors import CollectiveTimeout, MeshError, PeerLost
+
+_WATCHDOG_FACTOR = 4  # times the deadline of a step
 
 
 class Comm(Protocol):
@@ -93,7 +96,11 @@ class SoloComm:
 
 
 class NcclComm:
-    """A group over an NCCL communicator that belongs to this object alone. NCCL cannot tell which rank is missing."""
+    """A group over an NCCL communicator that belongs to this object alone. NCCL cannot tell which rank is missing.
+
+    Operations run on the current stream, beside nothing, and wait for no host: so a CUDA graph can hold them. Whoever
+    waits for the device has the deadline; NCCL's own, which ends the process, comes long after it.
+    """
 
     def __init__(self, group: Any, rank: int, size: int, timeout_s: float, name: str) -> None:
         self.rank = rank
@@ -101,26 +108,32 @@ class NcclComm:
         self._group = group
         self._timeout_s = timeout_s
         self._name = name
+        self._sum = _on_current_stream(dist.AllreduceOptions())
+        self._gather = _on_current_stream(AllgatherOptions())
+        self._from_rank_0 = _on_current_stream(dist.BroadcastOptions())
+        self._from_rank_0.rootRank = self._from_rank_0.rootTensor = 0
 
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        self._run("all_reduce", lambda: self._group.allreduce([x]))
+        self._run("all_reduce", lambda: self._group.allreduce([x], self._sum))
         return x
 
     def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor | None:
-        padded = torch.nn.functional.pad(x, (0, max(widths) - widths[self.rank])).contiguous()
-        blocks = [torch.empty_like(padded) for _ in widths]
-        self._run("gather", lambda: self._group.allgather([blocks], [padded]))
+        widest = max(widths)
+        padded = x if x.shape[1] == widest else torch.nn.functional.pad(x, (0, widest - x.shape[1]))
+        blocks = x.new_empty(self.size, x.shape[0], widest)
+        self._run("gather", lambda: self._group._allgather_base(blocks, padded.contiguous(), self._gather))
         if self.rank != 0:
             return None
-        return torch.cat([block[..., :width] for block, width in zip(blocks, widths, strict=True)], dim=-1)
+        return torch.cat([block[:, :width] for block, width in zip(blocks, widths, strict=True)], dim=-1)
 
     def broadcast(self, x: Tensor) -> Tensor:
         buffer = x.contiguous()
-        self._run("broadcast", lambda: self._group.broadcast([buffer], _from_rank_0()))
+        self._run("broadcast", lambda: self._group.broadcast([buffer], self._from_rank_0))
         return x if buffer is x else x.copy_(buffer)
 
     def start_send(self, x: Tensor) -> Any:
+        """Beside what follows on the current stream."""
         x = x.contiguous()
         return x, self._explained("send", lambda: self._group.send([x], 1 - self.rank, 0))
 
@@ -130,6 +143,19 @@ class NcclComm:
     def recv(self, x: Tensor) -> Tensor:
         self._run("receive", lambda: self._group.recv([x], 1 - self.rank, 0))
         return x
+
+    def warm_up(self, device: torch.device, sends: bool) -> None:
+        """Make what NCCL makes at first use, which no graph may hold: every rank calls this, with what it is for.
+
+        ``sends``: a pair, in which rank 0 sends to rank 1.
+        """
+        x = torch.zeros(1, device=device)
+        if not sends:
+            self.all_reduce(x)
+        elif self.rank == 0:
+            self.finish_send(self.start_send(x))
+        else:
+            self.recv(x)
 
     def abort(self) -> None:
         if self._group is not None:
@@ -153,15 +179,18 @@ class NcclComm:
         return PeerLost(operation, str(error).splitlines()[0])
 
 
-def open_nccl_comm(store: dist.Store, rank: int, size: int, timeout_s: float, name: str) -> NcclComm:
-    """A communicator of its own for one group of ranks."""
+def open_nccl_comm(
+    store: dist.Store, rank: int, size: int, timeout_s: float, name: str, device: torch.device
+) -> NcclComm:
+    """A communicator of its own for one group of ranks, connected: every rank of it calls this at once."""
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = datetime.timedelta(seconds=timeout_s)
-    return NcclComm(dist.ProcessGroupNCCL(store, rank, size, options), rank, size, timeout_s, name)
+    options._timeout = datetime.timedelta(seconds=_WATCHDOG_FACTOR * timeout_s)
+    group = dist.ProcessGroupNCCL(store, rank, size, options)
+    group.eager_connect_single_device(device)
+    return NcclComm(group, rank, size, timeout_s, name)
 
 
-def _from_rank_0() -> Any:
-    options = dist.BroadcastOptions()
-    options.rootRank = 0
-    options.rootTensor = 0
+def _on_current_stream(options: Any) -> Any:
+    """Not on a stream of NCCL's own, with events to and fro."""
+    options.asyncOp = False
     return options

@@ -36,6 +36,22 @@ class PeerLost(MeshError):
         self.missing = tuple(member.rank for member in missing)
 
 
+class DeviceTimeout(MeshError):
+    """A device did not finish what it was given within the deadline: it hangs, or waits for one that does."""
+
+    def __init__(self, operation: str, device: str, waited_s: float) -> None:
+        super().__init__(f"{operation}: {device} did not finish within {waited_s:g} s")
+        self.operation = operation
+
+
+class DeviceLost(MeshError):
+    """A device failed at what it was given."""
+
+    def __init__(self, operation: str, device: str, cause: str) -> None:
+        super().__init__(f"{operation}: {device} failed: {cause}")
+        self.operation = operation
+
+
 class MeshAborted(MeshError):
     """This rank was told to leave its mesh."""
 

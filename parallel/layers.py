@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shardray.parallel.comm import Comm
 from shardray.parallel.kernels.triton_launch import runs_triton
+from shardray.parallel.rows import join_rows
 
 
 class Linear:
@@ -92,7 +93,7 @@ class ColumnParallelLinear(Linear):
 
     @classmethod
     def merged(cls, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> ColumnParallelLinear:
-        return cls(torch.cat(list(weights)), None if biases is None else torch.cat(list(biases)))
+        return cls(join_rows(weights), None if biases is None else join_rows(biases))
 
 
 class RowParallelLinear:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from shardray.parallel.comm import Comm, NcclComm, SoloComm, open_nccl_comm
-from shardray.parallel.errors import MeshAborted
+from shardray.parallel.errors import DeviceLost, DeviceTimeout, MeshAborted, MeshError
 from shardray.parallel.exchange import choose_exchange
 from shardray.parallel.gloo import GlooComm, open_gloo_comm
 from shardray.parallel.greeting import LinkListener, connect
@@ -29,7 +29,7 @@ from shardray.parallel.place import Member, MeshSpec
 from shardray.parallel.rendezvous import Meeting, Rendezvous
 from shardray.parallel.shm import ShmComm, usable
 from shardray.parallel.store import join_torch_store, open_torch_store
-from shardray.parallel.waiting import Waiter, share_memory
+from shardray.parallel.waiting import Waiter, poll_device, share_memory
 
 __all__ = ["Mesh", "MeshSpec", "Rendezvous", "open_mesh"]
 
@@ -58,6 +58,22 @@ class Mesh:
         answers = self._meeting.ask(name, range(self.spec.size), self._check_links, timeout_s)
         return min(map(int, answers))
 
+    def wait_for_device(self, ready: Callable[[], bool], operation: str) -> None:
+        """Poll until the device has got as far as ``ready`` tells; the core is given up between two polls.
+
+        Raises DeviceTimeout and DeviceLost, which name this rank; PeerLost for a rank that has left the mesh, and that
+        the device may be waiting for; MeshAborted.
+        """
+        device = f"{self.spec.member(self.spec.rank)}: {self.spec.device}"
+        try:
+            poll_device(ready, lambda: self._check_links(operation), self.spec.timeout_s)
+        except TimeoutError:
+            raise DeviceTimeout(operation, device, self.spec.timeout_s) from None
+        except MeshError:
+            raise
+        except RuntimeError as error:
+            raise DeviceLost(operation, device, str(error).splitlines()[0]) from error
+
     def abort(self) -> None:
         """Make every blocked operation of this rank raise MeshAborted soon. Thread-safe."""
         self._aborted.set()
@@ -77,9 +93,9 @@ class Mesh:
     def _parts(self) -> list[Comm | StagePipe]:
         return [part for part in (self.tp, self.upstream, self.downstream) if part is not None]
 
-    def _check_links(self) -> None:
+    def _check_links(self, doing: str = "forming") -> None:
         if self._aborted.is_set():
-            raise MeshAborted("forming: aborted")
+            raise MeshAborted(f"{doing}: aborted")
         for link in self.links.values():
             link.check()
 
@@ -137,7 +153,7 @@ class _Opener:
         ranks = [spec.rank_at(spec.stage, t) for t in range(spec.tp_size)]
         key, name = f"tp/{spec.stage}", f"stage {spec.stage} tensor group"
         if not self._shares_memory(ranks):
-            return self._message_comm(ranks, key, name)
+            return self._message_comm(ranks, key, name, sends=False)
         size = ShmComm.num_bytes(spec.tp_size, _SHM_CAPACITY_BYTES)
         choose_exchange()  # loaded before the ranks meet: from then on nobody has to wait for it
         memory = share_memory(self._meeting, key, spec.rank, ranks[0], ranks[1:], size)
@@ -150,16 +166,20 @@ class _Opener:
         key = f"pp/{from_stage}/{spec.tp_rank}"
         name = f"tensor rank {spec.tp_rank} pipe from stage {from_stage}"
         if not self._shares_memory(ranks):
-            comm = self._message_comm(ranks, key, name)
+            comm = self._message_comm(ranks, key, name, sends=True)
             return MessagePipe(comm, self._max_tokens, self._hidden_size, self._dtype, spec.device)
         size = ShmPipe.num_bytes(self._max_tokens, self._hidden_size, self._dtype)
         memory = share_memory(self._meeting, key, spec.rank, ranks[0], ranks[1:], size)
         return ShmPipe(memory, self._max_tokens, self._hidden_size, self._dtype, self._waiter(ranks), name)
 
-    def _message_comm(self, ranks: Sequence[int], key: str, name: str) -> GlooComm | NcclComm:
+    def _message_comm(self, ranks: Sequence[int], key: str, name: str, sends: bool) -> GlooComm | NcclComm:
+        """``sends``: for messages between two, else for collectives."""
         spec, rank = self._spec, ranks.index(self._spec.rank)
         if spec.device.type == "cuda":
-            return open_nccl_comm(self._torch_store(ranks, key), rank, len(ranks), spec.timeout_s, name)
+            store = self._torch_store(ranks, key)
+            comm = open_nccl_comm(store, rank, len(ranks), spec.timeout_s, name, spec.device)
+            comm.warm_up(spec.device, sends)
+            return comm
         return open_gloo_comm(
             self._meeting.store(key), rank, self._members(ranks), spec.bind_host, spec.timeout_s, spec.form_timeout_s,
             self.aborted, name,

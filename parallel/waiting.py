@@ -18,7 +18,22 @@ from shardray.parallel.rendezvous import Meeting
 
 _YIELDS = 2000  # polls that give up the core before polls that sleep
 _NAP_S = 50e-6
+_EAGER_S = 20e-3
 _LIVENESS_INTERVAL_S = 0.05
+
+
+def poll_device(ready: Callable[[], bool], check: Callable[[], None], timeout_s: float) -> None:
+    """Poll until ``ready``: at every turn of the scheduler for a few milliseconds, as long as a decode step takes, then
+    between naps. ``check`` is called now and then and may raise. Raises TimeoutError."""
+    begin = check_at = time.monotonic()
+    while not ready():
+        now = time.monotonic()
+        time.sleep(0 if now - begin < _EAGER_S else _NAP_S)  # other threads of the process run meanwhile
+        if now >= check_at:
+            check()
+            check_at = now + _LIVENESS_INTERVAL_S
+        if now - begin > timeout_s:
+            raise TimeoutError
 
 
 class Waiter:

@@ -26,6 +26,8 @@ ERRORS = {
     "ClusterError",
     "CollectiveTimeout",
     "ConfigError",
+    "DeviceLost",
+    "DeviceTimeout",
     "DiscoveryFileError",
     "FormError",
     "HostDied",
@@ -59,6 +61,7 @@ ERRORS = {
 MAKERS = {
     "parallel/checkpoint.py": ("_why_no_weights",),
     "parallel/greeting.py": (),
+    "parallel/mesh.py": (),
     "parallel/rendezvous.py": (),
     "parallel/strangers.py": (),
     "parallel/tls.py": ("reason_of",),

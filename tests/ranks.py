@@ -175,6 +175,12 @@ class _Rank:
         assert self._shard is not None
         return _Session(self._shard.engine, arrivals).run()
 
+    def recorded_sizes(self, _: None) -> list[int]:
+        """Of the decode steps that have been recorded."""
+        assert self._shard is not None
+        recorded = self._shard._runner._recorded
+        return [] if recorded is None else recorded.sizes
+
     def start_trace(self, _: None) -> None:
         assert self._shard is not None
         self._shard.start_trace()

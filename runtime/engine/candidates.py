@@ -14,17 +14,19 @@ from typing import NamedTuple
 
 import torch
 
+from shardray.runtime.engine.inputs import to_device
 from shardray.runtime.engine.request import SamplingParams
 
 # Candidates taken at first, and where that was not enough. A row goes on to the next width on its own account alone, so
 # its result does not depend on its neighbours; past the last width it is sorted in full.
 _WIDTHS = (64, 1024, 8192)
+_ROWS_AT_ONCE = 32  # that are sorted in full; bounds the memory that their float64 weights take
 
 
 class Candidates(NamedTuple):
     """The best tokens of some rows, best first; the filtered ones have score -inf."""
 
-    rows: torch.Tensor  # (n,) indices into the rows given
+    rows: Sequence[int]  # indices into the rows given
     scores: torch.Tensor  # (n, width)
     token_ids: torch.Tensor  # (n, width)
 
@@ -50,18 +52,36 @@ def survivors(scores: torch.Tensor, params: Sequence[SamplingParams]) -> Iterato
 
     ``scores``: (num_rows, vocab_size) float32 after temperature, each row's maximum 0.
     """
-    vocab_size = scores.shape[1]
     limits = _limits(scores, params)
-    rows = torch.arange(len(params), device=scores.device)
+    if scores.device.type == "cpu":
+        yield from _of_growing_width(scores, limits)
+    else:
+        yield from _of_full_width(scores, limits)
+
+
+def _of_growing_width(scores: torch.Tensor, limits: _Limits) -> Iterator[Candidates]:
+    """A few candidates at first, and more for the rows of which that was not all. Looks at what it finds."""
+    vocab_size = scores.shape[1]
+    rows = torch.arange(len(scores), device=scores.device)
     for width in (*(width for width in _WIDTHS if width < vocab_size), vocab_size):
         best, token_ids = _best(scores, width)
         kept, complete = _filter(best, limits, vocab_size)
         done, open_rows = torch.nonzero(complete).view(-1), torch.nonzero(~complete).view(-1)
         if len(done):
-            yield Candidates(rows[done], best.masked_fill(~kept, -torch.inf)[done], token_ids[done])
+            yield Candidates(rows[done].tolist(), best.masked_fill(~kept, -torch.inf)[done], token_ids[done])
         if not len(open_rows):
             return
         rows, scores, limits = rows[open_rows], scores[open_rows], limits.take(open_rows)
+
+
+def _of_full_width(scores: torch.Tensor, limits: _Limits) -> Iterator[Candidates]:
+    """The whole vocabulary, sorted: more work, but the host need not see any of it, and so does not wait."""
+    for first in range(0, len(scores), _ROWS_AT_ONCE):
+        part = slice(first, first + _ROWS_AT_ONCE)
+        best, token_ids = _best(scores[part], scores.shape[1])
+        kept, _ = _filter(best, _Limits(*(column[part] for column in limits)), scores.shape[1])
+        rows = range(first, first + len(best))
+        yield Candidates(rows, best.masked_fill_(~kept, -torch.inf), token_ids)
 
 
 def _limits(scores: torch.Tensor, params: Sequence[SamplingParams]) -> _Limits:
@@ -72,8 +92,8 @@ def _limits(scores: torch.Tensor, params: Sequence[SamplingParams]) -> _Limits:
     # The most likely token has weight exp(0) = 1, so all weights together are the inverse of its probability. Softmax,
     # because it sums each row alike whatever the number of rows.
     total = scores.softmax(dim=-1).amax(dim=-1, keepdim=True).double().reciprocal()
-    as_double = partial(torch.tensor, dtype=torch.float64, device=scores.device)
-    return _Limits(torch.tensor(top_k, device=scores.device), total, as_double(top_p), as_double(min_p))
+    as_double = partial(to_device, device=scores.device, dtype=torch.float64)
+    return _Limits(to_device(top_k, scores.device, torch.int64), total, as_double(top_p), as_double(min_p))
 
 
 def _best(scores: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,7 @@ import msgspec
 from shardray.parallel.errors import MeshError
 from shardray.parallel.link import Link
 from shardray.parallel.mesh import Mesh
+from shardray.runtime.engine.coming import ComingResult
 from shardray.runtime.engine.runner import ShardRunner
 from shardray.runtime.engine.step import StepPlan, StepResult, decode_plan, decode_result, encode
 
@@ -20,8 +21,11 @@ _log = logging.getLogger(__name__)
 
 
 class MeshExecutor:
-    """Runs plans on a whole mesh (see the Executor protocol in loop.py). This rank's part runs in a thread of its own,
-    so that planning the next step overlaps with running the last one."""
+    """Runs plans on a whole mesh (see the Executor protocol in loop.py).
+
+    This rank's part is launched by a thread of its own, so that planning the next step overlaps with running the last
+    one; who asks for a result waits for the device.
+    """
 
     def __init__(self, mesh: Mesh, runner: ShardRunner, prepare_thread: Callable[[], None]) -> None:
         self._workers = [link for rank, link in sorted(mesh.links.items()) if rank != mesh.spec.rank]
@@ -33,7 +37,7 @@ class MeshExecutor:
         self._runner = runner
         self._prepare_thread = prepare_thread
         self._plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[StepResult | Exception | None] = queue.SimpleQueue()
+        self._coming: queue.SimpleQueue[ComingResult | Exception] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run_plans, name="shard-runner", daemon=True)
         self._thread.start()
 
@@ -47,9 +51,10 @@ class MeshExecutor:
     def result(self) -> StepResult:
         """Raises MeshError, or whatever else the runner of this rank raised."""
         last = None if self._sampler is None else decode_result(self._sampler.recv(self._timeout_s))
-        own = self._results.get()
-        if isinstance(own, Exception):
-            raise own
+        coming = self._coming.get()
+        if isinstance(coming, Exception):
+            raise coming
+        own = coming.fetch()
         result = last or own
         assert result is not None
         return self._with_all_stages(own, result) if result.stages and last is not None else result
@@ -74,16 +79,65 @@ class MeshExecutor:
         self._prepare_thread()
         while (plan := self._plans.get()) is not None:
             try:
-                self._results.put(self._runner.run(plan))
+                self._coming.put(self._runner.launch(plan))
             except Exception as error:
-                self._results.put(error)
+                self._coming.put(error)
                 return
 
 
 def serve_plans(mesh: Mesh, runner: ShardRunner) -> None:
     """The life of a rank that is not the leader: run plans until the leader says goodbye. Raises MeshError."""
-    leader = mesh.links[0]
-    while frame := leader.recv():
-        result = runner.run(decode_plan(frame))
-        if result is not None and mesh.spec.pp_size > 1:
-            leader.send(encode(result))
+    answers = _Answers(mesh)
+    try:
+        while frame := answers.next_plan():
+            answers.add(runner.launch(decode_plan(frame)))
+    finally:
+        answers.close()
+
+
+class _Answers:
+    """Tells the leader what came of its plans, as soon as that is there.
+
+    On a GPU a thread waits for it while the next plan is launched. What that thread meets with ends the rank as well.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._leader = mesh.links[0]
+        self._is_pipeline = mesh.spec.pp_size > 1  # else the leader samples, and has all times
+        self._coming: queue.SimpleQueue[ComingResult | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._failure: MeshError | None = None
+
+    def next_plan(self) -> bytes:
+        """The leader's next frame. Raises what broke an earlier plan."""
+        try:
+            return self._leader.recv()
+        except MeshError as error:
+            raise self._failure or error from None
+
+    def add(self, coming: ComingResult) -> None:
+        if coming.is_there:
+            self._answer(coming)
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
+            self._thread.start()
+        self._coming.put(coming)
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._coming.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while (coming := self._coming.get()) is not None:
+                self._answer(coming)
+        except MeshError as error:
+            self._failure = error
+            self._leader.abort()  # the plans end as well
+
+    def _answer(self, coming: ComingResult) -> None:
+        result = coming.fetch()
+        if result is not None and self._is_pipeline:
+            self._leader.send(encode(result))

@@ -52,7 +52,8 @@ class LLM:
 
     ``source`` is what ``shardray pull`` takes: a name, a hub id, a folder, a ``.gguf`` file. ``device`` is ``cpu``,
     ``cuda``, ``cuda:0`` or ``auto``. With several shards the first is in this process, and each of the others in one of
-    its own, on ``cuda`` with the next device; ``num_threads`` is for each. ``skip_tokenizer_init``: prompts are token
+    its own, on ``cuda`` with the next device; ``num_threads`` is for each. ``record_steps``: whether decode steps run
+    as they were recorded, where they can be (None: on GPUs, as CUDA graphs). ``skip_tokenizer_init``: prompts are token
     ids, and no text is made of the output. Use it as a context manager, or call ``close``. Raises ModelConfigError,
     PlanError, CheckpointError or MemoryError for what cannot be served, MeshError for a shard that cannot form.
     """
@@ -72,6 +73,7 @@ class LLM:
         kv_memory_bytes: int | None = None,
         memory_utilization: float = 0.9,
         num_threads: int | None = None,
+        record_steps: bool | None = None,
         skip_tokenizer_init: bool = False,
     ) -> None:
         folder = resolve_model(str(source))
@@ -98,6 +100,7 @@ class LLM:
                 max_prefill_beside_decodes=max_prefill_beside_decodes,
                 kv_memory_bytes=kv_memory_bytes,
                 memory_utilization=memory_utilization,
+                record_steps=record_steps,
             )
         )
         self._engine = self._mesh.engine

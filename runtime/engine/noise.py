@@ -16,6 +16,8 @@ from collections.abc import Sequence
 
 import torch
 
+from shardray.runtime.engine.inputs import to_device
+
 _MASK_64 = 2**64 - 1
 _GOLDEN_64 = 0x9E3779B97F4A7C15  # 2**64 / golden ratio
 _LOWBIAS_1 = 0x7FEB352D
@@ -43,7 +45,7 @@ def exponential_noise(keys: Sequence[tuple[int, int]], hashed_ids: torch.Tensor)
     With weights w, ``argmax(w / noise)`` draws from the distribution proportional to w: the Gumbel-max trick
     (-log noise is a Gumbel variate) without its second logarithm. A small change of w hardly ever changes the winner.
     """
-    words = torch.tensor(keys, dtype=torch.int32).to(hashed_ids.device).view(-1, 2, 1)  # (num_rows, 2, 1)
+    words = to_device(keys, hashed_ids.device, torch.int32).view(-1, 2, 1)  # (num_rows, 2, 1)
     hashed = _permute(hashed_ids ^ words[:, 0], words[:, 1])  # (num_rows, width)
     # 31 bits rather than a signed word, so that values next to 0, where the likely winners are, keep full precision.
     uniform = hashed.bitwise_and_(0x7FFFFFFF).to(torch.float32).mul_(-_UNIT).sub_(_UNIT / 2)  # in (-1, 0)

@@ -85,6 +85,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return self.temperature == 0.0
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the highest logit is all that matters, once ``min_tokens`` are there."""
+        return self.greedy and self.logprobs is None and not (self.penalizes or self.logit_bias)
+
+    @property
     def penalizes(self) -> bool:
         """Whether the sampler needs the ids seen so far."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0

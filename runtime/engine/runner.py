@@ -1,151 +1,35 @@
-"""Runs step plans on one rank: keeps the slot table that plans fill, lays a plan out as tensors, runs the layers.
+"""Runs step plans on one rank: each is laid out, run through the layers of the stage, and its tokens are drawn.
 
-Legend: T tokens of the step, R rows, S sampling rows.
+Steps are launched: on a GPU the host goes on to the next one while the device runs the last, and the tokens are fetched
+when they are there. Nothing in a step may make the host wait for the device.
+
+Legend: S sampling rows.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import msgspec
-import numpy as np
 import torch
 from torch import Tensor
 
 from shardray.parallel.errors import MeshError
-from shardray.parallel.kernels.triton_launch import runs_triton
 from shardray.parallel.mesh import Mesh
 from shardray.parallel.spans import SpanKind, Spans
-from shardray.runtime.engine.sampler import Sampler
-from shardray.runtime.engine.step import PageGrant, Row, SlotStart, StepPlan, StepResult
+from shardray.runtime.engine.coming import ComingResult, HostCopy
+from shardray.runtime.engine.inputs import upload
+from shardray.runtime.engine.recorded import RecordedSteps, StepOutput
+from shardray.runtime.engine.sampler import Draw, Sampler
+from shardray.runtime.engine.slots import SlotTable
+from shardray.runtime.engine.step import StepPlan, StepResult
 from shardray.runtime.engine.traced import StageTime
-from shardray.runtime.model.attention import AttentionRow, AttentionTasks, KVPages, PromptsView, StepView
+from shardray.runtime.model.attention import KVPages, StepView
 from shardray.runtime.model.decoder import ShardedDecoder
-from shardray.runtime.model.kernels.splits import decode_splits, prefill_tiles
 
-
-class SlotTable:
-    """What the deltas of the plans add up to: the pages of each slot, and the token it sampled last.
-
-    ``max_prompt_len``: with an encoder, of the prompts that it reads; their pages are a slot's first ones.
-    """
-
-    def __init__(
-        self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device,
-        max_prompt_len: int | None = None,
-    ) -> None:  # fmt: skip
-        self._block_size = block_size
-        self._device = device
-        self._has_prompts = max_prompt_len is not None
-        num_blocks = -(-max_model_len // block_size) - (-(max_prompt_len or 0) // block_size)
-        self._pages = np.zeros((max_num_seqs, num_blocks), dtype=np.int32)
-        self._prompt_blocks = np.zeros(max_num_seqs, dtype=np.int64)
-        self._prompt_lens = np.zeros(max_num_seqs, dtype=np.int64)
-        self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-
-    def grant(self, grants: Sequence[PageGrant]) -> None:
-        for grant in grants:
-            self._pages[grant.slot, grant.first_block : grant.first_block + len(grant.pages)] = grant.pages
-
-    def start(self, starts: Sequence[SlotStart]) -> None:
-        for start in starts:
-            self._prompt_blocks[start.slot] = start.num_prompt_blocks
-
-    def set_last_tokens(self, slots: Sequence[int], tokens: Tensor) -> None:
-        self._last_tokens[torch.tensor(slots, device=self._device)] = tokens
-
-    def view(self, plan: StepPlan) -> StepView:
-        """The plan as tensors; rows of one token first, otherwise in the plan's order."""
-        rows = sorted(plan.rows, key=lambda row: row.num_tokens > 1)
-        counts = np.array([row.num_tokens for row in rows], dtype=np.int64)
-        starts = np.array([row.start for row in rows], dtype=np.int64)
-        slots = np.array([row.slot for row in rows], dtype=np.int64)
-        ends = np.cumsum(counts)  # of each row's tokens, in the step
-        tables = self._tables(slots, starts + counts)
-        last_token = {row.slot: int(end) - 1 for row, end in zip(rows, ends, strict=True)}
-        sampled = np.array([last_token[row.slot] for row in plan.rows if row.samples], np.int64)
-        view = self._view(self._token_ids(rows, ends), counts, starts, tables, int((counts == 1).sum()), sampled)
-        if not self._has_prompts:
-            return view
-        return dataclasses.replace(view, prompts=self._prompts(plan, view, slots, counts))
-
-    def _tables(self, slots: np.ndarray, lens: np.ndarray) -> np.ndarray:
-        """(R, blocks): the pages of what each row has itself."""
-        num_blocks = -(-int(lens.max(initial=0)) // self._block_size)
-        tables: np.ndarray = self._pages[slots, :num_blocks]
-        if self._has_prompts:
-            last = self._pages.shape[1] - 1
-            blocks = np.minimum(self._prompt_blocks[slots, None] + np.arange(num_blocks), last)
-            tables = self._pages[slots[:, None], blocks]
-        return tables
-
-    def _view(
-        self, token_ids: Tensor, counts: np.ndarray, starts: np.ndarray, tables: np.ndarray, num_decodes: int,
-        sampled: np.ndarray,
-    ) -> StepView:  # fmt: skip
-        ends = np.cumsum(counts)
-        positions = np.arange(len(token_ids)) - np.repeat(ends - counts - starts, counts)
-        pages = tables[np.repeat(np.arange(len(counts)), counts), positions // self._block_size]
-        return StepView(
-            token_ids=token_ids,
-            positions=self._tensor(positions),
-            cache_index=self._tensor(pages.astype(np.int64) * self._block_size + positions % self._block_size),
-            num_decodes=num_decodes,
-            block_tables=self._tensor(tables),
-            context_lens=self._tensor((starts + counts).astype(np.int32)),
-            prefills=tuple(
-                AttentionRow(i, int(ends[i] - counts[i]), int(counts[i]), int(starts[i] + counts[i]))
-                for i in range(num_decodes, len(counts))
-            ),
-            sampled_tokens=self._tensor(sampled),
-            tasks=self._tasks(counts, starts + counts, num_decodes),
-        )
-
-    def _tasks(self, counts: np.ndarray, context_lens: np.ndarray, num_decodes: int) -> AttentionTasks | None:
-        """Of rows of so many tokens at the end of their contexts; None where no kernel takes them."""
-        if not runs_triton(self._device):
-            return None
-        splits, split_starts = decode_splits(context_lens[:num_decodes])
-        query_starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
-        lists = splits, split_starts, prefill_tiles(counts, num_decodes), query_starts
-        return AttentionTasks(*map(self._tensor, lists))
-
-    def _prompts(self, plan: StepPlan, view: StepView, slots: np.ndarray, counts: np.ndarray) -> PromptsView:
-        rows = plan.encoder_rows
-        encoded, cache_index = None, view.cache_index[:0]
-        if rows:
-            places = np.array([row.slot for row in rows], dtype=np.int64)
-            lens = self._prompt_lens[places] = np.array([len(row.token_ids) for row in rows], dtype=np.int64)
-            token_ids = self._tensor(np.array([token for row in rows for token in row.token_ids], dtype=np.int64))
-            blocks, begin = (lens + self._block_size - 1) // self._block_size, np.zeros_like(lens)
-            of_encoder = (np.cumsum(blocks) - blocks)[:, None] + np.arange(int(blocks.max()))
-            encoded = self._view(token_ids, lens, begin, of_encoder.astype(np.int32), 0, begin[:0])
-            own = self._pages[places, : int(blocks.max())]
-            cache_index = self._view(token_ids, lens, begin, own, 0, begin[:0]).cache_index
-        prompt_lens = self._prompt_lens[slots]
-        seen = dataclasses.replace(
-            view,
-            block_tables=self._tensor(self._pages[slots, : int(self._prompt_blocks[slots].max(initial=0))]),
-            context_lens=self._tensor(prompt_lens.astype(np.int32)),
-            prefills=tuple(dataclasses.replace(row, context_len=int(prompt_lens[row.row])) for row in view.prefills),
-            tasks=self._tasks(counts, prompt_lens, view.num_decodes),
-        )
-        pooled = tuple(row.pooling for row in rows if row.pooling is not None)
-        return PromptsView(encoded, cache_index, seen, pooled)
-
-    def _token_ids(self, rows: Sequence[Row], ends: np.ndarray) -> Tensor:
-        """(T,), with the token sampled last where a row names none."""
-        token_ids = self._tensor(np.array([token for row in rows for token in row.token_ids or (0,)], dtype=np.int64))
-        blank = [(int(end) - 1, row.slot) for row, end in zip(rows, ends, strict=True) if not row.token_ids]
-        if blank:
-            places, slots = torch.tensor(blank, device=self._device).unbind(1)
-            token_ids[places] = self._last_tokens[slots]
-        return token_ids
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+_Read = Callable[[Sequence[Tensor]], StepResult | None]
 
 
 class ShardRunner:
@@ -159,10 +43,13 @@ class ShardRunner:
         self._slots = slots
         self._sampler = sampler
         self._mesh = mesh
+        self._device = mesh.spec.device
+        self._recorded: RecordedSteps | None = None
         self.num_steps = 0
-        self.busy_s = 0.0  # within ``run``
+        self.busy_s = 0.0  # from the launch of a step, or the end of the one before it, until its result was there
+        self._last_end_s = 0.0
         self._spans: Spans | None = None
-        self._begin_ns = 0  # since 1970: when the input of a traced plan was there
+        self._begin_ns = 0  # since 1970: when the input of the last plan was there
 
     def start_trace(self) -> None:
         """Write down what every step does from now on. Thread-safe, as is ``stop_trace``."""
@@ -188,68 +75,123 @@ class ShardRunner:
         """See ShardedDecoder."""
         return self._decoder.expert_imbalance()
 
-    def run(self, plan: StepPlan) -> StepResult | None:
-        """Run one plan. Returns its tokens on the rank that samples, None on the others. Raises MeshError.
+    def use_recorded(self, steps: RecordedSteps | None) -> None:
+        """Run decode steps as they were recorded, if they were."""
+        self._recorded = steps
 
-        Of a traced plan the first tensor rank of each stage returns a result that has the stage's time.
+    def forget_recorded(self) -> None:
+        """Let go of what holds communicators: they can be neither aborted nor closed before that. Thread-safe."""
+        self._recorded = None
+
+    def launch(self, plan: StepPlan) -> ComingResult:
+        """Begin one plan. Raises MeshError, as does the result when it is fetched.
+
+        The result is of the tokens on the rank that samples, None on the others. Of a traced plan the first tensor rank
+        of each stage has a result with the stage's time.
         """
         began_s = time.perf_counter()
         try:
             with torch.inference_mode():
                 if (spans := self._spans) is None:
-                    result = self._run(plan)
-                else:
-                    begin_ns = time.monotonic_ns()
-                    result = self._run(plan)
-                    spans.note(SpanKind.STEP, _describe(plan), begin_ns)
-                return self._with_time(plan, result) if plan.is_traced else result
+                    return self._launch(plan, began_s)
+                begin_ns = time.monotonic_ns()
+                coming = self._launch(plan, began_s)
+                spans.note(SpanKind.STEP, _describe(plan), begin_ns)
+                return coming
         except MeshError as error:
             error.step = plan.step
             raise
-        finally:
-            self.num_steps += 1
-            self.busy_s += time.perf_counter() - began_s
 
-    def _run(self, plan: StepPlan) -> StepResult | None:
+    def compute(self, hidden: Tensor | None, view: StepView, slots: Tensor, is_greedy: bool) -> StepOutput:
+        """The layers of this stage; behind the last one the tokens, if the highest logit is all that matters. All on
+        the device, and all that a recording holds."""
+        out = self._decoder(hidden, self._pages, view)
+        if not is_greedy or self._mesh.downstream is not None or len(slots) == 0:
+            return StepOutput(out)
+        sampler = self._sampler
+        tokens = torch.zeros_like(slots) if sampler is None or out is None else sampler.best(out)
+        return StepOutput(out, self._share(tokens, slots))
+
+    def _launch(self, plan: StepPlan, began_s: float) -> ComingResult:
         self._slots.start(plan.starts)
         self._slots.grant(plan.grants)
         if self._sampler is not None:
             for start in plan.starts:
                 self._sampler.start(start)
-        view = self._slots.view(plan)
-        mesh = self._mesh
-        hidden = mesh.upstream.recv(view.num_tokens) if mesh.upstream is not None else None
-        if plan.is_traced:
-            self._begin_ns = time.time_ns()
-        out = self._decoder(hidden, self._pages, view)
+        laid_out, mesh = self._slots.lay_out(plan), self._mesh
+        hidden = None if mesh.upstream is None else mesh.upstream.recv(plan.num_tokens)
+        self._begin_ns = time.time_ns()
+        recorded = None if self._recorded is None else self._recorded.find(laid_out)
+        if recorded is not None:
+            output, slots = recorded.replay(laid_out.inputs, hidden)
+        else:
+            inputs = upload(laid_out.inputs, self._device)
+            slots = inputs.sampling_slots
+            output = self.compute(hidden, self._slots.as_view(inputs, laid_out), slots, plan.is_greedy)
         if mesh.downstream is not None:
-            assert out is not None
-            mesh.downstream.send(out)
-            return None
+            assert output.out is not None
+            # What is under way must not be written over by the next recorded step.
+            mesh.downstream.send(output.out if recorded is None else output.out.clone())
+            return self._coming(plan, began_s, (), _read_nothing)
         if any(row.pooling is not None for row in plan.encoder_rows):
-            assert out is not None
-            embeddings = tuple(row.tobytes() for row in out.cpu().numpy())
-            return StepResult(plan.step, (), embeddings) if self._sampler is not None else None
-        return self._sample(plan, out)
+            assert output.out is not None
+            return self._coming(plan, began_s, (output.out,), partial(_read_embeddings, plan.step))
+        draw = self._draw(plan, output, slots)
+        return self._coming(plan, began_s, draw.tensors(), lambda found: StepResult(plan.step, tuple(draw.read(found))))
 
-    def _with_time(self, plan: StepPlan, result: StepResult | None) -> StepResult | None:
-        if self._mesh.spec.tp_rank != 0:
+    def _draw(self, plan: StepPlan, output: StepOutput, slots: Tensor) -> Draw:
+        if plan.is_greedy and output.tokens is not None:
+            return Draw(output.tokens)
+        sampling, draw = [row for row in plan.rows if row.samples], Draw(torch.zeros_like(slots))
+        if self._sampler is not None and output.out is not None:
+            positions = [row.start + row.num_tokens for row in sampling]
+            draw = self._sampler.draw(output.out, [row.slot for row in sampling], positions)
+        if sampling:
+            self._share(draw.tokens, slots)
+        return draw
+
+    def _share(self, tokens: Tensor, slots: Tensor) -> Tensor:
+        """Let all tensor ranks know what the slots have sampled; with more stages the next plan carries it."""
+        if self._mesh.spec.pp_size == 1:
+            tokens = self._mesh.tp.broadcast(tokens)
+            self._slots.set_last_tokens(slots, tokens)
+        return tokens
+
+    def _coming(self, plan: StepPlan, began_s: float, tensors: Sequence[Tensor], read: _Read) -> ComingResult:
+        self.num_steps += 1
+        read = read if self._sampler is not None else _read_nothing
+        read = partial(self._read, read, plan, began_s, self._begin_ns)
+        return ComingResult(HostCopy(tensors, self._device), read, partial(self._wait, plan.step))
+
+    def _wait(self, step: int, ready: Callable[[], bool]) -> None:
+        try:
+            self._mesh.wait_for_device(ready, "step")
+        except MeshError as error:
+            error.step = step
+            raise
+
+    def _read(
+        self, read: _Read, plan: StepPlan, began_s: float, begin_ns: int, tensors: Sequence[Tensor]
+    ) -> StepResult | None:
+        """Of a step that is done; steps are read in their order."""
+        end_s = time.perf_counter()
+        waited_s = max(0.0, self._last_end_s - began_s)  # for the step before this one
+        self.busy_s += end_s - began_s - waited_s
+        self._last_end_s = end_s
+        result = read(tensors)
+        if not plan.is_traced or self._mesh.spec.tp_rank != 0:
             return result
-        stage = StageTime(self._begin_ns, time.time_ns() - self._begin_ns)
+        begin_ns += int(waited_s * 1e9)
+        stage = StageTime(begin_ns, max(0, time.time_ns() - begin_ns))
         return msgspec.structs.replace(result or StepResult(plan.step, ()), stages=(stage,))
 
-    def _sample(self, plan: StepPlan, logits: Tensor | None) -> StepResult | None:
-        sampling = [row for row in plan.rows if row.samples]
-        slots = [row.slot for row in sampling]
-        result = StepResult(plan.step, ())
-        tokens = torch.zeros(len(slots), dtype=torch.int64, device=self._pages.keys.device)
-        if self._sampler is not None and logits is not None:
-            positions = [row.start + row.num_tokens for row in sampling]
-            tokens, sampled = self._sampler.sample(logits, slots, positions)
-            result = StepResult(plan.step, tuple(sampled))
-        if slots and self._mesh.spec.pp_size == 1:  # with more stages the next plan carries the tokens
-            self._slots.set_last_tokens(slots, self._mesh.tp.broadcast(tokens))
-        return result if self._sampler is not None else None
+
+def _read_nothing(tensors: Sequence[Tensor]) -> None:
+    return None
+
+
+def _read_embeddings(step: int, tensors: Sequence[Tensor]) -> StepResult:
+    return StepResult(step, (), tuple(row.tobytes() for row in tensors[0].numpy()))
 
 
 def _describe(plan: StepPlan) -> str:

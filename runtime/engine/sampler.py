@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from shardray.runtime.engine.candidates import is_filtered, survivors
+from shardray.runtime.engine.inputs import to_device
 from shardray.runtime.engine.noise import exponential_noise, hash_token_ids, noise_key
 from shardray.runtime.engine.penalties import SeenTokens
 from shardray.runtime.engine.request import SamplingParams
@@ -34,18 +35,11 @@ class _Slot:
         self.num_barred = start.params.min_tokens - start.num_generated  # tokens for which stopping is still barred
         self.barred_ids = sorted({*eos_token_ids, *start.params.stop_token_ids})
 
-    @property
-    def plain(self) -> bool:
-        """Whether the highest logit is all that matters."""
-        params = self.params
-        processed = params.penalizes or bool(params.logit_bias) or self.num_barred > 0
-        return params.greedy and params.logprobs is None and not processed
-
 
 class _Choice(NamedTuple):
     """The winners of some rows of a batch."""
 
-    rows: torch.Tensor  # (n,) indices into the batch
+    rows: Sequence[int]  # indices into the batch
     scores: torch.Tensor  # (n, width) processed scores, -inf where filtered
     token_ids: torch.Tensor | None  # (n, width), None if the columns are the vocabulary
     columns: torch.Tensor  # (n,) the column that won
@@ -53,6 +47,38 @@ class _Choice(NamedTuple):
     @property
     def tokens(self) -> torch.Tensor:
         return self.columns if self.token_ids is None else self.token_ids.gather(1, self.columns[:, None]).view(-1)
+
+
+class _Logprobs(NamedTuple):
+    """Of some rows of a batch, which want up to ``limits`` of the best ones beside the winner's."""
+
+    rows: Sequence[int]
+    limits: Sequence[int]
+    won: torch.Tensor  # (n,)
+    best: torch.Tensor  # (n, at most 20); as are their ``token_ids``
+    token_ids: torch.Tensor
+
+
+class Draw(NamedTuple):
+    """The tokens of a batch, (num_rows,) int64, and the logprobs that were asked for; all still on the device."""
+
+    tokens: torch.Tensor
+    logprobs: Sequence[_Logprobs] = ()
+
+    def tensors(self) -> list[torch.Tensor]:
+        """What ``read`` needs on the host."""
+        return [self.tokens, *(tensor for found in self.logprobs for tensor in found[2:])]
+
+    def read(self, tensors: Sequence[torch.Tensor]) -> list[Sampled]:
+        """What was drawn. ``tensors``: as ``tensors`` gives them, on the host."""
+        sampled = [Sampled(token_id) for token_id in tensors[0].tolist()]
+        for found, place in zip(self.logprobs, range(1, len(tensors), 3), strict=True):
+            won, best, token_ids = (tensor.tolist() for tensor in tensors[place : place + 3])
+            for i, (row, limit) in enumerate(zip(found.rows, found.limits, strict=True)):
+                ranked = sorted(zip(token_ids[i], best[i], strict=True), key=lambda pair: (-pair[1], pair[0]))
+                top = tuple(pair for pair in ranked if math.isfinite(pair[1]))[:limit]
+                sampled[row] = Sampled(sampled[row].token_id, won[i], top)
+        return sampled
 
 
 class Sampler:
@@ -69,46 +95,55 @@ class Sampler:
         self._eos_token_ids = eos_token_ids
         self._device = device
         self._slots: dict[int, _Slot] = {}
-        self._plain: dict[int, bool] = {}
         self._seen = SeenTokens(device)
         self._hashed_ids = hash_token_ids(torch.arange(vocab_size, device=device))  # (vocab_size,)
 
     def start(self, start: SlotStart) -> None:
         """A request takes a slot, anew or again after a preemption; whatever the slot held is forgotten."""
-        slot = self._slots[start.slot] = _Slot(start, self._eos_token_ids)
-        self._plain[start.slot] = slot.plain
+        self._slots[start.slot] = _Slot(start, self._eos_token_ids)
         if start.params.penalizes:
             self._seen.start(start.slot, start.prompt_ids, start.generated_ids)
 
-    def sample(
-        self, logits: torch.Tensor, slots: Sequence[int], positions: Sequence[int]
-    ) -> tuple[torch.Tensor, list[Sampled]]:
-        """Token ids (num_rows,) int64 on the device, and the same with the logprobs that were asked for.
+    def best(self, logits: torch.Tensor) -> torch.Tensor:
+        """The tokens of rows of which the highest logit is all that matters (``StepPlan.is_greedy``). (num_rows,) int64
+
+        ``logits``: as in ``draw``. Takes no notice of the slots, so that a graph can hold it.
+        """
+        return _argmax(self._suppress(logits))
+
+    def draw(self, logits: torch.Tensor, slots: Sequence[int], positions: Sequence[int]) -> Draw:
+        """Draw a token for each row; does not wait for the device.
 
         ``logits``: (num_rows, vocab_size) float32 on the device, which this may change. ``positions[i]``: index of the
         new token of row i in its prompt + output. No slot may appear twice.
         """
-        if self._suppressed_ids.numel():
-            logits[:, self._suppressed_ids] = -torch.inf
-        if all(map(self._plain.__getitem__, slots)):
-            tokens = _argmax(logits)
-            return tokens, [Sampled(token_id) for token_id in tokens.tolist()]
         states = [self._slots[slot] for slot in slots]
-        self._process(logits, states)
+        self._process(self._suppress(logits), states)
         choices = self._choose(logits, states, positions)
         tokens = torch.empty(len(states), dtype=torch.int64, device=self._device)
         for choice in choices:
-            tokens[choice.rows] = choice.tokens
-        sampled = _report(choices, states, tokens)
-        self._advance(states, sampled)
-        return tokens, sampled
+            tokens[self._index(choice.rows)] = choice.tokens
+        self._advance(states, tokens)
+        return Draw(tokens, [found for choice in choices if (found := self._logprobs(choice, states))])
+
+    def sample(
+        self, logits: torch.Tensor, slots: Sequence[int], positions: Sequence[int]
+    ) -> tuple[torch.Tensor, list[Sampled]]:
+        """As ``draw``, and read at once."""
+        draw = self.draw(logits, slots, positions)
+        return draw.tokens, draw.read([tensor.cpu() for tensor in draw.tensors()])
+
+    def _suppress(self, logits: torch.Tensor) -> torch.Tensor:
+        if self._suppressed_ids.numel():
+            logits.index_fill_(1, self._suppressed_ids, -torch.inf)
+        return logits
 
     def _process(self, logits: torch.Tensor, states: Sequence[_Slot]) -> None:
         """Logit bias, penalties and min_tokens, in place."""
         biased = [(row, *item) for row, state in enumerate(states) for item in state.params.logit_bias.items()]
         if biased:
             rows, token_ids, biases = zip(*biased, strict=True)
-            logits[self._index(rows), self._index(token_ids)] += torch.tensor(biases, device=self._device)
+            logits[self._index(rows), self._index(token_ids)] += to_device(biases, self._device, torch.float32)
         penalized = [row for row, state in enumerate(states) if state.params.penalizes]
         if penalized:
             slots = [states[row].slot for row in penalized]
@@ -123,38 +158,49 @@ class Sampler:
         greedy = [row for row, p in enumerate(params) if p.greedy]
         free = [row for row, p in enumerate(params) if not p.greedy and not is_filtered(p)]
         filtered = [row for row, p in enumerate(params) if not p.greedy and is_filtered(p)]
-        keys = {row: noise_key(params[row].seed or 0, positions[row]) for row in (*free, *filtered)}
+        keys = [noise_key(p.seed or 0, position) for p, position in zip(params, positions, strict=True)]
         choices = []
         if greedy:
             scores = self._take(logits, greedy)
-            choices.append(_Choice(self._index(greedy), scores, None, _argmax(scores)))
+            choices.append(_Choice(greedy, scores, None, _argmax(scores)))
         if free:
             scores = _temper(self._take(logits, free), [params[row] for row in free])
             columns = _race(scores, [keys[row] for row in free], self._hashed_ids)
-            choices.append(_Choice(self._index(free), scores, None, columns))
+            choices.append(_Choice(free, scores, None, columns))
         if filtered:
-            index, picked = self._index(filtered), [params[row] for row in filtered]
-            for rows, scores, token_ids in survivors(_temper(self._take(logits, filtered), picked), picked):
-                rows = index[rows]
-                columns = _race(scores, [keys[row] for row in rows.tolist()], self._hashed_ids[token_ids])
+            picked = [params[row] for row in filtered]
+            for places, scores, token_ids in survivors(_temper(self._take(logits, filtered), picked), picked):
+                rows = [filtered[place] for place in places]
+                columns = _race(scores, [keys[row] for row in rows], self._hashed_ids[token_ids])
                 choices.append(_Choice(rows, scores, token_ids, columns))
         return choices
 
-    def _advance(self, states: Sequence[_Slot], sampled: Sequence[Sampled]) -> None:
+    def _advance(self, states: Sequence[_Slot], tokens: torch.Tensor) -> None:
         """Count the tokens for what depends on them: min_tokens and the penalties."""
         for state in states:
-            if state.num_barred > 0:
-                state.num_barred -= 1
-                self._plain[state.slot] = state.plain
+            state.num_barred -= state.num_barred > 0
         penalized = [row for row, state in enumerate(states) if state.params.penalizes]
         if penalized:
-            self._seen.add([states[row].slot for row in penalized], [sampled[row].token_id for row in penalized])
+            self._seen.add([states[row].slot for row in penalized], self._take(tokens, penalized))
 
-    def _take(self, logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        return logits if len(rows) == len(logits) else logits[self._index(rows)]
+    def _logprobs(self, choice: _Choice, states: Sequence[_Slot]) -> _Logprobs | None:
+        """The winner's logprob and the best ones, of the rows that want any."""
+        limits = [states[row].params.logprobs for row in choice.rows]
+        wanted = [i for i, limit in enumerate(limits) if limit is not None]
+        if not wanted:
+            return None
+        logprobs = self._take(choice.scores, wanted).log_softmax(dim=-1)  # (num_wanted, width)
+        won = logprobs.gather(1, self._take(choice.columns, wanted)[:, None]).view(-1)
+        most = min(_MAX_TOP_LOGPROBS, logprobs.shape[1]) if any(limits) else 0
+        best, columns = logprobs.topk(most, dim=-1)
+        token_ids = columns if choice.token_ids is None else self._take(choice.token_ids, wanted).gather(1, columns)
+        return _Logprobs([choice.rows[i] for i in wanted], [limits[i] or 0 for i in wanted], won, best, token_ids)
+
+    def _take(self, of_rows: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        return of_rows if len(rows) == len(of_rows) else of_rows[self._index(rows)]
 
     def _index(self, ids: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(ids, dtype=torch.int64, device=self._device)
+        return to_device(ids, self._device, torch.int64)
 
 
 def _argmax(scores: torch.Tensor) -> torch.Tensor:
@@ -167,7 +213,8 @@ def _argmax(scores: torch.Tensor) -> torch.Tensor:
 
 def _temper(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     """Scores over temperature, shifted so that each row's maximum is 0 and nothing overflows."""
-    temperature = torch.tensor([[max(p.temperature, _LOWEST_TEMPERATURE)] for p in params], device=scores.device)
+    temperatures = [[max(p.temperature, _LOWEST_TEMPERATURE)] for p in params]
+    temperature = to_device(temperatures, scores.device, torch.float32)
     top = scores.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
     return (scores - top).div_(temperature)
 
@@ -181,34 +228,3 @@ def _race(scores: torch.Tensor, keys: Sequence[tuple[int, int]], hashed_ids: tor
     for row, key in zip(weights, keys, strict=True):
         row.div_(exponential_noise([key], hashed_ids)[0])
     return _argmax(weights)
-
-
-def _report(choices: Sequence[_Choice], states: Sequence[_Slot], tokens: torch.Tensor) -> list[Sampled]:
-    sampled = [Sampled(token_id) for token_id in tokens.tolist()]
-    for choice in choices:
-        rows = choice.rows.tolist()
-        wanted = [i for i, row in enumerate(rows) if states[row].params.logprobs is not None]
-        if wanted:
-            limits = [states[rows[i]].params.logprobs or 0 for i in wanted]
-            for i, (logprob, top) in zip(wanted, _logprobs(choice, wanted, limits), strict=True):
-                sampled[rows[i]] = Sampled(sampled[rows[i]].token_id, logprob, top)
-    return sampled
-
-
-def _logprobs(
-    choice: _Choice, wanted: Sequence[int], limits: Sequence[int]
-) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
-    """The winner's logprob and the top ``limits[i]`` (token id, logprob) of the ``wanted`` rows; finite ones only."""
-    index = torch.tensor(wanted, device=choice.scores.device)
-    logprobs = choice.scores[index].log_softmax(dim=-1)  # (num_wanted, width)
-    won = logprobs.gather(1, choice.columns[index, None]).view(-1).tolist()
-    if not any(limits):
-        return [(logprob, ()) for logprob in won]
-    best, columns = logprobs.topk(min(_MAX_TOP_LOGPROBS, logprobs.shape[1]), dim=-1)
-    token_ids = columns if choice.token_ids is None else choice.token_ids[index].gather(1, columns)
-    ranked = [
-        sorted(zip(ids, values, strict=True), key=lambda pair: (-pair[1], pair[0]))
-        for ids, values in zip(token_ids.tolist(), best.tolist(), strict=True)
-    ]
-    finite = [[pair for pair in pairs if math.isfinite(pair[1])] for pairs in ranked]
-    return [(logprob, tuple(pairs[:n])) for logprob, pairs, n in zip(won, finite, limits, strict=True)]

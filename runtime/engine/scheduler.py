@@ -33,6 +33,7 @@ class _Draft:
     encoder_rows: list[EncoderRow] = field(default_factory=list)
     sampling: list[Sequence] = field(default_factory=list)
     pooling: list[Sequence] = field(default_factory=list)  # of encoder rows that yield an embedding
+    is_greedy: bool = True
     traced: list[tuple[Sequence, int]] = field(default_factory=list)  # with the tokens that each has in the plan
     begin_ns: int = 0  # since 1970; of a plan with such
 
@@ -81,6 +82,7 @@ class Scheduler:
             token_ids=[*given_ids, *request.generated_ids],
             num_given=len(given_ids),
             encoder_ids=encoder_ids,
+            is_plain=params.is_plain,
             num_prompt_blocks=0 if request.pooling is not None else self._pool.pages_for(len(encoder_ids)),
         )
         if request.pooling is None and (reason := sequence.finish_reason()):
@@ -120,6 +122,7 @@ class Scheduler:
             grants=tuple(draft.grants),
             rows=tuple(draft.rows),
             encoder_rows=tuple(draft.encoder_rows),
+            is_greedy=draft.is_greedy,
             is_traced=bool(draft.traced),
         )
 
@@ -284,6 +287,7 @@ class Scheduler:
             draft.traced.append((sequence, num_tokens))
         if row.samples:
             draft.sampling.append(sequence)
+            draft.is_greedy &= sequence.is_greedy
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to its old place in the queue; once its tokens in flight have come, it is computed again with them."""

@@ -31,6 +31,7 @@ class Sequence:
     num_given: int  # tokens before the generated ones
     encoder_ids: tuple[int, ...] = ()  # what an encoder reads
     num_prompt_blocks: int = 0  # pages that hold what the decoder attends to of it
+    is_plain: bool = False  # see SamplingParams
     is_encoded: bool = False  # a plan that is made reads it
     num_computed: int = 0
     num_unresolved: int = 0
@@ -56,6 +57,11 @@ class Sequence:
     def can_decode(self, lookahead: int) -> bool:
         """Whether its one next token may be planned, and the token sampled from it would be within the length limit."""
         return self.num_uncomputed == 1 and self.num_unresolved <= lookahead and self.num_computed + 1 < self.max_len
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether of the token that the last plan samples the highest logit is all that matters."""
+        return self.is_plain and self.num_generated + self.num_unresolved > self.request.params.min_tokens
 
     def start(self, slot: int) -> SlotStart:
         """Take a slot. Ids travel only when the sampler needs them."""

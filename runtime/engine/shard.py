@@ -18,6 +18,7 @@ import torch
 from shardray.parallel.checkpoint import Checkpoint
 from shardray.parallel.credentials import Credentials
 from shardray.parallel.exchange import choose_exchange
+from shardray.parallel.filling import open_filling
 from shardray.parallel.layers import Linear, is_packed
 from shardray.parallel.mesh import Mesh, MeshSpec, Rendezvous, open_mesh
 from shardray.parallel.plan import ShardPlan
@@ -34,11 +35,13 @@ from shardray.runtime.engine.memory import (
     num_encoder_pages,
     rank_memory,
 )
+from shardray.runtime.engine.recorded import StepRecording
 from shardray.runtime.engine.request import ServedModel
-from shardray.runtime.engine.runner import ShardRunner, SlotTable
+from shardray.runtime.engine.runner import ShardRunner
 from shardray.runtime.engine.sampler import Sampler
 from shardray.runtime.engine.served import ServedSpec, read_dtype, read_served
 from shardray.runtime.engine.shapes import cut_as_configured
+from shardray.runtime.engine.slots import SlotTable
 from shardray.runtime.model.attention import KVPages
 from shardray.runtime.model.decoder import ShardedDecoder
 from shardray.runtime.model.folder import read_eos_token_ids, read_suppressed_token_ids
@@ -125,6 +128,7 @@ class Shard:
 
     def abort(self) -> None:
         """Break off whatever this rank is blocked in. Thread-safe."""
+        self._runner.forget_recorded()
         self._mesh.abort()
         if self.assignment.rank == 0:
             self.engine.stop()
@@ -133,6 +137,7 @@ class Shard:
         """Leave the mesh; memory, ports and groups are free afterwards."""
         if "_executor" in self.__dict__:
             self._executor.close()
+        self._runner.forget_recorded()
         self._mesh.close()
 
     @cached_property
@@ -159,13 +164,14 @@ def form_shard(
     mesh = open_mesh(_mesh_spec(assignment), assignment.max_num_batched_tokens, spec.hidden_size, dtype)
     try:
         place = mesh.spec
-        loader = ParameterLoader(Checkpoint(folder), served.family, spec, plan, place.tp_rank, dtype)
         ops = choose_ops(device, dtype, assignment.num_threads)
-        decoder = ShardedDecoder(
-            spec, plan, place.stage, place.tp_rank, mesh.tp, ops, loader, device, served.max_model_len,
-            _encoder_pages(served, plan, place.tp_rank, device),
-            lambda fraction: progress("loading", fraction),
-        )  # fmt: skip
+        with open_filling(device) as filling:
+            loader = ParameterLoader(Checkpoint(folder), served.family, spec, plan, place.tp_rank, dtype, filling)
+            decoder = ShardedDecoder(
+                spec, plan, place.stage, place.tp_rank, mesh.tp, ops, loader, device, served.max_model_len,
+                _encoder_pages(served, plan, place.tp_rank, device),
+                lambda fraction: progress("loading", fraction),
+            )  # fmt: skip
         pages = _allocate_pages(assignment, served, plan, mesh)
         return _assemble(assignment, served, plan, mesh, decoder, pages)
     except BaseException:
@@ -194,7 +200,7 @@ def _assemble(
         served.max_num_seqs, served.max_model_len, served.block_size, device,
         None if served.encoder is None else served.max_prompt_len,
     )  # fmt: skip
-    num_pages = pages.num_pages
+    num_pages = pages.num_pages - _num_scratch_pages(assignment, served)
     limits = SchedulerLimits(
         max_num_seqs=served.max_num_seqs,
         max_num_batched_tokens=served.max_num_batched_tokens,
@@ -225,7 +231,12 @@ def _assemble(
         num_kv_tokens=num_pages * served.block_size,
         device_bytes=device_bytes(mesh.spec.device),
     )
-    return Shard(assignment, info, mesh, ShardRunner(decoder, pages, slots, sampler, mesh), limits)
+    runner = ShardRunner(decoder, pages, slots, sampler, mesh)
+    if _num_scratch_pages(assignment, served):
+        hidden = torch.empty(spec.hidden_size, dtype=served.dtype, device=device)
+        recording = StepRecording(runner.compute, slots, mesh, num_pages, served.block_size, hidden)
+        runner.use_recorded(recording.record())
+    return Shard(assignment, info, mesh, runner, limits)
 
 
 def _allocate_pages(assignment: ShardAssignment, served: ServedSpec, plan: ShardPlan, mesh: Mesh) -> KVPages:
@@ -242,7 +253,17 @@ def _allocate_pages(assignment: ShardAssignment, served: ServedSpec, plan: Shard
     )
     num_pages = mesh.agree_on_minimum("pages", choose_num_pages(memory, grant, device))
     num_layers = num_cached_layers(served.spec, plan, place.stage)
+    num_pages += _num_scratch_pages(assignment, served)
     return _pages(served, plan, place.tp_rank, num_layers, num_pages, device)
+
+
+def _num_scratch_pages(assignment: ShardAssignment, served: ServedSpec) -> int:
+    """Pages that no sequence gets: one for rows that only fill up a recorded step, where steps are to be recorded.
+
+    The rows of a decoder with an encoder read pages of prompts besides, and are not.
+    """
+    wanted = assignment.device != "cpu" if assignment.record_steps is None else assignment.record_steps
+    return int(wanted and served.spec.encoder is None)
 
 
 def _encoder_pages(served: ServedSpec, plan: ShardPlan, tp_rank: int, device: torch.device) -> KVPages | None:
@@ -278,9 +299,12 @@ def _mesh_spec(assignment: ShardAssignment) -> MeshSpec:
 
 
 def _pin(assignment: ShardAssignment) -> None:
-    """Bind the calling thread, and those that it starts from now on, to this rank's cores."""
+    """Bind the calling thread, and those that it starts from now on, to this rank's cores, and it to its GPU."""
     if assignment.cpu_ids:
         os.sched_setaffinity(0, assignment.cpu_ids)
+    device = torch.device(assignment.device)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # a thread's own as well: streams, events and graphs are the current device's
 
 
 def _use_cores(assignment: ShardAssignment) -> None:

@@ -61,6 +61,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
     grants: tuple[PageGrant, ...]
     rows: tuple[Row, ...]
     encoder_rows: tuple[EncoderRow, ...] = ()
+    is_greedy: bool = False  # the highest logit is all that matters, in every row that samples
     is_traced: bool = False  # every stage tells what it took
 
     @property

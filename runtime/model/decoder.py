@@ -41,11 +41,11 @@ class ShardedDecoder:
     ) -> None:  # fmt: skip
         """``encoder_pages``: of one layer, with room for all tokens of a step; where the model has an encoder."""
         self._hidden_size = spec.hidden_size
-        of_embedding = _to(device, loader.embedding()) if stage == 0 else {}
+        of_embedding = loader.embedding() if stage == 0 else {}
         self.embeddings = _Embeddings(spec, plan, tp_rank, comm, of_embedding) if stage == 0 else None
         layers, blocks = plan.stages[stage], []
         for index in layers:
-            parameters = _to(device, loader.layer(index))
+            parameters = loader.layer(index)
             layer = spec.all_layers[index]
             blocks.append(
                 DecoderLayer(
@@ -61,17 +61,16 @@ class ShardedDecoder:
             assert encoder_pages is not None
             norm = None
             if spec.num_encoder_layers in range(layers.start, layers.stop + 1) and spec.encoder.norm is not None:
-                norm = NormWeights.of(spec.encoder.norm, "encoder.final_norm", _to(device, loader.encoder_end()))
+                norm = NormWeights.of(spec.encoder.norm, "encoder.final_norm", loader.encoder_end())
             self.encoder = EncoderStack(blocks[:num_encoding], norm, spec.encoder.max_positions, encoder_pages, device)
         self.layers = LayerStack(blocks[num_encoding:], max_positions, device, records=spec.encoder is None)
         self.head: _Head | _Pooler | None = None
         copied: list[Tensor] = []
         if stage == plan.pp_size - 1 and spec.layers:
             of_head = loader.head()
-            if spec.head.tied and stage == 0:
-                of_head["head.weight"] = of_embedding["embed.weight"]
-                copied = [of_head["head.weight"]] if is_packed(device.type, of_head["head.weight"].dtype) else []
-            self.head = _Head(spec, plan, comm, ops, _to(device, of_head))
+            if spec.head.tied and stage == 0 and is_packed(device.type, of_head["head.weight"].dtype):
+                copied = [of_head["head.weight"]]
+            self.head = _Head(spec, plan, comm, ops, of_head)
         elif stage == plan.pp_size - 1:
             self.head = _Pooler()
         self.num_bytes = loader.num_bytes + sum(tensor.nbytes for tensor in copied)
@@ -185,7 +184,3 @@ def _pool(hidden: Tensor, pooling: Pooling) -> Tensor:
     else:
         embedding = hidden[0 if pooling.mode == "cls" else -1].float()
     return F.normalize(embedding, dim=0) if pooling.normalize else embedding
-
-
-def _to(device: torch.device, parameters: Parameters) -> Parameters:
-    return {name: tensor.to(device) for name, tensor in parameters.items()}

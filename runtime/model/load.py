@@ -7,12 +7,13 @@ tensors are all named before a byte of weights is read.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from shardray.parallel.checkpoint import Checkpoint, CheckpointError
+from shardray.parallel.filling import DirectFilling, Filling
 from shardray.parallel.plan import ShardPlan
 from shardray.runtime.model.families.family import Family, Source, swap_last
 from shardray.runtime.model.mxfp4 import is_packed, packed_shapes, read_packed
@@ -27,11 +28,12 @@ from shardray.runtime.model.parameters import (
 from shardray.runtime.model.spec import DecoderSpec
 
 _MAX_NAMED = 8
+_MERGED = (("q", "k", "v"), ("gate", "up"), ("cross.k", "cross.v"), ("shared.gate", "shared.up"))
 Parameters = dict[str, Tensor]
 
 
 class ParameterLoader:
-    """One rank's reader: whole parameters in the checkpoint, owned slices out, in the model's dtype.
+    """One rank's reader: whole parameters in the checkpoint, owned slices out, in the model's dtype, on its device.
 
     ``num_bytes``: of all that was read so far, in that dtype.
     """
@@ -44,7 +46,9 @@ class ParameterLoader:
         plan: ShardPlan,
         tp_rank: int,
         dtype: torch.dtype,
+        filling: Filling | None = None,
     ) -> None:
+        """``filling``: how weights come to the device; by default they stay on the CPU."""
         self._checkpoint = checkpoint
         self._sources = family.sources(spec)
         self._prefix = _stored_prefix(checkpoint, family)
@@ -52,6 +56,7 @@ class ParameterLoader:
         self._plan = plan
         self._tp_rank = tp_rank
         self._dtype = dtype
+        self._filling = filling or DirectFilling(torch.device("cpu"))
         self.num_bytes = 0
         self._embedding: Tensor | None = None  # kept for a tied head on the same rank
         self._check(family)
@@ -77,30 +82,48 @@ class ParameterLoader:
         return self._load(layer_parameters(self._spec, self._spec.all_layers[index]), *_place(self._spec, index))
 
     def _load(self, parameters: dict[str, Parameter], prefix: str = "", layer: int | None = None) -> Parameters:
-        found = {
-            name: self._read(self._sources[prefix + name], parameter, layer) for name, parameter in parameters.items()
-        }
+        found = self._allocate(parameters)
+        for name, tensor in found.items():
+            self._fill(tensor, self._sources[prefix + name], parameters[name], layer)
+        self._filling.finish()
         self.num_bytes += sum(tensor.nbytes for tensor in found.values())
         return found
 
-    def _read(self, source: Source, parameter: Parameter, layer: int | None) -> Tensor:
+    def _allocate(self, parameters: dict[str, Parameter]) -> Parameters:
+        """Room for what this rank owns of each; those that layers merge lie one after the other."""
+        device = self._filling.device
+        found: Parameters = {}
+        shapes = {name: _shape(parameter.owned(self._plan, self._tp_rank)) for name, parameter in parameters.items()}
+        for names in _groups(parameters):
+            rows = [shapes[name][0] for name in names]
+            whole = torch.empty(sum(rows), *shapes[names[0]][1:], dtype=self._dtype, device=device)
+            found.update(zip(names, torch.split(whole, rows), strict=True))
+        return {name: found[name] for name in parameters}
+
+    def _fill(self, target: Tensor, source: Source, parameter: Parameter, layer: int | None) -> None:
         rows, *rest = parameter.owned(self._plan, self._tp_rank)
         if source.has_row_tensors:
-            names = [source.name.format(layer=layer, row=row) for row in range(rows.start, rows.stop)]
-            pieces = [self._read_piece(stored, tuple(rest), False)[None] for stored in names]
-            return torch.cat(pieces) if pieces else torch.empty(0, *parameter.shape[1:], dtype=self._dtype)
+            for row, part in zip(range(rows.start, rows.stop), target, strict=True):
+                self._fill_piece(part, source.name.format(layer=layer, row=row), tuple(rest), False)
+            return
         stored = source.name.format(layer=layer)
         if source.is_row:
-            return self._read_piece(stored, (slice(0, 1), rows), False)[0]
-        pieces = [self._read_piece(stored, (piece, *rest), source.transposed) for piece in source.rows(rows)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            self._fill_piece(target[None], stored, (slice(0, 1), rows), False)
+            return
+        done = 0
+        for piece in source.rows(rows):
+            count = piece.stop - piece.start
+            self._fill_piece(target[done : done + count], stored, (piece, *rest), source.transposed)
+            done += count
 
-    def _read_piece(self, name: str, index: tuple[slice, ...], transposed: bool) -> Tensor:
+    def _fill_piece(self, target: Tensor, name: str, index: tuple[slice, ...], transposed: bool) -> None:
         stored = self._stored_name(name)
         if is_packed(self._checkpoint, stored):
-            return read_packed(self._checkpoint, stored, index).to(self._dtype)
-        tensor = self._checkpoint.read(stored, swap_last(index) if transposed else index).to(self._dtype)
-        return tensor.transpose(-1, -2).contiguous() if transposed else tensor
+            target.copy_(read_packed(self._checkpoint, stored, index))
+        elif transposed:
+            self._filling.fill(target.transpose(-1, -2), self._checkpoint, stored, swap_last(index))
+        else:
+            self._filling.fill(target, self._checkpoint, stored, index)
 
     def _stored_name(self, name: str) -> str:
         """With the checkpoint's prefix, except for what such checkpoints keep outside of it."""
@@ -137,6 +160,23 @@ class ParameterLoader:
                     else:
                         needed[full_name] = max(needed.get(full_name, shape), shape)
         return needed
+
+
+def _shape(owned: tuple[slice, ...]) -> tuple[int, ...]:
+    return tuple(part.stop - part.start for part in owned)
+
+
+def _groups(names: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    """All names, those together that layers merge into one product."""
+    left = dict.fromkeys(names)
+    for merged in _MERGED:
+        for part in ("weight", "bias"):
+            group = tuple(f"{name}.{part}" for name in merged)
+            if all(name in left for name in group):
+                yield group
+                for name in group:
+                    del left[name]
+    yield from ((name,) for name in left)
 
 
 def _stored_prefix(checkpoint: Checkpoint, family: Family) -> str:

@@ -55,9 +55,10 @@ class QueryKeyNorm:
             dim=1,
         )
         squares = self._comm.all_reduce(squares)
-        counts = torch.tensor([self._spec.num_heads, self._spec.num_kv_heads], device=squares.device)
-        means = squares / (counts * self._spec.head_dim)
-        return self._scale(queries, means[:, 0], self._q), self._scale(keys, means[:, 1], self._k)
+        of_queries, of_keys = squares.unbind(dim=1)
+        of_queries = of_queries / (self._spec.num_heads * self._spec.head_dim)
+        of_keys = of_keys / (self._spec.num_kv_heads * self._spec.head_dim)
+        return self._scale(queries, of_queries, self._q), self._scale(keys, of_keys, self._k)
 
     def _scale(self, x: Tensor, mean: Tensor, weights: NormWeights) -> Tensor:
         assert weights.weight is not None

@@ -19,6 +19,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from shardray.runtime.engine import candidates
 from shardray.runtime.engine.candidates import survivors
 from shardray.runtime.engine.request import SamplingParams
 from shardray.runtime.engine.sampler import Sampler
@@ -374,3 +375,26 @@ def test_cuda_gives_the_tokens_of_the_cpu():
             tokens.append(sampler.sample(logits, rows, [3 + step] * len(rows))[0].tolist())
         results.append(tokens)
     assert results[0] == results[1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_candidates_of_full_width_give_the_tokens_of_growing_ones(data):
+    """What a GPU does, where nothing may be looked at, against what a CPU does."""
+    vocab_size = data.draw(st.sampled_from([40, 100, 3000]))
+    picked = [data.draw(random_params(vocab_size)) for _ in range(data.draw(st.integers(1, 40)))]
+    scale, seed = data.draw(st.sampled_from([0.3, 3.0, 10.0])), data.draw(st.integers(0, 10**6))
+    scores = torch.stack([peaked_logits(vocab_size, seed + row, scale) for row in range(len(picked))])
+    scores -= scores.amax(dim=-1, keepdim=True)
+    limits = candidates._limits(scores, picked)
+    kept = []
+    for way in (candidates._of_growing_width, candidates._of_full_width):
+        found = {}
+        for group in way(scores.clone(), limits):
+            for row, own, token_ids in zip(group.rows, group.scores, group.token_ids, strict=True):
+                found[row] = [
+                    (int(i), float(score)) for i, score in zip(token_ids, own, strict=True) if score > -math.inf
+                ]
+        kept.append(found)
+    assert kept[0] == kept[1]
+    assert sorted(kept[0]) == list(range(len(picked)))

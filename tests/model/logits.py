@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shardray.runtime.engine.assignment import ShardAssignment
+from shardray.runtime.engine.inputs import upload
 from shardray.runtime.engine.request import SamplingParams
 from shardray.runtime.engine.shard import form_shard
 from shardray.runtime.engine.step import EncoderRow, PageGrant, Row, SlotStart, StepPlan
@@ -72,7 +73,8 @@ class LogitsOf:
         with torch.inference_mode():
             runner._slots.start(plan.starts)
             runner._slots.grant(plan.grants)
-            view = runner._slots.view(plan)
+            laid_out = runner._slots.lay_out(plan)
+            view = runner._slots.as_view(upload(laid_out.inputs, torch.device("cpu")), laid_out)
             view = dataclasses.replace(view, sampled_tokens=torch.arange(sum(map(len, rows.values()))))
             logits = runner._decoder(None, runner._pages, view)
         if not rows:
