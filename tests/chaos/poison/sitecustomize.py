@@ -41,18 +41,18 @@ class _Poisoner:
 
 
 def _poison(runner_class: Any) -> None:
-    run = runner_class.run
+    launch = runner_class.launch
 
-    def run_unless_poisoned(runner: Any, plan: Any) -> Any:
+    def launch_unless_poisoned(runner: Any, plan: Any) -> Any:
         token_ids = {token_id for row in plan.rows for token_id in row.token_ids}
         if RAISING_ID in token_ids:
             raise RuntimeError("a step was poisoned")
         place = runner._mesh.spec
         if KILLING_ID in token_ids and place.rank == place.size - 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return run(runner, plan)
+        return launch(runner, plan)
 
-    runner_class.run = run_unless_poisoned
+    runner_class.launch = launch_unless_poisoned
 
 
 if __name__ == "sitecustomize":  # not where the test itself imports the tokens from here
