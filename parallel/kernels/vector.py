@@ -120,20 +120,6 @@ def copy(typing_context: Any, source: Any, num_vectors: Any, target: Any) -> Any
 
 
 @intrinsic
-def widen(typing_context: Any, source: Any, num_vectors: Any, target: Any) -> Any:
-    """Vectors of bfloat16 to float32"""
-
-    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
-        source, num_vectors, target = operands
-        with loop(builder, num_vectors) as i:
-            value = load_bfloat16(builder, offset(builder, source, i, VECTOR_BYTES // 2))
-            store(builder, value, offset(builder, target, i, VECTOR_BYTES))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), generate
-
-
-@intrinsic
 def narrow(typing_context: Any, source: Any, num_vectors: Any, target: Any) -> Any:
     """Vectors of float32 to bfloat16, rounded to nearest, ties to even"""
 

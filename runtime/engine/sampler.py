@@ -126,13 +126,6 @@ class Sampler:
         self._advance(states, tokens)
         return Draw(tokens, [found for choice in choices if (found := self._logprobs(choice, states))])
 
-    def sample(
-        self, logits: torch.Tensor, slots: Sequence[int], positions: Sequence[int]
-    ) -> tuple[torch.Tensor, list[Sampled]]:
-        """As ``draw``, and read at once."""
-        draw = self.draw(logits, slots, positions)
-        return draw.tokens, draw.read([tensor.cpu() for tensor in draw.tensors()])
-
     def _suppress(self, logits: torch.Tensor) -> torch.Tensor:
         if self._suppressed_ids.numel():
             logits.index_fill_(1, self._suppressed_ids, -torch.inf)

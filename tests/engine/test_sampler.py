@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -34,11 +35,19 @@ def start(slot: int, params: SamplingParams, prompt: Ids = (), generated: Ids = 
     return SlotStart(slot, params, prompt, generated, len(generated))
 
 
+def sample(
+    sampler: Sampler, logits: torch.Tensor, slots: Sequence[int], positions: Sequence[int]
+) -> tuple[torch.Tensor, list[Sampled]]:
+    """Draw a token for each row, and read what was drawn."""
+    draw = sampler.draw(logits, slots, positions)
+    return draw.tokens, draw.read([tensor.cpu() for tensor in draw.tensors()])
+
+
 def sample_one(logits: torch.Tensor, params: SamplingParams, prompt: Ids = (), generated: Ids = ()) -> Sampled:
     """One token after ``prompt`` and ``generated``. ``logits``: (vocab_size,)"""
     sampler = Sampler(len(logits), EOS, CPU)
     sampler.start(start(0, params, prompt, generated))
-    tokens, sampled = sampler.sample(logits[None].clone(), [0], [len(prompt) + len(generated)])
+    tokens, sampled = sample(sampler, logits[None].clone(), [0], [len(prompt) + len(generated)])
     assert tokens.tolist() == [sampled[0].token_id]
     assert tokens.dtype == torch.int64
     return sampled[0]
@@ -150,7 +159,7 @@ def test_tokens_come_up_as_often_as_their_probability(fields, temperature):
     for first in range(0, num_draws, 500):
         for slot in range(500):
             sampler.start(start(slot, params))
-        tokens, _ = sampler.sample(logits.expand(500, -1).clone(), range(500), range(first, first + 500))
+        tokens, _ = sample(sampler, logits.expand(500, -1).clone(), range(500), range(first, first + 500))
         counts += torch.bincount(tokens, minlength=vocab_size)
     expected = reference_scores(logits, params).softmax(dim=-1) * num_draws
     assert not counts[expected == 0].any()
@@ -184,7 +193,7 @@ def run_rows(rows: list[int], num_steps: int, vocab_size: int, rounding: float =
         sampler.start(start(row, MIXED[row], (row, 8, 8)))
     for step in range(num_steps):
         logits = torch.stack([peaked_logits(vocab_size, 1000 * row + step) for row in rows])
-        _, sampled = sampler.sample(logits + rounding * torch.randn_like(logits), rows, [3 + step] * len(rows))
+        _, sampled = sample(sampler, logits + rounding * torch.randn_like(logits), rows, [3 + step] * len(rows))
         for row, entry in zip(rows, sampled, strict=True):
             outputs[row].append(entry)
     return outputs
@@ -213,13 +222,13 @@ def test_a_request_that_lost_its_slot_goes_on_as_if_nothing_had_happened(row):
     logits = [peaked_logits(vocab_size, step, 1.0) for step in range(10)]
     whole = Sampler(vocab_size, EOS, CPU)
     whole.start(start(0, MIXED[row], prompt))
-    expected = [whole.sample(logits[i][None].clone(), [0], [3 + i])[1][0] for i in range(10)]
+    expected = [sample(whole, logits[i][None].clone(), [0], [3 + i])[1][0] for i in range(10)]
     for cut in (1, 3, 7):
         resumed = Sampler(vocab_size, EOS, CPU)
         resumed.start(start(2, MIXED[5], (1, 2, 3)))  # what the slot held before does not matter
-        resumed.sample(logits[0][None].clone(), [2], [3])
+        sample(resumed, logits[0][None].clone(), [2], [3])
         resumed.start(start(2, MIXED[row], prompt, tuple(entry.token_id for entry in expected[:cut])))
-        assert [resumed.sample(logits[i][None].clone(), [2], [3 + i])[1][0] for i in range(cut, 10)] == expected[cut:]
+        assert [sample(resumed, logits[i][None].clone(), [2], [3 + i])[1][0] for i in range(cut, 10)] == expected[cut:]
 
 
 def test_penalties_count_the_tokens_as_they_are_sampled():
@@ -227,10 +236,10 @@ def test_penalties_count_the_tokens_as_they_are_sampled():
     sampler = Sampler(10, EOS, CPU)
     sampler.start(start(0, params, (1, 1)))
     logits = torch.tensor([[4.0, 3.9, 3.5, 0, 0, 0, 0, 0, 0, 0]])
-    tokens = [sampler.sample(logits.clone(), [0], [2 + i])[1][0].token_id for i in range(6)]
+    tokens = [sample(sampler, logits.clone(), [0], [2 + i])[1][0].token_id for i in range(6)]
     # The prompt does not count. 0: 4 → 2.75 → 2.0; 1: 3.9 → 2.65 → 1.9; 2: 3.5 → 2.25 → 1.5
     assert tokens == [0, 1, 2, 0, 1, 2]
-    assert sampler.sample(logits.clone(), [0], [8])[1][0].top_logprobs[0][0] == 0
+    assert sample(sampler, logits.clone(), [0], [8])[1][0].top_logprobs[0][0] == 0
 
 
 def test_repetition_penalty_sees_the_prompt_and_the_output():
@@ -257,7 +266,7 @@ def test_penalties_of_long_and_short_rows_follow_their_definition():
         sampler.start(start(3 * slot, params, *context))
     for step in range(5):
         logits = torch.stack([peaked_logits(vocab_size, 10 * step + row) for row in range(4)])
-        _, sampled = sampler.sample(logits.clone(), [0, 3, 6, 9], [0] * 4)
+        _, sampled = sample(sampler, logits.clone(), [0, 3, 6, 9], [0] * 4)
         for row, (prompt, generated) in enumerate(contexts):
             counts = torch.bincount(torch.tensor(generated), minlength=vocab_size).double()
             scores = reference_scores(logits[row], params, prompt, generated) - 0.3 * counts + 0.4 * (counts > 0)
@@ -273,7 +282,7 @@ def test_neither_eos_nor_stop_ids_come_before_min_tokens():
     params = SamplingParams(temperature=0.0, min_tokens=2, stop_token_ids=(7,), logprobs=10)
     sampler = Sampler(10, EOS, CPU)
     sampler.start(start(0, params))
-    sampled = [sampler.sample(logits[None].clone(), [0], [i])[1][0] for i in range(3)]
+    sampled = [sample(sampler, logits[None].clone(), [0], [i])[1][0] for i in range(3)]
     assert [entry.token_id for entry in sampled] == [4, 4, 2]
     assert not {2, 5, 7} & {token_id for token_id, _ in sampled[1].top_logprobs}
     assert len(sampled[1].top_logprobs) == 7
@@ -349,14 +358,14 @@ def test_logprobs_come_only_where_they_are_asked_for():
     sampler = Sampler(100, EOS, CPU)
     for slot, logprobs in enumerate((None, 0, 2)):
         sampler.start(start(slot, SamplingParams(seed=1, logprobs=logprobs)))
-    _, (none, chosen, top) = sampler.sample(peaked_logits(100, 1).expand(3, -1).clone(), [0, 1, 2], [4, 4, 4])
+    _, (none, chosen, top) = sample(sampler, peaked_logits(100, 1).expand(3, -1).clone(), [0, 1, 2], [4, 4, 4])
     assert none == Sampled(none.token_id)
     assert chosen == Sampled(none.token_id, top.logprob)
     assert len(top.top_logprobs) == 2
 
 
 def test_no_rows_give_no_tokens():
-    tokens, sampled = Sampler(100, EOS, CPU).sample(torch.zeros(0, 100), [], [])
+    tokens, sampled = sample(Sampler(100, EOS, CPU), torch.zeros(0, 100), [], [])
     assert tokens.shape == (0,)
     assert sampled == []
 
@@ -372,7 +381,7 @@ def test_cuda_gives_the_tokens_of_the_cpu():
         tokens = []
         for step in range(20):
             logits = torch.stack([peaked_logits(49_152, 1000 * row + step) for row in rows]).to(device)
-            tokens.append(sampler.sample(logits, rows, [3 + step] * len(rows))[0].tolist())
+            tokens.append(sample(sampler, logits, rows, [3 + step] * len(rows))[0].tolist())
         results.append(tokens)
     assert results[0] == results[1]
 

@@ -36,12 +36,22 @@ class Variant(NamedTuple):
     soften: object
     soften_all: object
     multiply_rows: object
+    multiply_head: object
+    shrink_row: object
+    write_row: object
     pack_keys: object
     pack_values: object
 
 
 tile_vectors = 0
-soften = soften_all = multiply_rows = pack_keys = pack_values = None  # these and that: a variant's
+soften = soften_all = multiply_rows = multiply_head = shrink_row = write_row = None
+pack_keys = pack_values = None  # all of these: a variant's
+
+
+@numba.njit(inline="always")
+def _side(v, head_vectors, tile_vectors):
+    """How many vectors of a head stand side by side from vector ``v`` on"""
+    return tile_vectors if v + tile_vectors <= head_vectors else 1
 
 
 @functools.cache
@@ -58,6 +68,35 @@ def make_variant(name: str) -> Variant:
             place = sums + row * num_vectors * VECTOR_BYTES
             multiply(next_row - row, num_vectors, x + row * row_bytes, row_bytes, weights, num_pairs, place, weights, 0)
 
+    # A head's vectors: whole blocks of them side by side, then single ones. ``v`` is the first, ``side`` how many.
+
+    @numba.njit(fastmath=jit.MATH)
+    def multiply_head(num_rows, head_vectors, x, row_bytes, weights, num_pairs, sums):
+        """As ``multiply_rows``, for all vectors of a head"""
+        v = 0
+        while v < head_vectors:
+            side = _side(v, head_vectors, vectors)
+            source, place = weights + v * num_pairs * VECTOR_BYTES, sums + v * num_rows * VECTOR_BYTES
+            multiply_rows(num_rows, side, x, row_bytes, source, num_pairs, place)
+            v += side
+
+    @numba.njit
+    def shrink_row(sums, row, num_rows, head_vectors, factor):
+        v = 0
+        while v < head_vectors:
+            side = _side(v, head_vectors, vectors)
+            shrink(sums + (v * num_rows + row * side) * VECTOR_BYTES, side, factor)
+            v += side
+
+    @numba.njit
+    def write_row(sums, row, num_rows, head_vectors, out):
+        """One row's sums as bfloat16"""
+        v = 0
+        while v < head_vectors:
+            side = _side(v, head_vectors, vectors)
+            vector.narrow(sums + (v * num_rows + row * side) * VECTOR_BYTES, side, out + v * WIDTH * 2)
+            v += side
+
     @numba.njit
     def pack_keys(keys, row_bytes, num_pairs, target):
         """Sixteen tokens of a (d, b) tile, pair by pair"""
@@ -67,21 +106,18 @@ def make_variant(name: str) -> Variant:
 
     @numba.njit
     def pack_values(first, second, num_vectors, pair, num_pairs, target):
-        """Two tokens of a (b, d) tile: whole blocks of a head's vectors, then single ones"""
-        for v in range(num_vectors):
-            whole = v // vectors * vectors + vectors <= num_vectors
-            start, side = (v // vectors * vectors, vectors) if whole else (v, 1)
-            place = target + (start * num_pairs + pair * side + v - start) * VECTOR_BYTES
-            interleave(first + v * WIDTH * 2, second + v * WIDTH * 2, place)
+        """Two tokens of a (b, d) tile"""
+        v = 0
+        while v < num_vectors:
+            side = _side(v, num_vectors, vectors)
+            place = target + (v * num_pairs + pair * side) * VECTOR_BYTES
+            for i in range(side):
+                offset = (v + i) * WIDTH * 2
+                interleave(first + offset, second + offset, place + i * VECTOR_BYTES)
+            v += side
 
     softens = (make_soften(vectors, _TILES, all_visible) for all_visible in (False, True))
-    return Variant(name, vectors, *softens, multiply_rows, pack_keys, pack_values)
-
-
-@numba.njit(inline="always")
-def _side(v, head_vectors, tile_vectors):
-    """How many vectors of a head stand side by side from vector ``v`` on"""
-    return tile_vectors if v + tile_vectors <= head_vectors else 1
+    return Variant(name, vectors, *softens, multiply_rows, multiply_head, shrink_row, write_row, pack_keys, pack_values)
 
 
 @numba.njit
@@ -170,11 +206,7 @@ def prefill(args):
                 else:
                     factor = soften_all(row_at, scores_bytes, visible, scale, kept_at + i * 8, weight_at)
                 if factor != np.float32(1.0):
-                    v = 0
-                    while v < head_vectors:
-                        side = _side(v, head_vectors, tile_vectors)
-                        shrink(sums_at + (v * num_rows + i * side) * VECTOR_BYTES, side, factor)
-                        v += side
+                    shrink_row(sums_at, i, num_rows, head_vectors, factor)
             num_value_pairs = (min(block_width, limit - start) + 1) // 2  # sums += weights @ values
             for pair in range(num_value_pairs):
                 token = start + 2 * pair
@@ -182,20 +214,9 @@ def prefill(args):
                 source = values + page * page_bytes + token % block_size * head_dim * 2
                 following = source + head_dim * 2 if token + 1 < limit else zeros_at
                 pack_values(source, following, head_vectors, pair, num_value_pairs, packed_at)
-            v = 0
-            while v < head_vectors:
-                side = _side(v, head_vectors, tile_vectors)
-                source, place = packed_at + v * num_value_pairs * VECTOR_BYTES, sums_at + v * num_rows * VECTOR_BYTES
-                multiply_rows(num_rows, side, weights_at, block_width * 2, source, num_value_pairs, place)
-                v += side
+            multiply_head(num_rows, head_vectors, weights_at, block_width * 2, packed_at, num_value_pairs, sums_at)
         for i in range(num_rows):
-            inverse = np.float32(1.0) / kept[2 * i + 1]
+            shrink_row(sums_at, i, num_rows, head_vectors, np.float32(1.0) / kept[2 * i + 1])
             place = out + ((first_token + i // group) * num_heads + first_head + i % group) * head_dim * 2
-            v = 0
-            while v < head_vectors:
-                side = _side(v, head_vectors, tile_vectors)
-                source = sums_at + (v * num_rows + i * side) * VECTOR_BYTES
-                shrink(source, side, inverse)
-                vector.narrow(source, side, place + v * WIDTH * 2)
-                v += side
+            write_row(sums_at, i, num_rows, head_vectors, place)
     scratch[0] = np.uint8(0)  # numba frees an array after its last mention; its address does not count as one

@@ -22,10 +22,16 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _page_rows(tables, row, table_stride, token, there, kv_head, page_heads, PAGE: tl.constexpr):
-    """Where keys and values of tokens of a row lie, in rows of d elements."""
+def _load_block(
+    keys, values, tables, row, table_stride, token, there, place, is_place, kv_head, page_heads, PAGE: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
+    """Keys (d, tokens) and values (tokens, d) of tokens of a row; zeros for those that are not ``there``."""
     page = tl.load(tables + row.to(tl.int64) * table_stride + token // PAGE, there, 0).to(tl.int64)
-    return (page * page_heads + kv_head) * PAGE + token % PAGE
+    at = ((page * page_heads + kv_head) * PAGE + token % PAGE) * D
+    key = tl.load(keys + at[None, :] + place[:, None], there[None, :] & is_place[:, None], 0.0)
+    value = tl.load(values + at[:, None] + place[None, :], there[:, None] & is_place[None, :], 0.0)
+    return key, value
 
 
 @triton.jit
@@ -96,9 +102,9 @@ def decode(
             for start in range(begin, end, BLOCK_N):
                 token = start + tl.arange(0, BLOCK_N)
                 there = token < end
-                at = _page_rows(tables, row, table_stride, token, there, kv_head, page_heads, PAGE) * D
-                key = tl.load(keys + at[None, :] + place[:, None], there[None, :] & is_place[:, None], 0.0)
-                value = tl.load(values + at[:, None] + place[None, :], there[:, None] & is_place[None, :], 0.0)
+                key, value = _load_block(
+                    keys, values, tables, row, table_stride, token, there, place, is_place, kv_head, page_heads, PAGE, D
+                )
                 distance = context_len - 1 - token[None, :]
                 seen = there[None, :]
                 if WINDOW > 0:
@@ -190,9 +196,9 @@ def prefill(
         for start in range(begin, end, BLOCK_N):
             token = start + tl.arange(0, BLOCK_N)
             there = token < end
-            at = _page_rows(tables, row, table_stride, token, there, kv_head, page_heads, PAGE) * D
-            key = tl.load(keys + at[None, :] + place[:, None], there[None, :] & is_place[:, None], 0.0)
-            value = tl.load(values + at[:, None] + place[None, :], there[:, None] & is_place[None, :], 0.0)
+            key, value = _load_block(
+                keys, values, tables, row, table_stride, token, there, place, is_place, kv_head, page_heads, PAGE, D
+            )
             distance = position - token[None, :]
             seen = there[None, :]
             if CAUSAL:
