@@ -1,4 +1,12 @@
-"""The compiled part of a program (see parallel/kernels/program.py): one launch after the other."""
+"""The compiled part of a program (see parallel/kernels/program.py): one launch after the other, by a team of threads.
+
+Every thread of the team goes through all launches by itself. A launch is over once its tasks are done, whoever did
+them; a thread that is off its core between two tasks is not waited for, and catches up later by passing over what is
+done. So nobody joins and nobody leads, and whoever else needs a core for a moment (the driver, a client on the same
+machine) is offered one where that costs little: the other threads do the work meanwhile.
+
+    mark of a launch   | int64: how many threads are inside it | int64: OPEN, OVER or LATE |   a cache line each
+"""
 
 # mypy: ignore-errors
 # (numba's dialect: pointers, fixed-width scalars)
@@ -12,10 +20,15 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from shardray.parallel.exchange import BEGUN, DONE
-from shardray.parallel.kernels import jit
+from shardray.parallel.exchange import DONE
+from shardray.parallel.kernels import atomics, jit
 from shardray.parallel.kernels.jit import Function
 from shardray.parallel.kernels.vector import I64
+
+OPEN, OVER, LATE = 0, 1, 2  # LATE: it has to wait for other ranks, which is not done here
+MARK_WORDS = 8
+_OFFER_EVERY = 10  # launches: about once a layer, a thread that holds no task offers its core to whoever waits for it
+_NUM_SPINS = 2000  # polls that keep the core, some 50 microseconds; those that follow offer it to others
 
 
 @intrinsic
@@ -30,41 +43,51 @@ def _call(typing_context, function, block):
     return types.void(types.int64, types.int64), generate
 
 
-@intrinsic
-def _call_team(typing_context, team, function, block, num_threads):
-    """GOMP_parallel(function, block, num_threads, 0)"""
-
-    def generate(context, builder, signature, operands):
-        team, function, block, num_threads = operands
-        kind = ir.FunctionType(ir.VoidType(), [I64, I64, ir.IntType(32), ir.IntType(32)])
-        count = builder.trunc(num_threads, ir.IntType(32))
-        builder.call(builder.inttoptr(team, kind.as_pointer()), [function, block, count, ir.IntType(32)(0)])
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), generate
+@numba.njit(inline="always")
+def _wait(polls):
+    if polls < _NUM_SPINS:
+        atomics.pause()
+    else:
+        atomics.give_up_core()
+    return polls + 1
 
 
-def _run_steps(args):
-    """args: unused, step to start with, number of steps, steps, GOMP_parallel or 0
+def _run_launches(args):
+    """args: unused, launch to start with, end, launches, marks
 
-    Steps are (function, block, threads, whether it may have to wait). Ends at the first that has to; its block says how
-    far it came, and it goes on from there when it is called again.
+    Launches are (function, block, threads, whether it may have to wait). All threads return once the last is over or
+    one is late; that one's block says how far it came.
+
+    A thread that is let into a launch after its last task was taken finds none. One that took a task was counted
+    inside before it took it; so whoever finds no task left, and then nobody inside, knows that all are done.
     """
     a = numba.carray(args, (5,))
-    steps, team = numba.carray(jit.pointer_i64(a[3]), (a[2], 4)), a[4]
+    launches = numba.carray(jit.pointer_i64(a[3]), (a[2], 4))
     for i in range(a[1], a[2]):
-        block = jit.pointer_i64(steps[i, 1])
-        if steps[i, 2] > 1 and team != 0:
-            _call_team(team, steps[i, 0], steps[i, 1], steps[i, 2])
-        else:
-            _call(steps[i, 0], steps[i, 1])
-        if steps[i, 3] != 0 and block[0] != DONE:
-            a[1] = i
+        inside, state = a[4] + i * MARK_WORDS * 8, a[4] + i * MARK_WORDS * 8 + 8
+        function, block = launches[i, 0], launches[i, 1]
+        polls = 0
+        if i % _OFFER_EVERY == 0:
+            atomics.give_up_core()
+        if atomics.load_acquire(state) == OPEN:
+            if launches[i, 2] > 1:
+                atomics.add(inside, 1)
+                _call(function, block)
+                atomics.add(inside, -1)
+                while atomics.load_acquire(inside) > 0 and atomics.load_acquire(state) == OPEN:
+                    polls = _wait(polls)
+                atomics.store_release(state, OVER)
+            elif atomics.add(inside, 1) == 0:
+                _call(function, block)
+                is_late = launches[i, 3] != 0 and jit.pointer_i64(block)[0] != DONE
+                atomics.store_release(state, LATE if is_late else OVER)
+            else:
+                while atomics.load_acquire(state) == OPEN:
+                    polls = _wait(polls)
+        if atomics.load_acquire(state) == LATE:
             return
-        block[0] = BEGUN
-    a[1] = a[2]
 
 
 @functools.cache
 def compile_chain() -> Function:
-    return jit.compile_function(_run_steps)
+    return jit.compile_function(_run_launches)

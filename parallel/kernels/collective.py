@@ -9,43 +9,17 @@ Its rules and arguments are those of parallel/exchange.py. Each wait polls a bou
 from __future__ import annotations
 
 import functools
-import platform
 
 import numba
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from shardray.parallel.exchange import ARRIVED, BEGUN, DONE, LINE_BYTES, NO_SUM, SUM_FLOAT32, Exchange
-from shardray.parallel.kernels import jit
+from shardray.parallel.kernels import atomics, jit
 
 _BLOCK = 512  # elements summed at a time, in the first-level cache
-_COUNTER = ir.IntType(64)
-
-
-@intrinsic
-def _load_acquire(typing_context, address):
-    """The int64 at ``address``; what its writer wrote before it is seen by every read that follows."""
-
-    def generate(context, builder, signature, operands):
-        pointer = builder.inttoptr(operands[0], _COUNTER.as_pointer())
-        return builder.load_atomic(pointer, ordering="acquire", align=8)
-
-    return types.int64(types.int64), generate
-
-
-@intrinsic
-def _store_release(typing_context, address, value):
-    """Write an int64 after everything that was read and written before."""
-
-    def generate(context, builder, signature, operands):
-        pointer = builder.inttoptr(operands[0], _COUNTER.as_pointer())
-        builder.store_atomic(operands[1], pointer, ordering="release", align=8)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), generate
 
 
 @intrinsic
@@ -60,58 +34,22 @@ def _copy(typing_context, target, source, num_bytes):
     return types.void(types.int64, types.int64, types.int64), generate
 
 
-@intrinsic
-def _pause(typing_context):
-    """Tell the processor that this is a spin loop."""
-
-    def generate(context, builder, signature, operands):
-        if platform.machine() == "x86_64":
-            kind = ir.FunctionType(ir.VoidType(), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
-        return context.get_dummy_value()
-
-    return types.void(), generate
-
-
-@intrinsic
-def _give_up_core(typing_context):
-    """sched_yield"""
-
-    def generate(context, builder, signature, operands):
-        kind = ir.FunctionType(ir.IntType(32), [])
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
-        return context.get_dummy_value()
-
-    return types.void(), generate
-
-
-@intrinsic
-def _cycles(typing_context):
-    """The processor's clock, which runs at about the same rate whatever the processor does."""
-
-    def generate(context, builder, signature, operands):
-        kind = ir.FunctionType(_COUNTER, [])
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.readcyclecounter"), [])
-
-    return types.int64(), generate
-
-
 @numba.njit(inline="always", error_model="numpy")
 def _reached(counters, step, first, end, num_spins, num_cycles):
     """Whether the counters of the ranks first .. end - 1 reach ``step`` soon enough."""
     polls, began = 0, np.int64(0)
     for rank in range(first, end):
-        while _load_acquire(counters + rank * LINE_BYTES) < step:
+        while atomics.load_acquire(counters + rank * LINE_BYTES) < step:
             if polls < num_spins:
                 polls += 1
-                _pause()
+                atomics.pause()
                 continue
-            now = _cycles()
+            now = atomics.cycles()
             if began == 0:
                 began = now
             elif now - began > num_cycles:
                 return False
-            _give_up_core()
+            atomics.give_up_core()
     return True
 
 
@@ -149,7 +87,7 @@ def _exchange(args):
         if not _reached(counters, step - 1, 0, size, num_spins, num_cycles):
             return
         _copy(slots + rank * capacity, source, num_bytes)
-        _store_release(counters + rank * LINE_BYTES, step)
+        atomics.store_release(counters + rank * LINE_BYTES, step)
         a[0] = ARRIVED
     if not _reached(counters, step, a[5], a[6], num_spins, num_cycles):
         return

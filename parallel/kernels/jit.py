@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numba
 import numpy as np
@@ -47,7 +47,7 @@ def take_task(typing_context: Any, args: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
         one = context.get_constant(types.int64, 1)
-        return builder.atomic_rmw("add", operands[0], one, "monotonic")
+        return builder.atomic_rmw("add", operands[0], one, "acq_rel")
 
     return types.int64(_ARGS), generate
 
@@ -151,6 +151,14 @@ def compile_kernel(function: Callable[..., None], variant: Element | Any) -> Ker
     return run
 
 
+def on_threads(function: Function, num_threads: int) -> Callable[[int], None]:
+    """What calls ``function`` with an address on that many threads at once, or on one if there is no OpenMP."""
+    team = openmp_team()
+    if num_threads == 1 or team is None:
+        return cast(Callable[[int], None], function.call)
+    return lambda address: team(function.address, address, num_threads, 0)
+
+
 @functools.cache
 def _format(num_args: int) -> Callable[..., bytes]:
     """Packs the counter and the arguments: a fifth of the time that a ctypes array takes."""
@@ -171,11 +179,6 @@ def openmp_team() -> Any:
             team.restype = None
             return team
     return None
-
-
-def openmp_address() -> int:
-    """Where ``GOMP_parallel`` is; 0 if there is none."""
-    return ctypes.cast(openmp_team(), ctypes.c_void_p).value or 0
 
 
 @numba.njit(inline="always", fastmath=MATH)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardray.parallel.exchange import BEGUN
 from shardray.parallel.kernels import jit
-from shardray.parallel.kernels.chain import compile_chain
+from shardray.parallel.kernels.chain import LATE, MARK_WORDS, compile_chain
 from shardray.parallel.kernels.jit import Launch
 from shardray.parallel.spans import SpanKind, Spans
 
@@ -56,49 +56,56 @@ class Program:
 
     def __init__(self, launches: Sequence[Launch], kept: object) -> None:
         blocks = [np.frombuffer(launch.block, np.int64) for launch in launches]
-        starts = np.cumsum([0, *(len(block) for block in blocks)])[:-1]
+        self._starts = np.cumsum([0, *(len(block) for block in blocks)])[:-1]
         self._blocks = np.concatenate(blocks)
-        self._blocks[starts] = BEGUN  # or a task counter of 0
-        self._starts = starts
-        self._steps = np.array(
+        self._marks = np.zeros((len(launches), MARK_WORDS), np.int64)
+        self._launches = np.array(
             [
                 (launch.function.address, self._blocks[start:].ctypes.data, launch.num_threads, launch.wait is not None)
-                for launch, start in zip(launches, starts, strict=True)
+                for launch, start in zip(launches, self._starts, strict=True)
             ],
             dtype=np.int64,
         )
-        self._state = np.array([0, 0, len(launches), self._steps.ctypes.data, jit.openmp_address()], dtype=np.int64)
-        self._address = self._state.ctypes.data
+        addresses = [self._launches.ctypes.data, self._marks.ctypes.data]
+        self._args = np.array([0, 0, 0, *addresses], dtype=np.int64)
+        self._run = jit.on_threads(compile_chain(), max(launch.num_threads for launch in launches))
         self._waits = [launch.wait for launch in launches]
-        self._run = compile_chain().call
         self._kept = [kept, launches]
+        self._reopen(0, len(launches))
 
     def run(self) -> None:
         """Launch everything once more. Raises what a wait raises; the program cannot be used after that."""
-        self._state[1] = 0
-        self._run_to(len(self._waits))
+        self._run_between(0, len(self._waits))
 
     def run_timed(self, spans: Spans) -> None:
         """As ``run``, with each launch that may have to wait for other ranks written down."""
-        self._state[1] = 0
+        done = 0
         for at, wait in enumerate(self._waits):
             if wait is not None:
-                self._run_to(at)
-                begin_ns = time.monotonic_ns()
-                self._run_to(at + 1)
+                self._run_between(done, at)
+                begin_ns, done = time.monotonic_ns(), at + 1
+                self._run_between(at, done)
                 spans.note(SpanKind.COLLECTIVE, "all_reduce", begin_ns)
-        self._run_to(len(self._waits))
+        self._run_between(done, len(self._waits))
 
-    def _run_to(self, count: int) -> None:
-        """From the launch at which the state stands."""
-        state = self._state
-        state[2] = count
-        self._run(self._address)
-        while (at := int(state[1])) < count:
-            wait = self._waits[at]
-            assert wait is not None
-            wait(int(self._blocks[self._starts[at]]))
-            self._run(self._address)
+    def _run_between(self, first: int, end: int) -> None:
+        while first < end:
+            self._args[1:3] = first, end
+            self._run(self._args.ctypes.data)
+            late = np.flatnonzero(self._marks[first:end, 1] == LATE)
+            reached = first + int(late[0]) if len(late) else end
+            self._reopen(first, reached)
+            if reached < end:
+                wait = self._waits[reached]
+                assert wait is not None
+                wait(int(self._blocks[self._starts[reached]]))
+                self._marks[reached] = 0
+            first = reached
+
+    def _reopen(self, first: int, end: int) -> None:
+        """For the next run."""
+        self._marks[first:end] = 0
+        self._blocks[self._starts[first:end]] = BEGUN  # or a task counter of 0
 
 
 class Recorder:
