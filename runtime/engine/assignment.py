@@ -38,6 +38,7 @@ class ShardAssignment(msgspec.Struct, frozen=True, kw_only=True):
     tensor_split: tuple[float, ...] | None = None
     stage_layers: tuple[int, ...] | None = None
     expert_parallel: bool = False
+    share_weights: bool = False  # with other processes of this machine, on a CPU
     record_steps: bool | None = None  # None: where that makes decode steps faster
 
     @property
