@@ -1,14 +1,14 @@
 """Memory that the first process of a machine to need it fills, and that others of the same user map as it is.
 
-It is a memfd, like the memory of collectives (see waiting.py): no file, no limit of /dev/shm, gone with the last process
-that maps it, however that ends. Others find it in /proc, by its name, which says what it holds, and open it there:
+It is a memfd, like the memory of collectives (see waiting.py): no file, no limit of /dev/shm, gone with the last
+process that maps it, however that ends. Others find it in /proc, by its name, which says what it holds:
 
     sealed, so whole for good          map it
     none, and the lock can be had      make it: fill it, seal it
     none, and the lock is taken        wait while the one who makes it gets on; the lock goes with its process
 
-The lock is an abstract socket's name: the kernel gives it to one process and takes it back when that ends. Nothing is left
-behind by anyone, and half-filled memory is never used.
+The lock is an abstract socket's name: the kernel gives it to one process and takes it back when that ends. Nothing is
+left behind by anyone, and half-filled memory is never used.
 """
 
 from __future__ import annotations
@@ -47,9 +47,8 @@ class Segment:
     """
 
     def __init__(self, fd: int, capacity: int, is_filled: bool) -> None:
-        """``capacity``: bytes that it can grow to, or has if ``is_filled``. Takes ``fd`` over."""
+        """``capacity``: bytes that it can grow to, or has if ``is_filled``. Raises OSError."""
         self.is_filled = is_filled
-        self._fd = fd
         # The mapping has a descriptor of its own, by which others find the memory for as long as it is in use here.
         self._memory = mmap.mmap(fd, capacity, flags=mmap.MAP_PRIVATE if is_filled else mmap.MAP_SHARED)
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
@@ -59,6 +58,7 @@ class Segment:
             self._forbid_writes()
             with contextlib.suppress(OSError):  # an older kernel does it page by page, in the first steps
                 self._memory.madvise(_MADV_POPULATE_READ)
+        self._fd = os.dup(fd)
 
     @classmethod
     def create(cls, name: str, capacity: int) -> Segment:
@@ -69,10 +69,9 @@ class Segment:
             os.ftruncate(fd, capacity)  # or it could not be mapped
             segment = cls(fd, capacity, False)
             os.ftruncate(fd, 0)  # it grows with what is in it, which those who wait can see
-        except BaseException:
+            return segment
+        finally:
             os.close(fd)
-            raise
-        return segment
 
     @property
     def num_borrowed_bytes(self) -> int:
@@ -111,7 +110,7 @@ class Segment:
     def _reaches(self, end: int) -> bool:
         """Whether there is memory up to ``end``; it is taken, so that writing to it cannot fail."""
         if self.is_filled:
-            if end > len(self._memory):
+            if end > len(self._memory):  # the name does not say all that it should
                 raise RuntimeError(f"shared weights end after {len(self._memory)} bytes, {end} are needed")
         elif not self._is_spoilt:
             try:
@@ -142,26 +141,15 @@ def open_segment(
 ) -> Iterator[Segment | None]:
     """The memory of that name on this machine: whole, or to be filled meanwhile, up to ``capacity`` bytes.
 
-    ``waiting``: called with the number of bytes that are there, while another process fills it. None where memory cannot
-    be shared, or whoever fills it does not get on: everyone then has weights of his own.
+    ``waiting``: called with the number of bytes that are there, while another process fills it. None where memory
+    cannot be shared, or whoever fills it does not get on: everyone then has weights of his own.
     """
-    try:
-        lock = _wait_for_lock(name, waiting)
-        if lock is None:
-            _log.info("weights are not shared with other processes: whoever loads them does not get on")
-    except OSError as error:
-        _log.info("weights are not shared with other processes: %s", error)
-        lock = None
     with contextlib.ExitStack() as held:
         segment: Segment | None = None
-        if lock is not None:
-            held.enter_context(lock)
-            segment = _find_or_create(name, capacity)
-        if segment is not None and segment.is_filled:
-            held.pop_all().close()  # others may look as well
-            held.callback(segment.close)
-            yield segment
-            return
+        try:
+            segment = _find_or_create(name, capacity, waiting, held)
+        except OSError as error:
+            _log.info("weights are not shared with other processes: %s", error)
         try:
             yield segment
         except BaseException:
@@ -173,14 +161,21 @@ def open_segment(
                 segment.close()
 
 
-def _find_or_create(name: str, capacity: int) -> Segment | None:
-    try:
-        if (fd := _open_sealed(name)) is not None:
-            return Segment(fd, os.fstat(fd).st_size, True)
-        return Segment.create(name, capacity)
-    except OSError as error:
-        _log.info("weights are not shared with other processes: %s", error)
-        return None
+def _find_or_create(
+    name: str, capacity: int, waiting: Callable[[int], None], held: contextlib.ExitStack
+) -> Segment | None:
+    """``held`` is given the lock if there is something to fill. Raises OSError."""
+    with contextlib.ExitStack() as own:
+        lock = _wait_for_lock(name, waiting)
+        if lock is None:
+            _log.info("weights are not shared with other processes: whoever loads them does not get on")
+            return None
+        own.enter_context(lock)
+        if (found := _open_sealed(name)) is not None:
+            return found
+        segment = Segment.create(name, capacity)
+        held.push(own.pop_all())
+        return segment
 
 
 def _wait_for_lock(name: str, waiting: Callable[[int], None]) -> socket.socket | None:
@@ -217,14 +212,16 @@ def _lock(name: str) -> socket.socket | None:
     return lock
 
 
-def _open_sealed(name: str) -> int | None:
+def _open_sealed(name: str) -> Segment | None:
     for path in _find(name):
         with contextlib.suppress(OSError):  # its process may just have ended
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            is_ours = os.fstat(fd).st_uid == os.geteuid()
-            if is_ours and fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS:
-                return fd
-            os.close(fd)
+            try:
+                is_ours = os.fstat(fd).st_uid == os.geteuid()
+                if is_ours and fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS:
+                    return Segment(fd, os.fstat(fd).st_size, True)
+            finally:
+                os.close(fd)
     return None
 
 

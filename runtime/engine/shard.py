@@ -119,7 +119,8 @@ class Shard:
 
     def load(self) -> ShardLoad:
         """What it has done and holds. Thread-safe; asks nothing of the device, which may hang."""
-        runner, memory_bytes = self._runner, held_bytes(self._mesh.spec.device) - self._num_borrowed_bytes
+        runner = self._runner
+        memory_bytes = max(0, held_bytes(self._mesh.spec.device) - self._num_borrowed_bytes)
         return ShardLoad(num_steps=runner.num_steps, busy_s=runner.busy_s, memory_bytes=memory_bytes)
 
     def start_trace(self) -> None:

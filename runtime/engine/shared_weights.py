@@ -39,11 +39,11 @@ def keep_weights(
     stage, tp_rank = divmod(assignment.rank, assignment.tp_size)
     num_bytes = rank_memory(served, plan, stage, tp_rank, is_packed(device_type, served.dtype)).weight_bytes
 
-    def name() -> str:
-        return weights_name(checkpoint, served.family, served.spec, plan, stage, tp_rank, served.dtype)
-
     def waiting(num_there: int) -> None:
         progress("loading", min(1.0, num_there / max(1, num_bytes)))
+
+    def name() -> str:
+        return weights_name(checkpoint, served.family, served.spec, plan, stage, tp_rank, served.dtype)
 
     named = name()
     with open_segment(named, 2 * num_bytes + _SLACK_BYTES, waiting) as segment, keeping_in(segment):

@@ -24,7 +24,7 @@ def weights_name(
 ) -> str:  # fmt: skip
     """Made of all that the bytes on a CPU depend on: the files, the slice of them, its dtype and layout, and the code.
 
-    Files that are written anew, even in place and in the same size, give another name. Raises OSError.
+    Files that are written anew, even in place and in the same size, give another name; so do those that are gone.
     """
     parts: list[object] = [_code_digest(), torch.__version__, packed_layout("cpu", dtype), dtype]
     parts += [family.name, spec, plan, stage, tp_rank, *sorted(checkpoint.tensors.items())]
@@ -37,7 +37,11 @@ def weights_name(
 
 def _files(paths: Iterable[Path]) -> Iterable[tuple[str | int, ...]]:
     for path in sorted(paths):
-        found = path.stat()
+        try:
+            found = path.stat()
+        except OSError:
+            yield str(path), "gone"
+            continue
         where = str(path.resolve()), found.st_dev, found.st_ino
         yield *where, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 

@@ -171,12 +171,12 @@ def test_a_process_that_fills_and_hangs_is_not_waited_for_long(
 
 
 def test_loading_that_fails_leaves_nothing_to_others(processes: Processes) -> None:
-    with pytest.raises(ValueError, match="a broken file"), open_segment(processes.name, CAPACITY) as segment:
-        assert segment is not None
-        kept = segment.place((SIZE,), torch.int16, count_up)
-        raise ValueError("a broken file")
+    def fail(tensor: Tensor) -> None:
+        raise ValueError(f"a broken file, {tensor.numel()} numbers")
+
+    with pytest.raises(ValueError, match="a broken file"):
+        take(processes.name, fail)
     assert processes.start(hold).recv()[:2] == (False, expected_sums())
-    del kept, segment
 
 
 @pytest.mark.parametrize("when", ["before", "between"])
