@@ -35,7 +35,7 @@ _MADV_POPULATE_READ = 22  # asm-generic/mman-common.h, since 5.14
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE
 _ALIGNMENT = 64  # of each tensor, as torch's own
 _POLL_S = 0.1
-_PATIENCE_S = 30.0  # with one who makes the memory and does not get on
+_PATIENCE_S = 60.0  # with one who makes the memory and does not get on
 
 Fill = Callable[[Tensor], None]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -43,10 +45,18 @@ def keep_weights(
         progress("loading", min(1.0, num_there / max(1, num_bytes)))
 
     def name() -> str:
-        return weights_name(checkpoint, served.family, served.spec, plan, stage, tp_rank, served.dtype)
+        what = weights_name(checkpoint, served.family, served.spec, plan, stage, tp_rank, served.dtype)
+        return f"{what}-{_memory_nodes()}"
 
     named = name()
     with open_segment(named, 2 * num_bytes + _SLACK_BYTES, waiting) as segment, keeping_in(segment):
         yield 0 if segment is None else segment.num_borrowed_bytes
         if segment is not None and not segment.is_filled and name() != named:
             segment.spoil("the checkpoint was changed while it was read")
+
+
+def _memory_nodes() -> str:
+    """Of the cores that this thread may use: ranks of one socket do not read weights through another's."""
+    cores = (Path(f"/sys/devices/system/cpu/cpu{core}") for core in os.sched_getaffinity(0))
+    nodes = {int(node.name.removeprefix("node")) for core in cores for node in core.glob("node[0-9]*")}
+    return ".".join(map(str, sorted(nodes)))
