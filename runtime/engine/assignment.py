@@ -71,6 +71,4 @@ class ShardLoad(msgspec.Struct, frozen=True, kw_only=True):
 
     num_steps: int = 0
     busy_s: float = 0.0  # within steps: computing, and waiting for the other ranks
-    memory_bytes: int = (
-        0  # of its device, reserved by it; on a CPU, its process's without weights that another one loaded
-    )
+    memory_bytes: int = 0  # of its device, reserved by it; on a CPU, of its process, less weights that another loaded
