@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -146,7 +146,8 @@ class Shard:
 
     @cached_property
     def _executor(self) -> MeshExecutor:
-        return MeshExecutor(self._mesh, self._runner, lambda: _use_cores(self.assignment))
+        # Nothing that refers to this shard: its memory is to go with it, not when garbage is collected.
+        return MeshExecutor(self._mesh, self._runner, partial(_use_cores, self.assignment))
 
 
 def form_shard(
