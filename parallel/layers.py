@@ -18,15 +18,19 @@ from shardray.parallel.comm import Comm
 from shardray.parallel.kernels.triton_launch import runs_triton
 from shardray.parallel.rows import join_rows
 
+_ONEDNN = "onednn"
+
 
 class Linear:
     """``x @ weight.T + bias`` on one rank.
 
     CPU weights of two bytes are packed once, for our kernel or oneDNN's. On CUDA a few tokens go through our kernel.
+    Packed weights that are there already (see ``kept.py``) come as tensors of the device "meta": a shape and no bytes.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.out_size = weight.shape[0]
+        self.device = torch.device("cpu") if weight.is_meta else weight.device
         self._multiply = _prepare(weight, bias)
 
     def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -38,12 +42,13 @@ def _prepare(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, torch.dty
     """The fastest product there is for a weight; holds the weight as that product reads it, and nothing else of it."""
     if runs_triton(weight.device):
         return _with_narrow_kernel(weight, bias)
-    if not is_packed(weight.device.type, weight.dtype) or weight.numel() == 0:
+    layout = packed_layout("cpu" if weight.is_meta else weight.device.type, weight.dtype)
+    if layout is None or weight.numel() == 0:
         return lambda x, dtype: F.linear(x, weight, bias).to(dtype)
-    if weight.dtype == torch.bfloat16 and (variant := _kernel_variant()) is not None:
+    if layout != _ONEDNN:
         from shardray.parallel.kernels.linear import PackedLinear
 
-        return PackedLinear(weight, bias, variant)
+        return PackedLinear(weight, bias, layout)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
     return lambda x, dtype: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "").to(dtype)
 
@@ -63,9 +68,21 @@ def _with_narrow_kernel(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor
 
 def is_packed(device_type: str, dtype: torch.dtype) -> bool:
     """Whether a Linear on this machine keeps its weight in a layout of its own, beside the one that it is given."""
+    return packed_layout(device_type, dtype) is not None
+
+
+def can_share(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether processes of this machine can hold weights together: on its CPUs, in memory that is ours."""
+    return device_type == "cpu" and packed_layout(device_type, dtype) != _ONEDNN
+
+
+def packed_layout(device_type: str, dtype: torch.dtype) -> str | None:
+    """Which layout that is: a variant of our kernel, or oneDNN's, whose memory is its own affair."""
     if device_type != "cpu":
-        return False
-    return (dtype == torch.bfloat16 and _kernel_variant() is not None) or _can_prepack(dtype)
+        return None
+    if dtype == torch.bfloat16 and (variant := _kernel_variant()) is not None:
+        return variant
+    return _ONEDNN if _can_prepack(dtype) else None
 
 
 @functools.cache
@@ -101,6 +118,7 @@ class RowParallelLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, comm: Comm) -> None:
         self._linear = Linear(weight, bias if comm.rank == 0 else None)
+        self.device = self._linear.device
         self._comm = comm
 
     def __call__(self, x: Tensor) -> Tensor:

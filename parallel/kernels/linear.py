@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from llvmlite.binding import get_host_cpu_features
 from torch import Tensor
 
+from shardray.parallel.kept import keep
 from shardray.parallel.kernels import jit
 from shardray.parallel.kernels.jit import Kernel
 from shardray.parallel.kernels.product import Variant, make_variant, product
@@ -62,12 +63,16 @@ class PackedLinear:
     """One weight, packed. Computes on as many threads as torch would where it is called."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, variant_name: str) -> None:
-        """``weight`` (N, K) bfloat16, not empty, and ``bias`` (N,); neither is kept."""
+        """``weight`` (N, K) bfloat16, not empty, and ``bias`` (N,); neither is kept.
+
+        ``weight`` is not read, and may be on the device "meta", where it is in a shared segment already.
+        """
         variant = make_variant(variant_name)
         self._kernel = _compiled(variant)
         self._out_size, self._in_size = weight.shape
-        self._weights = _pack(weight, variant.block_vectors)
-        self._bias = torch.zeros(-(-self._out_size // WIDTH) * WIDTH)
+        packed_shape = _round_up(self._out_size, WIDTH), _round_up(self._in_size, 2)
+        self._weights = keep(packed_shape, weight.dtype, lambda packed: _pack(weight, packed, variant.block_vectors))
+        self._bias = torch.zeros(packed_shape[0])
         if bias is not None:
             self._bias[: self._out_size] = bias
         num_pairs = (self._in_size + 1) // 2
@@ -85,13 +90,16 @@ class PackedLinear:
         return out
 
 
-def _pack(weight: Tensor, block_vectors: int) -> Tensor:
-    """(N, K) -> flat, as drawn above"""
-    weight = F.pad(weight, (0, weight.shape[1] % 2, 0, -weight.shape[0] % WIDTH))
+def _pack(weight: Tensor, packed: Tensor, block_vectors: int) -> None:
+    """(N, K) -> as drawn above, in the memory of ``packed``: (N, K) rounded up to what is drawn"""
+    if weight.shape != packed.shape:
+        weight = F.pad(weight, (0, packed.shape[1] - weight.shape[1], 0, packed.shape[0] - weight.shape[0]))
     block = block_vectors * WIDTH
     num_blocks = weight.shape[0] // block
-    packed = torch.empty(weight.shape, dtype=weight.dtype)
     for part, size in ((slice(num_blocks * block), block), (slice(num_blocks * block, None), WIDTH)):
         pairs = weight[part].view(-1, size, weight.shape[1] // 2, 2)
         packed[part].view(-1, weight.shape[1] // 2, size, 2).copy_(pairs.transpose(1, 2))
-    return packed
+
+
+def _round_up(count: int, unit: int) -> int:
+    return -(-count // unit) * unit

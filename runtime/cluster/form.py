@@ -153,6 +153,7 @@ async def _assign(
             tensor_split=config.parallel.tensor_split,
             stage_layers=config.parallel.stage_layers,
             expert_parallel=config.parallel.expert_parallel,
+            share_weights=config.engine.share_weights,
         )
         for rank, host in enumerate(hosts)
     ]

@@ -3,6 +3,7 @@
 from shardray.runtime.config.errors import ConfigError
 from shardray.runtime.config.gateway import GatewaySettings
 from shardray.runtime.config.load import config_schema, load_config
+from shardray.runtime.config.observed import LoggingSettings, MetricsSettings, TracingSettings
 from shardray.runtime.config.settings import (
     AutoscalingSettings,
     ClusterSettings,
@@ -13,13 +14,10 @@ from shardray.runtime.config.settings import (
     GrpcSettings,
     GrpcTlsSettings,
     LimitsSettings,
-    LoggingSettings,
-    MetricsSettings,
     ModelSettings,
     ParallelSettings,
     RaySettings,
     TlsSettings,
-    TracingSettings,
 )
 from shardray.runtime.config.units import parse_bytes
 

@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 from shardray.runtime.config.gateway import GatewaySettings
+from shardray.runtime.config.observed import LoggingSettings, MetricsSettings, TracingSettings
 from shardray.runtime.config.units import (
     Bytes,
     Count,
@@ -24,7 +25,6 @@ from shardray.runtime.config.units import (
     NonNegative,
     Positive,
     RayAddress,
-    Share,
     Text,
     is_loopback,
     parse_listen,
@@ -118,6 +118,8 @@ class EngineSettings:
     """Where the shards run; auto takes cuda if the host has it."""
     threads_per_host: Count | None = None
     """CPU threads of each host; null divides the machine's cores among its hosts."""
+    share_weights: Flag = True
+    """Whether hosts on the CPUs of one machine keep weights once that several of them hold, replicas say."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
@@ -288,34 +290,6 @@ class DriverSettings:
     """SQLite file of accepted requests and their tokens, so that they outlive the driver; null keeps them in memory."""
     retain_s: NonNegative = 300.0
     """Seconds that the end of a request is kept for a client that lost its connection and asks again."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
-class MetricsSettings:
-    """What can be seen from outside."""
-
-    listen: Listen | None = None
-    """Address of the port for Prometheus and the web page, e.g. 127.0.0.1:9464; null: none. Needs shardray[metrics]."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
-class LoggingSettings:
-    """What the driver writes to stderr."""
-
-    format: Literal["text", "json"] = "text"
-    """Lines for people, or one JSON object a line."""
-    level: Literal["debug", "info", "warning", "error"] = "warning"
-    """Least level that is written; info has a line for each request that has ended."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
-class TracingSettings:
-    """Where OpenTelemetry spans of requests go."""
-
-    endpoint: Text | None = None
-    """A collector that takes OTLP over gRPC, e.g. http://127.0.0.1:4317; null: none. Needs shardray[tracing]."""
-    sample_ratio: Share = 1.0
-    """Share of the requests that are traced; those that come with a trace context follow that."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)

@@ -38,6 +38,7 @@ class ShardAssignment(msgspec.Struct, frozen=True, kw_only=True):
     tensor_split: tuple[float, ...] | None = None
     stage_layers: tuple[int, ...] | None = None
     expert_parallel: bool = False
+    share_weights: bool = False  # with other processes of this machine, on a CPU
     record_steps: bool | None = None  # None: where that makes decode steps faster
 
     @property
@@ -70,4 +71,4 @@ class ShardLoad(msgspec.Struct, frozen=True, kw_only=True):
 
     num_steps: int = 0
     busy_s: float = 0.0  # within steps: computing, and waiting for the other ranks
-    memory_bytes: int = 0  # of its device, reserved by it; on a CPU, memory of its process
+    memory_bytes: int = 0  # of its device, reserved by it; on a CPU, of its process, less weights that another loaded

@@ -6,6 +6,7 @@ before anything is started.
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,6 +150,13 @@ def held_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device)
     return int(psutil.Process().memory_info().rss)
+
+
+def trim_heap() -> None:
+    """Give back what the allocator keeps of freed memory: after loading that is much, and not needed again."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)
 
 
 def available_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from shardray.parallel.checkpoint import Checkpoint
-from shardray.parallel.layers import is_packed
+from shardray.parallel.layers import can_share, is_packed
 from shardray.runtime.config import Config
 from shardray.runtime.engine.forecast import Hardware, TokenCost, decode_cost, prompt_cost
 from shardray.runtime.engine.memory import available_bytes
@@ -109,8 +109,11 @@ def _offer(config: Config, served: ServedSpec, wishes: Wishes) -> HostMemory:
         num_bytes = int(torch.cuda.mem_get_info()[1])
     elif num_bytes is None:
         num_bytes, is_shared = available_bytes(), True
-    packed = is_packed(kind, served.dtype)
-    return HostMemory(kind, num_bytes, is_shared, packed, engine.memory_utilization, engine.kv_memory_bytes)
+    shares = is_shared and engine.share_weights and can_share(kind, served.dtype)
+    return HostMemory(
+        kind, num_bytes, is_shared, is_packed(kind, served.dtype), engine.memory_utilization, engine.kv_memory_bytes,
+        shares,
+    )  # fmt: skip
 
 
 def _load(served: ServedSpec, wishes: Wishes) -> Load:

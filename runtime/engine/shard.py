@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ from shardray.runtime.engine.memory import (
     held_bytes,
     num_encoder_pages,
     rank_memory,
+    trim_heap,
 )
 from shardray.runtime.engine.recorded import StepRecording
 from shardray.runtime.engine.request import ServedModel
@@ -41,6 +42,7 @@ from shardray.runtime.engine.runner import ShardRunner
 from shardray.runtime.engine.sampler import Sampler
 from shardray.runtime.engine.served import ServedSpec, read_dtype, read_served
 from shardray.runtime.engine.shapes import cut_as_configured
+from shardray.runtime.engine.shared_weights import keep_weights
 from shardray.runtime.engine.slots import SlotTable
 from shardray.runtime.model.attention import KVPages
 from shardray.runtime.model.decoder import ShardedDecoder
@@ -93,6 +95,7 @@ class Shard:
     _mesh: Mesh
     _runner: ShardRunner
     _limits: SchedulerLimits
+    _num_borrowed_bytes: int  # of weights that another process loaded, and counts
 
     @cached_property
     def engine(self) -> Engine:
@@ -116,7 +119,8 @@ class Shard:
 
     def load(self) -> ShardLoad:
         """What it has done and holds. Thread-safe; asks nothing of the device, which may hang."""
-        runner, memory_bytes = self._runner, held_bytes(self._mesh.spec.device)
+        runner = self._runner
+        memory_bytes = max(0, held_bytes(self._mesh.spec.device) - self._num_borrowed_bytes)
         return ShardLoad(num_steps=runner.num_steps, busy_s=runner.busy_s, memory_bytes=memory_bytes)
 
     def start_trace(self) -> None:
@@ -142,7 +146,8 @@ class Shard:
 
     @cached_property
     def _executor(self) -> MeshExecutor:
-        return MeshExecutor(self._mesh, self._runner, lambda: _use_cores(self.assignment))
+        # Nothing that refers to this shard: its memory is to go with it, not when garbage is collected.
+        return MeshExecutor(self._mesh, self._runner, partial(_use_cores, self.assignment))
 
 
 def form_shard(
@@ -165,15 +170,18 @@ def form_shard(
     try:
         place = mesh.spec
         ops = choose_ops(device, dtype, assignment.num_threads)
-        with open_filling(device) as filling:
-            loader = ParameterLoader(Checkpoint(folder), served.family, spec, plan, place.tp_rank, dtype, filling)
+        checkpoint = Checkpoint(folder)
+        keeping = keep_weights(assignment, checkpoint, served, plan, progress)
+        with open_filling(device) as filling, keeping as num_borrowed_bytes:
+            loader = ParameterLoader(checkpoint, served.family, spec, plan, place.tp_rank, dtype, filling)
             decoder = ShardedDecoder(
                 spec, plan, place.stage, place.tp_rank, mesh.tp, ops, loader, device, served.max_model_len,
                 _encoder_pages(served, plan, place.tp_rank, device),
                 lambda fraction: progress("loading", fraction),
             )  # fmt: skip
+        trim_heap()
         pages = _allocate_pages(assignment, served, plan, mesh)
-        return _assemble(assignment, served, plan, mesh, decoder, pages)
+        return _assemble(assignment, served, plan, mesh, decoder, pages, num_borrowed_bytes)
     except BaseException:
         mesh.close()
         raise
@@ -187,7 +195,7 @@ def read_plan(assignment: ShardAssignment) -> tuple[ServedSpec, ShardPlan]:
 
 def _assemble(
     assignment: ShardAssignment, served: ServedSpec, plan: ShardPlan, mesh: Mesh, decoder: ShardedDecoder,
-    pages: KVPages,
+    pages: KVPages, num_borrowed_bytes: int,
 ) -> Shard:  # fmt: skip
     place, device, spec = mesh.spec, mesh.spec.device, served.spec
     eos_token_ids = read_eos_token_ids(Path(assignment.model_dir))
@@ -236,7 +244,7 @@ def _assemble(
         hidden = torch.empty(spec.hidden_size, dtype=served.dtype, device=device)
         recording = StepRecording(runner.compute, slots, mesh, num_pages, served.block_size, hidden)
         runner.use_recorded(recording.record())
-    return Shard(assignment, info, mesh, runner, limits)
+    return Shard(assignment, info, mesh, runner, limits, num_borrowed_bytes)
 
 
 def _allocate_pages(assignment: ShardAssignment, served: ServedSpec, plan: ShardPlan, mesh: Mesh) -> KVPages:

@@ -24,7 +24,10 @@ RUNTIME_BYTES = {"cpu": 400 * _MIB, "cuda": 1024 * _MIB}
 
 @dataclass(frozen=True)
 class HostMemory:
-    """What a host has to offer. ``is_shared``: the bytes are of a machine that holds all hosts, not of each."""
+    """What a host has to offer. ``is_shared``: the bytes are of a machine that holds all hosts, not of each.
+
+    ``shares_weights``: there replicas hold their weights once.
+    """
 
     device_type: str  # "cpu" or "cuda"
     num_bytes: int
@@ -32,6 +35,7 @@ class HostMemory:
     is_packed: bool  # see parallel/layers.py
     memory_utilization: float
     kv_memory_bytes: int | None = None
+    shares_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,8 @@ def plan_mesh(served: ServedSpec, plan: ShardPlan, offer: HostMemory, replicas: 
     needs = [of_first[stages[stage], ranks[tp_rank]] for stage, tp_rank in places]
     runtime_bytes = RUNTIME_BYTES[offer.device_type]
     in_use = replicas * sum(need.loaded_bytes + runtime_bytes for need in needs)
+    if offer.shares_weights:
+        in_use -= (replicas - 1) * sum(need.weight_bytes for need in needs)
     return PlannedMesh(
         plan,
         replicas,

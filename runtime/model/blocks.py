@@ -33,7 +33,7 @@ class AttentionBlock:
         self._out = RowParallelLinear(parameters["o.weight"], parameters.get("o.bias"), comm)
         self._num_heads = len(heads.kv_of_head)
         self._attention = PagedAttention(
-            attention, heads, parameters["o.weight"].device, parameters.get("sinks"), parameters.get("relative.weight")
+            attention, heads, self._out.device, parameters.get("sinks"), parameters.get("relative.weight")
         )
 
     def __call__(self, x: Tensor, layer: int, pages: KVPages, view: StepView, angles: Angles | None) -> Tensor:
@@ -72,7 +72,7 @@ class CrossAttentionBlock:
         self._queries = _merged(attention, parameters, "q")
         self._keys_and_values = _merged(attention, parameters, "k", "v")
         self._out = RowParallelLinear(parameters["o.weight"], parameters.get("o.bias"), comm)
-        self._attention = PagedAttention(attention, heads, parameters["o.weight"].device)
+        self._attention = PagedAttention(attention, heads, self._out.device)
 
     def remember(self, encoded: Tensor, layer: int, pages: KVPages, prompts: PromptsView) -> None:
         """Store what (S, H) of the encoder are to this layer."""

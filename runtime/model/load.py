@@ -7,16 +7,20 @@ tensors are all named before a byte of weights is read.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from shardray.parallel.checkpoint import Checkpoint, CheckpointError
 from shardray.parallel.filling import DirectFilling, Filling
+from shardray.parallel.kept import is_there_already, keep
+from shardray.parallel.layers import is_packed
 from shardray.parallel.plan import ShardPlan
 from shardray.runtime.model.families.family import Family, Source, swap_last
-from shardray.runtime.model.mxfp4 import is_packed, packed_shapes, read_packed
+from shardray.runtime.model.mxfp4 import is_packed as is_mxfp4
+from shardray.runtime.model.mxfp4 import packed_shapes, read_packed
 from shardray.runtime.model.parameters import (
     ENCODER,
     Parameter,
@@ -82,23 +86,39 @@ class ParameterLoader:
         return self._load(layer_parameters(self._spec, self._spec.all_layers[index]), *_place(self._spec, index))
 
     def _load(self, parameters: dict[str, Parameter], prefix: str = "", layer: int | None = None) -> Parameters:
-        found = self._allocate(parameters)
-        for name, tensor in found.items():
-            self._fill(tensor, self._sources[prefix + name], parameters[name], layer)
+        found: Parameters = {}
+        for names in _groups(parameters):
+            group = {name: parameters[name] for name in names}
+            sources = [self._sources[prefix + name] for name in names]
+            found |= self._load_group(group, sources, layer)
         self._filling.finish()
         self.num_bytes += sum(tensor.nbytes for tensor in found.values())
-        return found
-
-    def _allocate(self, parameters: dict[str, Parameter]) -> Parameters:
-        """Room for what this rank owns of each; those that layers merge lie one after the other."""
-        device = self._filling.device
-        found: Parameters = {}
-        shapes = {name: _shape(parameter.owned(self._plan, self._tp_rank)) for name, parameter in parameters.items()}
-        for names in _groups(parameters):
-            rows = [shapes[name][0] for name in names]
-            whole = torch.empty(sum(rows), *shapes[names[0]][1:], dtype=self._dtype, device=device)
-            found.update(zip(names, torch.split(whole, rows), strict=True))
         return {name: found[name] for name in parameters}
+
+    def _load_group(self, group: dict[str, Parameter], sources: list[Source], layer: int | None) -> Parameters:
+        """What this rank owns of parameters that lie one after the other."""
+        shapes = [_shape(parameter.owned(self._plan, self._tp_rank)) for parameter in group.values()]
+        rows = [shape[0] for shape in shapes]
+
+        def fill(whole: Tensor) -> None:
+            parts = torch.split(whole, rows)
+            for target, source, parameter in zip(parts, sources, group.values(), strict=True):
+                self._fill(target, source, parameter, layer)
+
+        whole = self._hold((sum(rows), *shapes[0][1:]), all(one.multiplied for one in group.values()), fill)
+        return dict(zip(group, torch.split(whole, rows), strict=True))
+
+    def _hold(self, shape: tuple[int, ...], multiplied: bool, fill: Callable[[Tensor], None]) -> Tensor:
+        """Memory for a group. What is only packed by layers is kept by them, and not read if it is there already."""
+        device = self._filling.device
+        is_kept = device.type == "cpu" and not (multiplied and is_packed(device.type, self._dtype))
+        if is_kept:
+            return keep(shape, self._dtype, fill)
+        if is_there_already() and math.prod(shape) > 0:
+            return torch.empty(shape, dtype=self._dtype, device="meta")
+        whole = torch.empty(shape, dtype=self._dtype, device=device)
+        fill(whole)
+        return whole
 
     def _fill(self, target: Tensor, source: Source, parameter: Parameter, layer: int | None) -> None:
         rows, *rest = parameter.owned(self._plan, self._tp_rank)
@@ -118,7 +138,7 @@ class ParameterLoader:
 
     def _fill_piece(self, target: Tensor, name: str, index: tuple[slice, ...], transposed: bool) -> None:
         stored = self._stored_name(name)
-        if is_packed(self._checkpoint, stored):
+        if is_mxfp4(self._checkpoint, stored):
             target.copy_(read_packed(self._checkpoint, stored, index))
         elif transposed:
             self._filling.fill(target.transpose(-1, -2), self._checkpoint, stored, swap_last(index))
@@ -155,7 +175,7 @@ class ParameterLoader:
             for name, parameter in parameters.items():
                 for stored, shape in self._sources[prefix + name].stored_shapes(parameter.shape, layer).items():
                     full_name = self._stored_name(stored)
-                    if is_packed(self._checkpoint, full_name):
+                    if is_mxfp4(self._checkpoint, full_name):
                         needed |= packed_shapes(full_name, parameter.shape)
                     else:
                         needed[full_name] = max(needed.get(full_name, shape), shape)

@@ -40,10 +40,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A whole parameter and how it is cut."""
+    """A whole parameter and how it is cut. ``multiplied``: it is read by a Linear and by nothing else."""
 
     shape: tuple[int, ...]
     splits: tuple[Split, ...] = ()
+    multiplied: bool = False
 
     def owned(self, plan: ShardPlan, tp_rank: int) -> tuple[slice, ...]:
         """The slice of the whole parameter that a tensor rank owns."""
@@ -126,12 +127,12 @@ def kind_parameters(spec: DecoderSpec, kind: int) -> Mapping[str, Parameter]:
 def _latent_parameters(attention: Attention, latent: Latent, hidden: int) -> dict[str, Parameter]:
     """The narrow vectors are made by every rank, what comes out of them by heads."""
     num_heads, dim, rotary_dim = attention.num_heads, attention.head_dim, attention.head_dim - latent.plain_dim
-    found = {"kv_down.weight": Parameter((latent.kv_rank + rotary_dim, hidden))}
+    found = {"kv_down.weight": Parameter((latent.kv_rank + rotary_dim, hidden), multiplied=True)}
     found |= _norm("kv_norm", latent.norm, (latent.kv_rank,))
     out_dim = latent.plain_dim + latent.value_dim
     found |= _linear("kv_up", (num_heads * out_dim, latent.kv_rank), Split(0, Axis.HEADS, out_dim), False)
     if latent.query_rank is not None:
-        found["q_down.weight"] = Parameter((latent.query_rank, hidden))
+        found["q_down.weight"] = Parameter((latent.query_rank, hidden), multiplied=True)
         found |= _norm("q_norm", latent.norm, (latent.query_rank,))
     found |= _linear("q", (num_heads * dim, latent.query_rank or hidden), Split(0, Axis.HEADS, dim), False)
     return found | _linear("o", (hidden, num_heads * latent.value_dim), Split(1, Axis.HEADS, latent.value_dim), False)
@@ -184,10 +185,10 @@ def _expert_parameters(experts: Experts, hidden: int) -> dict[str, Parameter]:
     whole = Split(0, Axis.EXPERTS)
     for name, rows in _in_names(mlp).items():
         splits = whole, Split(1, Axis.EXPERT_FFN, rows)
-        found[f"experts.{name}.weight"] = Parameter((count, rows * mlp.size, hidden), splits)
+        found[f"experts.{name}.weight"] = Parameter((count, rows * mlp.size, hidden), splits, True)
         if mlp.up_bias:
             found[f"experts.{name}.bias"] = Parameter((count, rows * mlp.size), splits)
-    found["experts.down.weight"] = Parameter((count, hidden, mlp.size), (whole, Split(2, Axis.EXPERT_FFN)))
+    found["experts.down.weight"] = Parameter((count, hidden, mlp.size), (whole, Split(2, Axis.EXPERT_FFN)), True)
     if mlp.down_bias:
         found["experts.down.bias"] = Parameter((count, hidden), (whole,))
     if experts.shared is not None:
@@ -257,7 +258,7 @@ def _within(prefix: str, parameters: Mapping[str, Parameter]) -> dict[str, Param
 
 
 def _linear(name: str, shape: tuple[int, int], split: Split, bias: bool) -> dict[str, Parameter]:
-    found = {f"{name}.weight": Parameter(shape, (split,))}
+    found = {f"{name}.weight": Parameter(shape, (split,), multiplied=True)}
     if bias:  # a split over the input leaves the bias whole: it is added once, after the sum
         found[f"{name}.bias"] = Parameter(shape[:1], (split,) if split.dim == 0 else ())
     return found

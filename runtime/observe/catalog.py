@@ -111,7 +111,8 @@ METRICS = (
     ),
     Metric(
         "shardray:shard_memory_bytes", "gauge", SHARD, "bytes",
-        "memory of its device that PyTorch has reserved; on CPUs, resident memory of the process",
+        "memory of its device that PyTorch has reserved; on CPUs, resident memory of the process without weights that "
+        "another one loaded and both share",
     ),
     Metric("shardray:shard_weight_bytes", "gauge", SHARD, "bytes", "memory of its weights"),
     Metric("shardray:shard_kv_bytes", "gauge", SHARD, "bytes", "memory of its KV pages"),

@@ -66,6 +66,17 @@ def test_hosts_report_what_was_planned(pool: RankPool, folder: Path, shape: tupl
     assert_as_reported(pool, folder, dtype, shape, kv_memory_bytes=1_100_000)
 
 
+def test_replicas_that_share_weights_leave_more_for_pages(folder: Path) -> None:
+    served = served_of(folder, max_num_seqs=100_000)
+    plan, machine = cut(served.spec, 2, 1, False), offer_of(served, 4 * GIB, is_shared=True)
+    shared = dataclasses.replace(machine, shares_weights=True)
+    alone = [plan_mesh(served, plan, offer, 1).hosts for offer in (machine, shared)]
+    assert alone[0] == alone[1], "a single replica shares with nobody"
+    each, once = (plan_mesh(served, plan, offer, 3).hosts[0].room_bytes for offer in (machine, shared))
+    of_weights = sum(host.memory.weight_bytes for host in alone[0])
+    assert once - each == pytest.approx(0.9 * 2 * of_weights / 6, abs=2)
+
+
 def test_hosts_of_a_real_model_report_what_was_planned(pool: RankPool) -> None:
     real = resolve_model("smollm2-135m")
     assert_as_reported(pool, real, "auto", (2, 1), kv_memory_bytes=32 << 20)

@@ -22,7 +22,7 @@ MAX_MODEL_LEN, BLOCK_SIZE, NUM_SLOTS = 128, 16, 4
 class LogitsOf:
     """A model folder on one rank. Slots keep what they have seen, as in the engine."""
 
-    def __init__(self, folder: Path, dtype: str = "float32") -> None:
+    def __init__(self, folder: Path, dtype: str = "float32", share_weights: bool = False) -> None:
         self._shard = form_shard(
             ShardAssignment(
                 epoch="logits",
@@ -42,6 +42,7 @@ class LogitsOf:
                 max_num_batched_tokens=256,
                 block_size=BLOCK_SIZE,
                 kv_memory_bytes=64 << 20,
+                share_weights=share_weights,
             )
         )
         encoder = self._shard.engine.info.encoder
@@ -49,6 +50,11 @@ class LogitsOf:
         self._num_blocks = -(-room // BLOCK_SIZE)
         self._seen = [0] * NUM_SLOTS
         self._granted = False
+
+    @property
+    def num_borrowed_bytes(self) -> int:
+        """Of weights that were loaded elsewhere."""
+        return self._shard._num_borrowed_bytes
 
     def step(
         self, rows: dict[int, Sequence[int]], prompts: dict[int, Sequence[int]] | None = None

@@ -513,7 +513,9 @@ class ShardLoad(_message.Message):
     busy_s: _builtins.float
     """Time within them, in seconds: computing, and waiting for the other ranks."""
     memory_bytes: _builtins.int
-    """Memory of its device that it has reserved; on a CPU, resident memory of its process. In bytes."""
+    """Memory of its device that it has reserved; on a CPU, resident memory of its process, without weights
+    that another one loaded and both share. In bytes.
+    """
     def __init__(
         self,
         *,
