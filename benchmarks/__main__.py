@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from benchmarks import driver_load, fleet, front_door, gpu, recovery, scaling, startup
+from benchmarks import driver_load, fleet, forecast, front_door, gpu, recovery, scaling, startup
 from benchmarks.compare import read_records, to_markdown
 from benchmarks.emitting import RESULTS_DIR, Emit, emitter, new_run_id
 from benchmarks.everything import PARTS, run_parts
@@ -261,6 +261,26 @@ def _gpu(
     emit = _own_emitter(output, "gpu", {})
     found = _or_exit(lambda: list(_told(gpu.measure(setup, parts or ()), emit)))
     print(f"\n{gpu.to_table(found)}", file=sys.stderr)
+
+
+@app.command(name="forecast")
+def _forecast(
+    cuts: Annotated[
+        str, typer.Option(help="Tensor x pipeline x threads of a rank, one after the other.")
+    ] = "1x1x2,1x1x1,2x1x1,1x2x1",
+    model: Model = "smollm2-135m",
+    dtype: Dtype = "bfloat16",
+    output: Output = None,
+) -> None:
+    """Hold what shardray plan --measure forecasts of steps against the steps; one JSON line a step."""
+    emit = _own_emitter(output, "forecast", {"model": model, "dtype": dtype})
+    chosen = [tuple(map(int, word.split("x"))) for word in cuts.split(",")]
+    found = []
+    for tp_size, pp_size, num_threads in chosen:
+        for one in forecast.measure(forecast.ForecastSetup(model, dtype, tp_size, pp_size, num_threads)):
+            emit(dataclasses.asdict(one) | {"ratio": one.ratio})
+            found.append(one)
+    print(f"\n{forecast.to_table(found)}", file=sys.stderr)
 
 
 def _told(records: Iterator[T], emit: Callable[[T], None]) -> Iterator[T]:
