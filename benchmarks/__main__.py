@@ -274,10 +274,9 @@ def _forecast(
 ) -> None:
     """Hold what shardray plan --measure forecasts of steps against the steps; one JSON line a step."""
     emit = _own_emitter(output, "forecast", {"model": model, "dtype": dtype})
-    chosen = [tuple(map(int, word.split("x"))) for word in cuts.split(",")]
     found = []
-    for tp_size, pp_size, num_threads in chosen:
-        for one in forecast.measure(forecast.ForecastSetup(model, dtype, tp_size, pp_size, num_threads)):
+    for cut in [_or_exit(_cut, word) for word in cuts.split(",")]:
+        for one in forecast.measure(forecast.ForecastSetup(model, dtype, *cut)):
             emit(dataclasses.asdict(one) | {"ratio": one.ratio})
             found.append(one)
     print(f"\n{forecast.to_table(found)}", file=sys.stderr)
@@ -299,6 +298,13 @@ def _shape(word: str) -> tuple[int, int]:
     if not (tp_size.isdigit() and pp_size.isdigit() and int(tp_size) and int(pp_size)):
         raise ValueError(f"--shapes: {word!r} is no shape; write tensor x pipeline, like 2x1")
     return int(tp_size), int(pp_size)
+
+
+def _cut(word: str) -> tuple[int, int, int]:
+    shape, _, num_threads = word.strip().rpartition("x")
+    if not (num_threads.isdigit() and int(num_threads)):
+        raise ValueError(f"--cuts: {word!r} is no cut; write tensor x pipeline x threads, like 2x1x1")
+    return *_shape(shape), int(num_threads)
 
 
 def _or_exit(work: Any, *arguments: Any) -> Any:

@@ -1,17 +1,15 @@
-"""What ``shardray plan --measure`` forecasts of a step, beside what the step then takes: in process, on this machine."""
+"""What ``shardray plan --measure`` forecasts of a step, beside what the step then takes: in process, on CPUs."""
 
 from __future__ import annotations
 
-import itertools
-import statistics
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from shardray import LLM, SamplingParams
+from shardray import LLM
 from shardray.runtime.engine.forecast import decode_tokens_per_s, prefill_rates
 from shardray.runtime.engine.hardware import Hardware
+from shardray.runtime.engine.launches import time_decode, time_prompt
 from shardray.runtime.engine.measuring import measure_hardware
 from shardray.runtime.engine.served import ServedSpec, read_served
 from shardray.runtime.engine.shapes import cut
@@ -20,7 +18,7 @@ from shardray.runtime.model.sources import resolve_model
 DECODES = ((1, 128), (1, 2048), (4, 1024), (8, 512), (16, 512), (32, 128), (32, 256), (64, 128), (64, 256))
 PROMPTS = (128, 512, 2048)
 TOLERANCE = 0.2
-_NUM_TOKENS, _NUM_WARM, _NUM_PROMPTS = 28, 4, 3
+_NUM_TOKENS, _NUM_PROMPTS = 28, 4
 _MAX_SEQS, _MAX_TOKENS, _KV_BYTES = 64, 2048, 1 << 30
 
 
@@ -71,10 +69,13 @@ def measure(setup: ForecastSetup) -> Iterator[Foretold]:
         skip_tokenizer_init=True,
     ) as llm:  # fmt: skip
         for num_seqs, context_len in setup.decodes:
-            measured_s = time_decode(llm, num_seqs, context_len)
+            prompts = [_prompt(context_len, seed) for seed in range(num_seqs)]
+            num_waiting = num_seqs * context_len // _MAX_TOKENS  # steps until the last prompt is read
+            measured_s = time_decode(llm, prompts, _NUM_TOKENS + num_waiting)
             yield _foretold(setup, served, hardware, "decode", num_seqs, context_len, measured_s)
         for prompt_len in setup.prompts:
-            yield _foretold(setup, served, hardware, "prompt", 1, prompt_len, time_prompt(llm, prompt_len))
+            measured_s = time_prompt(llm, [_prompt(prompt_len, seed) for seed in range(_NUM_PROMPTS)])
+            yield _foretold(setup, served, hardware, "prompt", 1, prompt_len, measured_s)
 
 
 def _foretold(
@@ -91,35 +92,7 @@ def _foretold(
     speed = hardware.speed
     intensity, byte_s = speed.products.points[-1]
     roofline = Hardware.of(speed.memory_bytes_per_s, intensity / byte_s, 50e9, 5e-6)
-    return Foretold(
-        setup.cut, kind, num_seqs, num_tokens, forecast_s(roofline), forecast_s(hardware), measured_s
-    )
-
-
-def time_decode(llm: LLM, num_seqs: int, context_len: int) -> float:
-    """Seconds from token to token of a sequence once all of them decode; the median."""
-    streams = llm.streams()
-    params = SamplingParams(temperature=0.0, max_tokens=_NUM_TOKENS + num_seqs * context_len // _MAX_TOKENS, ignore_eos=True)
-    for seed in range(num_seqs):
-        streams.add(_prompt(context_len, seed), params)
-    waited_for, arrivals_s = {*range(num_seqs)}, []
-    while streams.num_live:
-        numbers = {streamed.number for streamed in streams.poll()}
-        if not waited_for and 0 in numbers:
-            arrivals_s.append(time.perf_counter())
-        waited_for -= numbers
-    gaps_s = [after - before for before, after in itertools.pairwise(arrivals_s[_NUM_WARM:])]
-    return statistics.median(gaps_s)
-
-
-def time_prompt(llm: LLM, num_tokens: int) -> float:
-    """Seconds until the first token of a prompt alone; the median of some, of other tokens each."""
-    took_s = []
-    for seed in range(_NUM_PROMPTS + 1):
-        began_s = time.perf_counter()
-        llm.generate(_prompt(num_tokens, seed), SamplingParams(temperature=0.0, max_tokens=1))
-        took_s.append(time.perf_counter() - began_s)
-    return statistics.median(took_s[1:])
+    return Foretold(setup.cut, kind, num_seqs, num_tokens, forecast_s(roofline), forecast_s(hardware), measured_s)
 
 
 def _prompt(num_tokens: int, seed: int) -> list[int]:

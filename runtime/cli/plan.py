@@ -39,7 +39,8 @@ def command(
     """Tell what a serving file takes and gives, before anything is fetched or started.
 
     Memory of each host, tokens of KV, work and traffic of a token, the rates that bandwidth and compute allow (with
-    --measure: those that this machine should reach), the best shape for a number of hosts, and what stands in the way when nothing fits. Exits with 1 if the model does not fit.
+    --measure those that this machine should reach), the best shape for a number of hosts, and what stands in the way
+    when nothing fits. Exits with 1 if the model does not fit.
     """
     from shardray.runtime.cli.plan_tables import describe
     from shardray.runtime.cli.shard_table import table_console

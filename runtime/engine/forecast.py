@@ -45,7 +45,7 @@ def rank_time_s(cost: StepCost, load: StepLoad, hardware: Hardware) -> float:
     launches = hardware.decode_launches if is_decode else hardware.prefill_launches
     own = speed.products.time_s(cost.products) + speed.products.time_s(cost.head)
     own += speed.attention_time_s(cost.attention, is_decode) + cost.activation_bytes / speed.memory_bytes_per_s
-    return own + traffic_time_s(cost.tensor, hardware) + launches.step_s + cost.num_layers * launches.layer_s
+    return own + traffic_time_s(cost.tensor, hardware) + launches.time_s(cost.num_layers, load.num_seqs)
 
 
 def stage_times_s(served: ServedSpec, plan: ShardPlan, load: StepLoad, hardware: Hardware) -> list[tuple[float, float]]:

@@ -67,10 +67,14 @@ class Speed:
 
 @dataclass(frozen=True)
 class Launches:
-    """What is lost to the scheduler, to launches, and to kernels that have next to nothing to do."""
+    """What a step takes beside arithmetic and bytes: planning, launching, and kernels' tasks with little to do."""
 
     step_s: float = 0.0
-    layer_s: float = 0.0
+    layer_s: float = 0.0  # for each layer
+    row_s: float = 0.0  # for each sequence in each layer
+
+    def time_s(self, num_layers: int, num_seqs: int) -> float:
+        return self.step_s + num_layers * (self.layer_s + num_seqs * self.row_s)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,8 +18,10 @@ from shardray.runtime.engine.llm import LLM
 from shardray.runtime.engine.request import SamplingParams
 
 _FEW, _MANY = 2, 10  # layers
+_ROWS = 32
 _SIZE, _VOCAB = 64, 256
-_PROMPT_LEN, _NUM_STEPS, _NUM_PROMPTS = 8, 64, 9
+_PROMPT_LEN, _NUM_TOKENS, _NUM_PROMPTS = 8, 64, 9
+_NUM_WARM = 4  # steps; kernels are recorded meanwhile
 _CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
@@ -30,37 +33,49 @@ _CONFIG = {
 def measure_launches(num_threads: int) -> tuple[Launches, Launches]:
     """(of a decode step, of a step that reads a prompt) of one host on this machine's CPUs."""
     few, many = (_step_times_s(num_layers, num_threads) for num_layers in (_FEW, _MANY))
-    decode, prefill = (_line(*pair) for pair in zip(few, many, strict=True))
-    return decode, prefill
+    one_s, all_s, prompt_s = ((more - less) / (_MANY - _FEW) for less, more in zip(few, many, strict=True))  # a layer
+    row_s = max(0.0, (all_s - one_s) / (_ROWS - 1))
+    decode = Launches(max(0.0, few[0] - _FEW * one_s), max(0.0, one_s - row_s), row_s)
+    return decode, Launches(max(0.0, few[2] - _FEW * prompt_s), max(0.0, prompt_s))
 
 
-def _line(few_s: float, many_s: float) -> Launches:
-    layer_s = max(0.0, (many_s - few_s) / (_MANY - _FEW))
-    return Launches(max(0.0, few_s - _FEW * layer_s), layer_s)
-
-
-def _step_times_s(num_layers: int, num_threads: int) -> tuple[float, float]:
-    """Medians: from token to token, and from a prompt to its token."""
+def _step_times_s(num_layers: int, num_threads: int) -> tuple[float, float, float]:
+    """Of a decode step of one sequence, of one of many, and of a prompt."""
+    prompts = [range(3 + row, 3 + row + _PROMPT_LEN) for row in range(_ROWS)]
     with tempfile.TemporaryDirectory() as name:
         folder = _write_model(Path(name), num_layers)
         llm = LLM(
-            folder, device="cpu", num_threads=num_threads, max_num_seqs=1, kv_memory_bytes=8 << 20,
+            folder, device="cpu", num_threads=num_threads, max_num_seqs=_ROWS, kv_memory_bytes=32 << 20,
             skip_tokenizer_init=True,
         )  # fmt: skip
         with llm:
-            arrivals_s = [_arrivals_s(llm, _NUM_STEPS) for _ in range(2)][-1]  # the first warms up
-            prompts_s = [_arrivals_s(llm, 1) for _ in range(_NUM_PROMPTS)]
-    steps_s = [after - before for before, after in itertools.pairwise(arrivals_s[1:])]
-    return statistics.median(steps_s), statistics.median(after - before for before, after in prompts_s)
+            one_s, all_s = (time_decode(llm, some, _NUM_TOKENS) for some in (prompts[:1], prompts))
+            return one_s, all_s, time_prompt(llm, prompts[:_NUM_PROMPTS])
 
 
-def _arrivals_s(llm: LLM, num_tokens: int) -> list[float]:
-    """When a prompt was handed over, and when each of its tokens came."""
-    at_s = [time.perf_counter()]
-    params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
-    for _ in llm.stream(range(3, 3 + _PROMPT_LEN), params):
-        at_s.append(time.perf_counter())
-    return at_s
+def time_decode(llm: LLM, prompts: Sequence[Sequence[int]], num_tokens: int) -> float:
+    """Seconds from token to token of a sequence while all of them decode; the median."""
+    streams = llm.streams()
+    for prompt in prompts:
+        streams.add(prompt, SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True))
+    waited_for, arrivals_s = {*range(len(prompts))}, []
+    while streams.num_live:
+        numbers = {streamed.number for streamed in streams.poll()}
+        if not waited_for and 0 in numbers:
+            arrivals_s.append(time.perf_counter())
+        waited_for -= numbers
+    gaps_s = [after - before for before, after in itertools.pairwise(arrivals_s[_NUM_WARM:])]
+    return statistics.median(gaps_s)
+
+
+def time_prompt(llm: LLM, prompts: Sequence[Sequence[int]]) -> float:
+    """Seconds until the first token of a prompt alone; the median, without the first one."""
+    took_s = []
+    for prompt in prompts:
+        began_s = time.perf_counter()
+        llm.generate(prompt, SamplingParams(temperature=0.0, max_tokens=1))
+        took_s.append(time.perf_counter() - began_s)
+    return statistics.median(took_s[1:])
 
 
 def _write_model(folder: Path, num_layers: int) -> Path:

@@ -21,8 +21,8 @@ from shardray.runtime.engine.samples import AttentionSample, ProductSample, Run,
 from shardray.runtime.engine.served import ServedSpec
 from shardray.runtime.model.costs import ring_sum
 
-_TOKENS = (1, 4, 8, 16, 32, 64, 256)
-_NUM_TRIES = 5
+_TOKENS = (1, 4, 8, 16, 32, 64, 128)
+_NUM_TRIES = 9
 _DECODE_ROWS, _DECODE_LEN, _PREFILL_LEN = 8, 1024, 512
 _MANY_TOKENS = 256
 

@@ -144,7 +144,7 @@ def _as_told(wishes: Wishes) -> Hardware | None:
 
 
 def _measured(config: Config, served: ServedSpec, wishes: Wishes, offer: HostMemory, num_hosts: int) -> Hardware:
-    """Hosts are this machine's, or each has one like it; what is known of the link takes the place of what was measured."""
+    """Of hosts on this machine, or on machines like it. What the wishes say of the link stands."""
     from shardray.runtime.engine.measuring import measure_hardware
 
     if offer.device_type != "cpu":

@@ -1,4 +1,4 @@
-"""What is timed to learn how fast a host's kernels are: products, attention, sums; prepared once, then run and run again.
+"""What is timed to learn how fast a host's kernels are: products, attention, sums; prepared once, run several times.
 
 They run as in decode steps: recorded, without Python between launches, where that can be.
 """
@@ -28,7 +28,7 @@ from shardray.runtime.model.spec import DecoderSpec
 Run = Callable[[], object]
 _CPU = torch.device("cpu")
 _COLD_BYTES = 192 << 20  # of weights: far above what caches keep
-_NUM_LAYERS = 8  # of keys and values
+_NUM_LAYERS = 16  # of keys and values
 _NUM_SUMS, _SLOT_BYTES, _TIMEOUT_S = 64, 4 << 20, 60.0
 
 
@@ -107,9 +107,7 @@ def _view(counts: Sequence[int], context_len: int, num_blocks: int) -> StepView:
     nothing = torch.zeros(sum(counts), dtype=torch.int64)
     tables = torch.arange(num_rows * num_blocks, dtype=torch.int32).view(num_rows, num_blocks)
     lens = torch.full((num_rows,), context_len, dtype=torch.int32)
-    rows = tuple(
-        AttentionRow(row, sum(counts[:row]), counts[row], context_len) for row in range(num_decodes, num_rows)
-    )
+    rows = tuple(AttentionRow(row, sum(counts[:row]), counts[row], context_len) for row in range(num_decodes, num_rows))
     return StepView(nothing, nothing, nothing, num_decodes, tables, lens, rows, nothing)
 
 

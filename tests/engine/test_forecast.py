@@ -22,7 +22,9 @@ from shardray.runtime.engine.shapes import cut
 from tests.model.encoder_zoo import save_encoder
 from tests.tiny_models import save_llama
 
-READS = Hardware.of(memory_bytes_per_s=1e9, flops_per_s=1e18, link_bytes_per_s=1e18, message_s=0.0)  # nothing else counts
+READS = Hardware.of(
+    memory_bytes_per_s=1e9, flops_per_s=1e18, link_bytes_per_s=1e18, message_s=0.0
+)  # nothing else counts
 MULTIPLIES = Hardware.of(memory_bytes_per_s=1e18, flops_per_s=1e9, link_bytes_per_s=1e18, message_s=0.0)
 
 
@@ -78,8 +80,10 @@ def test_an_encoder_generates_nothing(tmp_path: Path) -> None:
 
 def test_a_step_and_each_of_its_layers_have_to_be_launched(served: ServedSpec) -> None:
     plan = cut(served.spec, 1, 1, False)
-    launched = dataclasses.replace(READS, decode_launches=Launches(1.0, 0.5), prefill_launches=Launches(2.0, 0.25))
-    assert 1 / decode_tokens_per_s(served, plan, 1, 10, launched) == pytest.approx(1.0 + 5 * 0.5, rel=1e-2)
+    launched = dataclasses.replace(
+        READS, decode_launches=Launches(1.0, 0.5, 0.25), prefill_launches=Launches(2.0, 0.25)
+    )
+    assert 4 / decode_tokens_per_s(served, plan, 4, 10, launched) == pytest.approx(1.0 + 5 * (0.5 + 4 * 0.25), rel=1e-2)
     assert prefill_rates(served, plan, 150, launched)[1] == pytest.approx(3 * (2.0 + 5 * 0.25), rel=1e-2)
 
 

@@ -32,7 +32,7 @@ def test_every_figure_is_found_for_models_of_several_kinds(name: str, dtype: str
         assert points[-1][1] > 2 * points[0][1]  # many tokens take longer than reading the weights
         assert min(speed.memory_bytes_per_s, speed.decode_flops_per_s, speed.prefill_flops_per_s) > 1e8
     assert 0 < hardware.message_s < 1e-2
-    assert 1e7 < hardware.link_bytes_per_s
+    assert hardware.link_bytes_per_s > 1e7
     assert 0 < hardware.decode_launches.step_s < 0.1
     assert 0 < hardware.prefill_launches.step_s < 0.1
 
