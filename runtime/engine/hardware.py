@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from shardray.runtime.model.costs import Work
 
+USUAL_LINK_BYTES_PER_S, USUAL_MESSAGE_S = 50e9, 5e-6  # of one adapter with RDMA
+
 
 @dataclass(frozen=True)
 class Roofline:

@@ -15,7 +15,15 @@ from functools import partial
 
 import torch
 
-from shardray.runtime.engine.hardware import Hardware, Machine, Roofline, Speed
+from shardray.parallel.shm import usable
+from shardray.runtime.engine.hardware import (
+    USUAL_LINK_BYTES_PER_S,
+    USUAL_MESSAGE_S,
+    Hardware,
+    Machine,
+    Roofline,
+    Speed,
+)
 from shardray.runtime.engine.launches import measure_launches
 from shardray.runtime.engine.samples import AttentionSample, ProductSample, Run, SumSample
 from shardray.runtime.engine.served import ServedSpec
@@ -57,7 +65,9 @@ def _measure_speed(served: ServedSpec, num_hosts: int, num_threads: int) -> Spee
 
 
 def _measure_sums(served: ServedSpec) -> tuple[float, float]:
-    """(seconds a message, bytes a second) of a sum of two ranks."""
+    """(seconds a message, bytes a second) of a sum of two ranks; what is usual where they cannot share memory."""
+    if not usable():
+        return USUAL_MESSAGE_S, USUAL_LINK_BYTES_PER_S
     sums = SumSample()
     widths = served.spec.hidden_size, _MANY_TOKENS * served.spec.hidden_size
     few_s, many_s = (
@@ -74,13 +84,18 @@ def _times_s(num_hosts: int, num_threads: int, prepare: Callable[[int], Run]) ->
 
     def time_one(host: int) -> list[float]:
         torch.set_num_threads(num_threads)
-        with torch.inference_mode():
-            run, took_s = prepare(host), []
-            for _ in range(_NUM_TRIES + 1):
-                barrier.wait()
-                began_s = time.perf_counter()
-                run()
-                took_s.append(time.perf_counter() - began_s)
+        took_s = []
+        try:
+            with torch.inference_mode():
+                run = prepare(host)
+                for _ in range(_NUM_TRIES + 1):
+                    barrier.wait()
+                    began_s = time.perf_counter()
+                    run()
+                    took_s.append(time.perf_counter() - began_s)
+        except BaseException:
+            barrier.abort()  # the others would wait for ever
+            raise
         return took_s[1:]  # the first warms up
 
     with ThreadPoolExecutor(num_hosts) as threads:

@@ -13,7 +13,7 @@ from shardray.parallel.checkpoint import Checkpoint
 from shardray.parallel.layers import is_packed
 from shardray.runtime.config import Config
 from shardray.runtime.engine.forecast import TokenCost, decode_cost, prompt_cost
-from shardray.runtime.engine.hardware import Hardware
+from shardray.runtime.engine.hardware import USUAL_LINK_BYTES_PER_S, USUAL_MESSAGE_S, Hardware
 from shardray.runtime.engine.memory import available_bytes
 from shardray.runtime.engine.obstacles import remedies, shortage
 from shardray.runtime.engine.served import ServedSpec, read_served
@@ -25,7 +25,6 @@ from shardray.runtime.model.sources import read_headers
 from shardray.runtime.model.spec import ModelConfigError
 
 _USUAL_CONTEXT_LEN = 1024
-_LINK_BYTES_PER_S, _MESSAGE_S = 50e9, 5e-6  # unless told, or measured
 
 
 @dataclass(frozen=True)
@@ -137,10 +136,9 @@ def _load(served: ServedSpec, wishes: Wishes) -> Load:
 def _as_told(wishes: Wishes) -> Hardware | None:
     if wishes.bytes_per_s is None or wishes.flops_per_s is None:
         return None
-    link_bytes_per_s, message_s = wishes.link_bytes_per_s or _LINK_BYTES_PER_S, wishes.message_s
-    return Hardware.of(
-        wishes.bytes_per_s, wishes.flops_per_s, link_bytes_per_s, _MESSAGE_S if message_s is None else message_s
-    )
+    message_s = USUAL_MESSAGE_S if wishes.message_s is None else wishes.message_s
+    link_bytes_per_s = wishes.link_bytes_per_s or USUAL_LINK_BYTES_PER_S
+    return Hardware.of(wishes.bytes_per_s, wishes.flops_per_s, link_bytes_per_s, message_s)
 
 
 def _measured(config: Config, served: ServedSpec, wishes: Wishes, offer: HostMemory, num_hosts: int) -> Hardware:

@@ -33,12 +33,12 @@ _NUM_SUMS, _SLOT_BYTES, _TIMEOUT_S = 64, 4 << 20, 60.0
 
 
 class ProductSample:
-    """The products of a layer of the most common kind, again and again with other weights."""
+    """The products of a layer of the most common kind, with the weights of many; a small model stays in caches."""
 
     def __init__(self, spec: DecoderSpec, dtype: torch.dtype) -> None:
         shapes = _product_shapes(spec)
         of_layer = dtype.itemsize * sum(rows * columns for rows, columns in shapes)
-        count = -(-_COLD_BYTES // of_layer)
+        count = min(-(-_COLD_BYTES // of_layer), spec.num_layers)
         self.num_bytes = count * of_layer
         self._dtype = dtype
         self._columns = [columns for _, columns in shapes] * count

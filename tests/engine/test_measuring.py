@@ -29,7 +29,7 @@ def test_every_figure_is_found_for_models_of_several_kinds(name: str, dtype: str
     for speed in (hardware.speed, hardware.machine.speed):
         points = speed.products.points
         assert all(earlier[0] < later[0] for earlier, later in itertools.pairwise(points))
-        assert points[-1][1] > 2 * points[0][1]  # many tokens take longer than reading the weights
+        assert points[-1][1] > points[0][1]  # many tokens take longer than reading the weights
         assert min(speed.memory_bytes_per_s, speed.decode_flops_per_s, speed.prefill_flops_per_s) > 1e8
     assert 0 < hardware.message_s < 1e-2
     assert hardware.link_bytes_per_s > 1e7
