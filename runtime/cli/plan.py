@@ -24,9 +24,11 @@ def command(
     ] = None,
     bandwidth: Annotated[str | None, typer.Option(help="A host reads its memory at, e.g. 3.35TB/s.")] = None,
     compute: Annotated[str | None, typer.Option(help="A host multiplies matrices at, e.g. 989TFLOP/s.")] = None,
-    link: Annotated[str | None, typer.Option(help="A host sends to another at; left out: 50GB/s.")] = None,
+    link: Annotated[
+        str | None, typer.Option(help="A host sends to another at; left out: 50GB/s, or as measured.")
+    ] = None,
     message_us: Annotated[
-        float | None, typer.Option(min=0, help="Microseconds that any message takes besides; left out: 5.")
+        float | None, typer.Option(min=0, help="Microseconds that any message takes besides; left out: 5, or measured.")
     ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Time this machine's kernels (CPUs, some seconds) for all of these.")
