@@ -9,7 +9,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -52,15 +52,16 @@ def measure_hardware(served: ServedSpec, num_hosts: int, num_threads: int) -> Ha
 
 def _measure_speed(served: ServedSpec, num_hosts: int, num_threads: int) -> Speed:
     """Of each of some hosts that all work at once."""
-    times = partial(_times_s, num_hosts, num_threads)
     samples = [ProductSample(served.spec, served.dtype) for _ in range(num_hosts)]
     points = []
     for num_tokens in _TOKENS:
-        took_s = times(lambda host, num_tokens=num_tokens: samples[host].prepare(num_tokens))
+        took_s = _time_s([partial(sample.prepare, num_tokens) for sample in samples], num_threads)
         points.append((2.0 * num_tokens / served.dtype.itemsize, took_s / samples[0].num_bytes))
     decodes = AttentionSample(served, [1] * _DECODE_ROWS, _DECODE_LEN)
     prefill = AttentionSample(served, [_PREFILL_LEN], _PREFILL_LEN)
-    decode_s, prefill_s = (times(lambda host, one=one: one.prepare(num_threads)) for one in (decodes, prefill))
+    decode_s, prefill_s = (
+        _time_s([partial(one.prepare, num_threads)] * num_hosts, num_threads) for one in (decodes, prefill)
+    )
     return Speed(Roofline(tuple(points)), 1 / points[0][1], decodes.flops / decode_s, prefill.flops / prefill_s)
 
 
@@ -71,23 +72,23 @@ def _measure_sums(served: ServedSpec) -> tuple[float, float]:
     sums = SumSample()
     widths = served.spec.hidden_size, _MANY_TOKENS * served.spec.hidden_size
     few_s, many_s = (
-        _times_s(2, 1, lambda rank, width=width: sums.prepare(rank, width, served.dtype)) / sums.num_sums
+        _time_s([partial(sums.prepare, rank, width, served.dtype) for rank in range(2)], 1) / sums.num_sums
         for width in widths
     )
     sent = ring_sum(2, (widths[1] - widths[0]) * served.dtype.itemsize)
     return few_s / sent.num_messages, sent.num_bytes / max(many_s - few_s, 1e-9)
 
 
-def _times_s(num_hosts: int, num_threads: int, prepare: Callable[[int], Run]) -> float:
-    """Seconds that the slowest of some hosts takes for what ``prepare(host)`` gives it to run; the median of tries."""
-    barrier = threading.Barrier(num_hosts)
+def _time_s(hosts: Sequence[Callable[[], Run]], num_threads: int) -> float:
+    """Seconds that the slowest of some hosts takes for what it has prepared; the median of some tries."""
+    barrier = threading.Barrier(len(hosts))
 
-    def time_one(host: int) -> list[float]:
+    def time_one(prepare: Callable[[], Run]) -> list[float]:
         torch.set_num_threads(num_threads)
         took_s = []
         try:
             with torch.inference_mode():
-                run = prepare(host)
+                run = prepare()
                 for _ in range(_NUM_TRIES + 1):
                     barrier.wait()
                     began_s = time.perf_counter()
@@ -98,6 +99,6 @@ def _times_s(num_hosts: int, num_threads: int, prepare: Callable[[int], Run]) ->
             raise
         return took_s[1:]  # the first warms up
 
-    with ThreadPoolExecutor(num_hosts) as threads:
-        of_hosts = threads.map(time_one, range(num_hosts))
-        return statistics.median(max(took_s) for took_s in zip(*of_hosts, strict=True))
+    with ThreadPoolExecutor(len(hosts)) as threads:
+        tries = zip(*threads.map(time_one, hosts), strict=True)
+        return statistics.median([max(took_s) for took_s in tries])

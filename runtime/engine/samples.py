@@ -142,4 +142,9 @@ def _recorded(run: Run) -> Run:
     program = None if recorder is None else recorder.record(run)[1]
     if program is None:
         return run
-    return lambda kept=run: program.run()  # what was recorded are addresses
+
+    def run_again() -> Run:
+        program.run()
+        return run  # which keeps what the program has the addresses of
+
+    return run_again
