@@ -101,4 +101,4 @@ def _time_s(hosts: Sequence[Callable[[], Run]], num_threads: int) -> float:
 
     with ThreadPoolExecutor(len(hosts)) as threads:
         tries = zip(*threads.map(time_one, hosts), strict=True)
-        return statistics.median([max(took_s) for took_s in tries])
+        return float(statistics.median(max(took_s) for took_s in tries))
