@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from benchmarks import driver_load, fleet, front_door, gpu, recovery, scaling, startup
+from benchmarks import driver_load, fleet, forecast, front_door, gpu, recovery, scaling, startup
 from benchmarks.compare import read_records, to_markdown
 from benchmarks.emitting import RESULTS_DIR, Emit, emitter, new_run_id
 from benchmarks.everything import PARTS, run_parts
@@ -263,6 +263,25 @@ def _gpu(
     print(f"\n{gpu.to_table(found)}", file=sys.stderr)
 
 
+@app.command(name="forecast")
+def _forecast(
+    cuts: Annotated[
+        str, typer.Option(help="Tensor x pipeline x threads of a rank, one after the other.")
+    ] = "1x1x2,1x1x1,2x1x1,1x2x1",
+    model: Model = "smollm2-135m",
+    dtype: Dtype = "bfloat16",
+    output: Output = None,
+) -> None:
+    """Hold what shardray plan --measure forecasts of steps against the steps; one JSON line a step."""
+    emit = _own_emitter(output, "forecast", {"model": model, "dtype": dtype})
+    found = []
+    for cut in [_or_exit(_cut, word) for word in cuts.split(",")]:
+        for one in forecast.measure(forecast.ForecastSetup(model, dtype, *cut)):
+            emit(dataclasses.asdict(one) | {"ratio": one.ratio})
+            found.append(one)
+    print(f"\n{forecast.to_table(found)}", file=sys.stderr)
+
+
 def _told(records: Iterator[T], emit: Callable[[T], None]) -> Iterator[T]:
     for record in records:
         emit(record)
@@ -279,6 +298,13 @@ def _shape(word: str) -> tuple[int, int]:
     if not (tp_size.isdigit() and pp_size.isdigit() and int(tp_size) and int(pp_size)):
         raise ValueError(f"--shapes: {word!r} is no shape; write tensor x pipeline, like 2x1")
     return int(tp_size), int(pp_size)
+
+
+def _cut(word: str) -> tuple[int, int, int]:
+    shape, _, num_threads = word.strip().rpartition("x")
+    if not (num_threads.isdigit() and int(num_threads)):
+        raise ValueError(f"--cuts: {word!r} is no cut; write tensor x pipeline x threads, like 2x1x1")
+    return *_shape(shape), int(num_threads)
 
 
 def _or_exit(work: Any, *arguments: Any) -> Any:

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.compare import table
-from shardray.runtime.engine.forecast import Hardware, stage_times_s
+from shardray.runtime.engine.forecast import stage_times_s
+from shardray.runtime.engine.hardware import Hardware
 from shardray.runtime.engine.served import ServedSpec, read_served
 from shardray.runtime.engine.shapes import cut
 from shardray.runtime.engine.sizing import HostMemory, plan_mesh
@@ -27,8 +28,8 @@ _BEGIN, _END = "<!-- {name}: python -m benchmarks paper --write -->", "<!-- end 
 _CONTEXT_LEN, _PROMPT_LEN = 2048, 2048
 # What kernels reach of an H100's data sheet (3.35 TB/s, 989 TFLOP/s), and what its links carry one way.
 _MEMORY_BYTES_PER_S, _FLOPS_PER_S = 0.85 * 3.35e12, 0.65 * 989e12
-NVLINK = Hardware(_MEMORY_BYTES_PER_S, _FLOPS_PER_S, link_bytes_per_s=450e9, message_s=1e-6)
-NETWORK = Hardware(_MEMORY_BYTES_PER_S, _FLOPS_PER_S, link_bytes_per_s=50e9, message_s=5e-6)
+NVLINK = Hardware.of(_MEMORY_BYTES_PER_S, _FLOPS_PER_S, link_bytes_per_s=450e9, message_s=1e-6)
+NETWORK = Hardware.of(_MEMORY_BYTES_PER_S, _FLOPS_PER_S, link_bytes_per_s=50e9, message_s=5e-6)
 _GPU_MEMORY = HostMemory("cuda", 80 << 30, is_shared=False, is_packed=False, memory_utilization=0.9)
 _LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,

@@ -93,6 +93,18 @@ def test_the_best_shape_for_some_hosts_is_told_as_json(tiny: Path, capsys: pytes
     assert len(found["shapes"]) == 5
 
 
+@pytest.mark.integration
+def test_what_was_measured_is_told_beside_what_follows(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--set", "engine.device=cpu", "--set", "parallel.tensor_parallel_size=2", "--measure"]
+    assert run(["plan", "--set", f"model.source={tiny}", *options, "--message-us", "7", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["hardware"]["message_s"] == pytest.approx(7e-6)
+    assert found["hardware"]["machine"]["num_hosts"] >= 1
+    launches = found["hardware"]["decode_launches"]
+    step_s = launches["step_s"] + found["hosts"][0]["num_layers"] * launches["layer_s"]
+    assert 0 < step_s < 1 / found["chosen"]["rates"]["stream_tokens_per_s"]
+
+
 def test_what_does_not_fit_ends_with_1_and_says_what_would(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "--set", f"model.source={tiny}", "--set", "engine.device=cuda", "--memory", "1MiB"]) == 1
     printed = capsys.readouterr().out
@@ -107,6 +119,11 @@ def test_what_does_not_fit_ends_with_1_and_says_what_would(tiny: Path, capsys: p
         (["--bandwidth", "3TB", "--compute", "1TFLOP/s"], "Invalid value for --bandwidth: '3TB' is no bandwidth"),
         (["--bandwidth", "3TB/s", "--compute", "fast"], "Invalid value for --compute: 'fast' is no rate such as"),
         (["--bandwidth", "3TB/s"], "Invalid value for --bandwidth and --compute: rates follow from both"),
+        (["--measure", "--bandwidth", "3TB/s", "--compute", "1TFLOP/s"], "Invalid value for --measure and --bandwidth"),
+        (
+            ["--measure", "--gpus", "2", "--memory", "1GiB"],
+            "--measure: times the kernels of CPUs, and engine.device is",
+        ),
         (["--link", "0GB/s"], "Invalid value for --link: '0GB/s' is nothing at all"),
         (["--context", "1024"], "--context 1024: there is room for 1023 tokens (model.max_model_len); give fewer"),
         (["--set", "parallel.pipeline_parallel_size=6"], "pipeline_parallel_size 6: 5 layers can be cut into 1 to 5"),

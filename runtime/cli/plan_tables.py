@@ -9,6 +9,7 @@ from rich.text import Text
 
 from shardray.runtime.cli.shard_table import format_bytes
 from shardray.runtime.engine.forecast import TokenCost
+from shardray.runtime.engine.hardware import Launches
 from shardray.runtime.engine.plan_report import Report, num_parameters
 from shardray.runtime.engine.sizing import Candidate, PlannedHost
 
@@ -93,8 +94,10 @@ def _host_cells(report: Report, host: PlannedHost) -> tuple[str, ...]:
 
 
 def _cost_table(report: Report) -> Table:
-    table = _table("a token of", "FLOPs", "bytes read", "sent by a host", "messages", "tokens/s at most", "")
     rates, load = report.chosen.rates, report.load
+    is_measured = report.hardware is not None and report.hardware.decode_launches != Launches()
+    speed = "tokens/s" if is_measured else "tokens/s at most"
+    table = _table("a token of", "FLOPs", "bytes moved", "sent by a host", "messages", speed, "")
     if report.served.spec.layers:
         what = f"{report.num_seqs} decodes at {load.context_len:,}"
         speed = "" if rates is None else f"{rates.decode_tokens_per_s:,.0f}"

@@ -1,8 +1,7 @@
-"""How fast a mesh can be at best: the larger of arithmetic and reading, for each rank, and what messages add.
+"""How long steps of a mesh take: for each rank arithmetic or reading, whichever is slower, messages, and launches.
 
-The roofline of Williams, Waterman and Patterson (2009), once for the products and once for attention of a step. What
-kernels, launches and the scheduler lose comes on top: give the bandwidth and the compute that kernels reach, rather
-than the data sheet's, and the forecast is that much nearer.
+The roofline of Williams, Waterman and Patterson (2009), once for the products of the layers, for the head and for
+attention. How fast hosts are (``hardware.py``) is a data sheet's word, which no kernel keeps, or has been measured.
 """
 
 from __future__ import annotations
@@ -10,19 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shardray.parallel.plan import ShardPlan
+from shardray.runtime.engine.hardware import Hardware
 from shardray.runtime.engine.served import ServedSpec
 from shardray.runtime.model.alike import first_alike_ranks, first_alike_stages
-from shardray.runtime.model.costs import StepCost, StepLoad, Traffic, Work, step_cost
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """Of one host, and of what joins it to the others."""
-
-    memory_bytes_per_s: float
-    flops_per_s: float
-    link_bytes_per_s: float
-    message_s: float  # before the first byte of a message arrives
+from shardray.runtime.model.costs import StepCost, StepLoad, Traffic, step_cost
 
 
 @dataclass(frozen=True)
@@ -40,23 +30,22 @@ class TokenCost:
     """A token of a decode batch, or of a prompt: over all ranks, but what is sent by the rank that sends most."""
 
     flops: float
-    num_bytes: float
+    num_bytes: float  # weights, keys and values that are read; activations
     sent_bytes: float
     num_messages: float
-
-
-def work_time_s(work: Work, hardware: Hardware) -> float:
-    return max(work.flops / hardware.flops_per_s, work.num_bytes / hardware.memory_bytes_per_s)
 
 
 def traffic_time_s(traffic: Traffic, hardware: Hardware) -> float:
     return traffic.num_messages * hardware.message_s + traffic.num_bytes / hardware.link_bytes_per_s
 
 
-def rank_time_s(cost: StepCost, hardware: Hardware) -> float:
+def rank_time_s(cost: StepCost, load: StepLoad, hardware: Hardware) -> float:
     """Of one rank's part of a step, until its stage is done."""
-    own = work_time_s(cost.products, hardware) + work_time_s(cost.attention, hardware)
-    return own + traffic_time_s(cost.tensor, hardware)
+    speed, is_decode = hardware.speed, load.num_new == 1
+    launches = hardware.decode_launches if is_decode else hardware.prefill_launches
+    own = speed.products.time_s(cost.products) + speed.products.time_s(cost.head)
+    own += speed.attention_time_s(cost.attention, is_decode) + cost.activation_bytes / speed.memory_bytes_per_s
+    return own + traffic_time_s(cost.tensor, hardware) + launches.time_s(cost.num_layers, load.num_seqs)
 
 
 def stage_times_s(served: ServedSpec, plan: ShardPlan, load: StepLoad, hardware: Hardware) -> list[tuple[float, float]]:
@@ -66,7 +55,7 @@ def stage_times_s(served: ServedSpec, plan: ShardPlan, load: StepLoad, hardware:
     for stage in {*stages}:
         costs = [_cost(served, plan, stage, tp_rank, load) for tp_rank in ranks]
         handing_s = max(traffic_time_s(cost.pipeline, hardware) for cost in costs)
-        of_first[stage] = max(rank_time_s(cost, hardware) for cost in costs), handing_s
+        of_first[stage] = max(rank_time_s(cost, load, hardware) for cost in costs), handing_s
     return [of_first[stage] for stage in stages]
 
 
@@ -78,18 +67,20 @@ def decode_tokens_per_s(
         return 0.0
     num_lanes = min(plan.pp_size, num_seqs)
     load = StepLoad(-(-num_seqs // num_lanes), 1, context_len, min(context_len, served.max_prompt_len))
-    times = stage_times_s(served, plan, load, hardware)
+    times = stage_times_s(served, plan, load, hardware.beside(num_lanes * plan.tp_size))
     round_s = max(sum(map(sum, times)), num_lanes * max(computing_s for computing_s, _ in times))
     return num_seqs / round_s
 
 
 def prefill_rates(served: ServedSpec, plan: ShardPlan, prompt_len: int, hardware: Hardware) -> tuple[float, float]:
     """(tokens a second with every stage busy, seconds to the first token of a prompt alone)."""
-    of_stages, alone_s = [0.0] * plan.pp_size, 0.0
-    for load in prompt_steps(served, prompt_len):
-        for stage, (computing_s, handing_s) in enumerate(stage_times_s(served, plan, load, hardware)):
+    loads = prompt_steps(served, prompt_len)
+    together, alone = hardware.beside(plan.pp_size * plan.tp_size), hardware.beside(plan.tp_size)
+    of_stages = [0.0] * plan.pp_size
+    for load in loads:
+        for stage, (computing_s, _) in enumerate(stage_times_s(served, plan, load, together)):
             of_stages[stage] += computing_s
-            alone_s += computing_s + handing_s
+    alone_s = sum(sum(map(sum, stage_times_s(served, plan, load, alone))) for load in loads)
     return prompt_len / max(of_stages), alone_s
 
 
@@ -132,8 +123,8 @@ def _token_cost(served: ServedSpec, plan: ShardPlan, loads: list[StepLoad]) -> T
     for stage in range(plan.pp_size):
         for tp_rank in range(plan.tp_size):
             costs = [_cost(served, plan, stage, tp_rank, load) for load in loads]
-            flops += sum(cost.products.flops + cost.attention.flops for cost in costs)
-            num_bytes += sum(cost.products.num_bytes + cost.attention.num_bytes for cost in costs)
+            flops += sum(cost.work.flops for cost in costs)
+            num_bytes += sum(cost.work.num_bytes for cost in costs)
             sent = sum((cost.tensor + cost.pipeline for cost in costs), Traffic())
             busiest = max(busiest, sent, key=lambda traffic: (traffic.num_bytes, traffic.num_messages))
     return TokenCost(

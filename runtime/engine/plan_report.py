@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from shardray.parallel.checkpoint import Checkpoint
 from shardray.parallel.layers import can_share, is_packed
 from shardray.runtime.config import Config
-from shardray.runtime.engine.forecast import Hardware, TokenCost, decode_cost, prompt_cost
+from shardray.runtime.engine.forecast import TokenCost, decode_cost, prompt_cost
+from shardray.runtime.engine.hardware import USUAL_LINK_BYTES_PER_S, USUAL_MESSAGE_S, Hardware
 from shardray.runtime.engine.memory import available_bytes
 from shardray.runtime.engine.obstacles import remedies, shortage
 from shardray.runtime.engine.served import ServedSpec, read_served
@@ -34,10 +36,11 @@ class Wishes:
     bytes_per_s: float | None
     flops_per_s: float | None
     link_bytes_per_s: float | None
-    message_s: float
+    message_s: float | None
     num_seqs: int
     context_len: int | None
     prompt_len: int | None
+    measures: bool = False  # how fast this machine is
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Report:
     served: ServedSpec
     offer: HostMemory
     load: Load
+    hardware: Hardware | None
     num_hosts: int
     chosen: Candidate
     shapes: list[Candidate]
@@ -67,8 +71,9 @@ def make_report(config: Config, wishes: Wishes) -> Report:
     model, parallel = config.model, config.parallel
     _, served = open_model(config)
     plan = cut_as_configured(served.spec, parallel)
-    offer, load, hardware = _offer(config, served, wishes), _load(served, wishes), _hardware(wishes)
+    offer, load = _offer(config, served, wishes), _load(served, wishes)
     num_hosts = wishes.num_hosts or parallel.num_hosts
+    hardware = _measured(config, served, wishes, offer, num_hosts) if wishes.measures else _as_told(wishes)
     shapes = candidates(served, num_hosts, offer, load, hardware, parallel.expert_parallel)
     chosen = shapes[0] if wishes.num_hosts else try_shape(served, plan, parallel.replicas, offer, load, hardware)
     num_seqs, fits = max(1, chosen.num_seqs), chosen.mesh.fits
@@ -77,6 +82,7 @@ def make_report(config: Config, wishes: Wishes) -> Report:
         served=served,
         offer=offer,
         load=load,
+        hardware=hardware,
         num_hosts=num_hosts,
         chosen=chosen,
         shapes=shapes,
@@ -130,11 +136,30 @@ def _load(served: ServedSpec, wishes: Wishes) -> Load:
     return Load(wishes.num_seqs, context_len, prompt_len)
 
 
-def _hardware(wishes: Wishes) -> Hardware | None:
+def _as_told(wishes: Wishes) -> Hardware | None:
     if wishes.bytes_per_s is None or wishes.flops_per_s is None:
         return None
-    assert wishes.link_bytes_per_s is not None
-    return Hardware(wishes.bytes_per_s, wishes.flops_per_s, wishes.link_bytes_per_s, wishes.message_s)
+    message_s = USUAL_MESSAGE_S if wishes.message_s is None else wishes.message_s
+    link_bytes_per_s = wishes.link_bytes_per_s or USUAL_LINK_BYTES_PER_S
+    return Hardware.of(wishes.bytes_per_s, wishes.flops_per_s, link_bytes_per_s, message_s)
+
+
+def _measured(config: Config, served: ServedSpec, wishes: Wishes, offer: HostMemory, num_hosts: int) -> Hardware:
+    """Of hosts on this machine, or on machines like it. What the wishes say of the link stands."""
+    from shardray.runtime.engine.measuring import measure_hardware
+
+    if offer.device_type != "cpu":
+        raise ModelConfigError(
+            "--measure: times the kernels of CPUs, and engine.device is cuda; give --bandwidth and --compute instead"
+        )
+    on_machine = num_hosts if offer.is_shared else 1
+    num_threads = config.engine.threads_per_host or max(1, len(os.sched_getaffinity(0)) // on_machine)
+    found = measure_hardware(served, on_machine, num_threads)
+    return dataclasses.replace(
+        found,
+        link_bytes_per_s=wishes.link_bytes_per_s or found.link_bytes_per_s,
+        message_s=found.message_s if wishes.message_s is None else wishes.message_s,
+    )
 
 
 def to_jsonable(report: Report) -> dict[str, Any]:
@@ -153,6 +178,7 @@ def to_jsonable(report: Report) -> dict[str, Any]:
         "host_memory_is_shared": report.offer.is_shared,
         "device": report.offer.device_type,
         "load": dataclasses.asdict(report.load),
+        "hardware": None if report.hardware is None else dataclasses.asdict(report.hardware),
         "hosts": [_host_to_jsonable(report, host) for host in chosen.mesh.hosts],
         "decode_token": dataclasses.asdict(report.decode) | {"num_seqs": report.num_seqs},
         "prompt_token": dataclasses.asdict(report.prompt),

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from shardray.parallel.plan import PlanError, ShardPlan
-from shardray.runtime.engine.forecast import Hardware, Rates, mesh_rates
+from shardray.runtime.engine.forecast import Rates, mesh_rates
+from shardray.runtime.engine.hardware import Hardware
 from shardray.runtime.engine.memory import MemoryGrant, RankMemory, rank_memory, room_on_cpu, room_on_gpu
 from shardray.runtime.engine.served import ServedSpec
 from shardray.runtime.engine.shapes import cut, merit, shapes_within
@@ -178,7 +179,7 @@ def try_shape(
     num_seqs = min(-(-load.num_seqs // replicas), mesh.num_sequences(load.context_len + 1))
     rates = None
     if mesh.fits and hardware is not None:
-        rates = mesh_rates(served, plan, max(1, num_seqs), load.context_len, load.prompt_len, hardware)
+        rates = mesh_rates(served, plan, max(1, num_seqs), load.context_len, load.prompt_len, hardware.among(replicas))
     return Candidate(mesh, num_seqs, rates)
 
 

@@ -10,12 +10,16 @@ Pure arithmetic over the spec and the plan; the formulas:
                  "Optimization of Collective Communication Operations in MPICH", 2005, section 4.5)
     sums of a layer                  after attention and after the MLP (arXiv 1909.08053, section 3)
     a gather or a broadcast          n - 1 messages at the rank that all others meet
+    activations  what a product makes is written, and read by what comes next: 2 elements an output and token. Norms,
+                 rotary and gates are that: they do little else than read and write
+    the head     as products, for the tokens that are sampled: one a sequence, even of a long prompt
 
-Left out, for being small beside these: norms, activations, rotary, sampling, one row of the embedding a token.
+Left out, for being small beside these: drawing tokens, one row of the embedding a token.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -73,33 +77,42 @@ class Traffic:
 
 @dataclass(frozen=True)
 class StepCost:
-    """One rank's part of one step. Products and attention are apart: one can lack arithmetic and the other bytes."""
+    """One rank's part of one step. What lacks arithmetic in it and what lacks bytes are apart."""
 
-    products: Work
+    products: Work  # of the layers
+    head: Work
     attention: Work
+    activation_bytes: float
+    num_layers: int
     tensor: Traffic  # to the other ranks of its stage
     pipeline: Traffic  # to the next stage
+
+    @property
+    def work(self) -> Work:
+        """All of it."""
+        return self.products + self.head + self.attention + Work(0.0, self.activation_bytes)
 
 
 def step_cost(
     spec: DecoderSpec, plan: ShardPlan, stage: int, tp_rank: int, load: StepLoad, item_bytes: int
 ) -> StepCost:
     """``item_bytes``: of one weight or activation."""
-    products, attention = Work(), Work()
+    products, head, attention, activation_bytes = Work(), Work(), Work(), 0.0
     kinds = _layer_kinds(spec, plan.stages[stage], load.is_encoding)
     layers = [spec.all_layers[kind] for kind in kinds]
     for kind, count in Counter(kinds).items():  # most are alike
         layer = spec.all_layers[kind]
         products += count * _layer_products(spec, kind, plan, tp_rank, load, item_bytes)
         attention += count * _attention_work(layer, plan, tp_rank, load, item_bytes)
+        activation_bytes += count * 2 * item_bytes * load.num_tokens * _outputs_of_token(spec, kind, plan, tp_rank)
     makes_logits = stage == plan.pp_size - 1 and not load.is_encoding
     if makes_logits:
         weight = head_parameters(spec)["head.weight"].num_owned(plan, tp_rank)
-        products += Work(2.0 * weight * load.num_seqs, weight * item_bytes)
+        head = Work(2.0 * weight * load.num_seqs, weight * item_bytes)
     hidden_bytes = load.num_tokens * spec.hidden_size * item_bytes
     tensor = _layer_sums(layers, plan, load, hidden_bytes) + _end_traffic(plan, stage, makes_logits, load, hidden_bytes)
     hands_over = Traffic(1, hidden_bytes) if stage < plan.pp_size - 1 else Traffic()
-    return StepCost(products, attention, tensor, hands_over)
+    return StepCost(products, head, attention, activation_bytes, len(kinds), tensor, hands_over)
 
 
 def _layer_kinds(spec: DecoderSpec, stage: range, is_encoding: bool) -> list[int]:
@@ -151,18 +164,34 @@ def _layer_products(
     spec: DecoderSpec, kind: int, plan: ShardPlan, tp_rank: int, load: StepLoad, item_bytes: int
 ) -> Work:
     total, layer = Work(), spec.all_layers[kind]
-    for parameter in _matrices(kind_parameters(spec, kind)):
+    for parameter in matrices(kind_parameters(spec, kind)):
         size = parameter.num_owned(plan, tp_rank)
-        met, read = 1.0, 1.0
-        if any(split.axis is Axis.EXPERTS for split in parameter.splits):
+        met, read = _share_met(layer, parameter), 1.0
+        if met < 1.0:
             assert isinstance(layer.mlp, Experts)
-            met = layer.mlp.top_k / layer.mlp.num_experts
             read = share_of_experts(layer.mlp, load.num_tokens)
         total += Work(2.0 * size * met * load.num_tokens, size * read * item_bytes)
     return total
 
 
-def _matrices(parameters: Mapping[str, Parameter]) -> Iterator[Parameter]:
+def _outputs_of_token(spec: DecoderSpec, kind: int, plan: ShardPlan, tp_rank: int) -> float:
+    """Elements that the products of a layer make for one token."""
+    total, layer = 0.0, spec.all_layers[kind]
+    for parameter in matrices(kind_parameters(spec, kind)):
+        sizes = [part.stop - part.start for part in parameter.owned(plan, tp_rank)]
+        total += math.prod(sizes[:-1]) * _share_met(layer, parameter)
+    return total
+
+
+def _share_met(layer: Layer, parameter: Parameter) -> float:
+    """Of a matrix, or of the matrices of all experts, the share that one token is multiplied with."""
+    if not any(split.axis is Axis.EXPERTS for split in parameter.splits):
+        return 1.0
+    assert isinstance(layer.mlp, Experts)
+    return layer.mlp.top_k / layer.mlp.num_experts
+
+
+def matrices(parameters: Mapping[str, Parameter]) -> Iterator[Parameter]:
     """What every token is multiplied with. Keys and values of cross-attention are made once a prompt: left out."""
     others = (f"{CROSS}k.", f"{CROSS}v.", f"{CROSS}relative.", "relative.", "q_norm.", "k_norm.")
     for name, parameter in parameters.items():

@@ -46,6 +46,11 @@ class Parameter:
     splits: tuple[Split, ...] = ()
     multiplied: bool = False
 
+    @property
+    def num_elements(self) -> int:
+        """Of all ranks together."""
+        return math.prod(self.shape)
+
     def owned(self, plan: ShardPlan, tp_rank: int) -> tuple[slice, ...]:
         """The slice of the whole parameter that a tensor rank owns."""
         index = [slice(0, size) for size in self.shape]
@@ -274,4 +279,4 @@ def _num_owned_of(parameters: Mapping[str, Parameter], plan: ShardPlan, tp_rank:
 
 
 def _num_elements(parameters: Mapping[str, Parameter]) -> int:
-    return sum(math.prod(parameter.shape) for parameter in parameters.values())
+    return sum(parameter.num_elements for parameter in parameters.values())

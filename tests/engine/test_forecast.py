@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 
 from shardray.runtime.engine.forecast import (
-    Hardware,
     decode_cost,
     decode_tokens_per_s,
     mesh_rates,
@@ -17,13 +16,16 @@ from shardray.runtime.engine.forecast import (
     prompt_cost,
     prompt_steps,
 )
+from shardray.runtime.engine.hardware import Hardware, Launches, Machine, Speed
 from shardray.runtime.engine.served import ServedSpec, read_served
 from shardray.runtime.engine.shapes import cut
 from tests.model.encoder_zoo import save_encoder
 from tests.tiny_models import save_llama
 
-READS = Hardware(memory_bytes_per_s=1e9, flops_per_s=1e18, link_bytes_per_s=1e18, message_s=0.0)  # nothing else counts
-MULTIPLIES = Hardware(memory_bytes_per_s=1e18, flops_per_s=1e9, link_bytes_per_s=1e18, message_s=0.0)
+READS = Hardware.of(
+    memory_bytes_per_s=1e9, flops_per_s=1e18, link_bytes_per_s=1e18, message_s=0.0
+)  # nothing else counts
+MULTIPLIES = Hardware.of(memory_bytes_per_s=1e18, flops_per_s=1e9, link_bytes_per_s=1e18, message_s=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +76,28 @@ def test_an_encoder_generates_nothing(tmp_path: Path) -> None:
     rates = mesh_rates(bert, cut(bert.spec, 2, 1, False), 4, 32, 32, READS)
     assert (rates.stream_tokens_per_s, rates.decode_tokens_per_s) == (0.0, 0.0)
     assert rates.prefill_tokens_per_s > 0
+
+
+def test_a_step_and_each_of_its_layers_have_to_be_launched(served: ServedSpec) -> None:
+    plan = cut(served.spec, 1, 1, False)
+    launched = dataclasses.replace(
+        READS, decode_launches=Launches(1.0, 0.5, 0.25), prefill_launches=Launches(2.0, 0.25)
+    )
+    assert 4 / decode_tokens_per_s(served, plan, 4, 10, launched) == pytest.approx(1.0 + 5 * (0.5 + 4 * 0.25), rel=1e-2)
+    assert prefill_rates(served, plan, 150, launched)[1] == pytest.approx(3 * (2.0 + 5 * 0.25), rel=1e-2)
+
+
+def test_ranks_of_one_machine_read_no_faster_than_the_machine(served: ServedSpec) -> None:
+    alone, two = cut(served.spec, 1, 1, False), cut(served.spec, 2, 1, False)
+    shared = dataclasses.replace(READS, machine=Machine(2, Speed.of(0.6e9, 1e18)))
+    gain = decode_tokens_per_s(served, two, 4, 10, shared) / decode_tokens_per_s(served, alone, 4, 10, shared)
+    own = decode_tokens_per_s(served, two, 4, 10, READS) / decode_tokens_per_s(served, alone, 4, 10, READS)
+    assert gain == pytest.approx(0.6 * own)
+
+
+def test_stages_share_a_machine_only_while_several_of_them_are_busy(served: ServedSpec) -> None:
+    plan = cut(served.spec, 1, 5, False)
+    shared = dataclasses.replace(READS, machine=Machine(5, Speed.of(0.2e9, 1e18)))
+    assert decode_tokens_per_s(served, plan, 1, 10, shared) == decode_tokens_per_s(served, plan, 1, 10, READS)
+    slower = decode_tokens_per_s(served, plan, 5, 10, shared) / decode_tokens_per_s(served, plan, 5, 10, READS)
+    assert slower == pytest.approx(0.2)

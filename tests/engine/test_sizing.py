@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from shardray.parallel.layers import is_packed
-from shardray.runtime.engine.forecast import Hardware
+from shardray.runtime.engine.hardware import Hardware
 from shardray.runtime.engine.obstacles import remedies, shortage
 from shardray.runtime.engine.served import ServedSpec, read_served
 from shardray.runtime.engine.shapes import cut, shapes_within
@@ -23,7 +23,7 @@ from tests.tiny_models import save_llama
 
 GIB = 1 << 30
 BOUNDS = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "block_size": 16}
-H100 = Hardware(memory_bytes_per_s=3.35e12, flops_per_s=989e12, link_bytes_per_s=450e9, message_s=3e-6)
+H100 = Hardware.of(memory_bytes_per_s=3.35e12, flops_per_s=989e12, link_bytes_per_s=450e9, message_s=3e-6)
 
 
 @pytest.fixture(scope="module")

@@ -55,8 +55,8 @@ def cost_of(spec: DecoderSpec, tp_size: int, pp_size: int, load: StepLoad) -> tu
     """(FLOPs, bytes of products, bytes of attention) over all ranks"""
     plan = make_plan(model_sizes(spec), tp_size, pp_size)
     costs = [step_cost(spec, plan, stage, rank, load, 2) for stage in range(pp_size) for rank in range(tp_size)]
-    flops = sum(cost.products.flops + cost.attention.flops for cost in costs)
-    return flops, sum(cost.products.num_bytes for cost in costs), sum(cost.attention.num_bytes for cost in costs)
+    weight_bytes = sum(cost.products.num_bytes + cost.head.num_bytes for cost in costs)
+    return sum(cost.work.flops for cost in costs), weight_bytes, sum(cost.attention.num_bytes for cost in costs)
 
 
 def test_a_decode_step_by_hand(llama: DecoderSpec) -> None:
@@ -67,6 +67,24 @@ def test_a_decode_step_by_hand(llama: DecoderSpec) -> None:
     assert flops == 2 * matrices * 4 + 5 * 4 * dim * heads * 4 * 100
     assert weight_bytes == 2 * matrices
     assert kv_bytes == 5 * 2 * kv_heads * dim * 2 * 4 * 100
+
+
+def test_what_products_make_is_written_and_read(llama: DecoderSpec) -> None:
+    hidden, heads, kv_heads, dim, ffn = 72, 9, 3, 16, 104
+    made = dim * (heads + 2 * kv_heads) + hidden + 2 * ffn + hidden
+    plan = make_plan(model_sizes(llama), 1, 1)
+    cost = step_cost(llama, plan, 0, 0, StepLoad(num_seqs=4, num_new=1, context_len=99), 2)
+    assert cost.activation_bytes == LLAMA["num_hidden_layers"] * 2 * 2 * 4 * made
+    assert cost.work.num_bytes - cost.activation_bytes == sum(
+        part.num_bytes for part in (cost.products, cost.head, cost.attention)
+    )
+
+
+def test_a_prompt_s_one_token_of_the_head_is_no_part_of_its_products(llama: DecoderSpec) -> None:
+    plan = make_plan(model_sizes(llama), 1, 1)
+    cost = step_cost(llama, plan, 0, 0, StepLoad(1, 64, 0), 2)
+    assert cost.head.flops == cost.head.num_bytes == 2 * LLAMA["vocab_size"] * LLAMA["hidden_size"]
+    assert cost.products.flops == 64 * cost.products.num_bytes
 
 
 def test_logits_are_made_for_the_last_token_of_a_prompt_alone(llama: DecoderSpec) -> None:

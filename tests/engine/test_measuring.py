@@ -1,0 +1,46 @@
+"""What is measured of this machine, and a forecast that is held against steps as they are."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks.forecast import ForecastSetup, measure
+from shardray.runtime.engine.measuring import measure_hardware
+from shardray.runtime.engine.served import read_served
+from tests.model.zoo import save
+from tests.tiny_models import save_llama
+
+TOLERANCE = 0.5  # other programs may take half of the machine between measuring and timing
+BOUNDS = SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=64, block_size=16)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("llama", "bfloat16"), ("llama", "float32"), ("mixtral", "bfloat16"), ("bloom", "bfloat16")]
+)
+def test_every_figure_is_found_for_models_of_several_kinds(name: str, dtype: str, tmp_path: Path) -> None:
+    folder = save_llama(tmp_path) if name == "llama" else save(name, tmp_path)
+    hardware = measure_hardware(read_served(folder, dtype, None, BOUNDS), 2, 1)
+    assert hardware.machine is not None
+    for speed in (hardware.speed, hardware.machine.speed):
+        points = speed.products.points
+        assert all(earlier[0] < later[0] for earlier, later in itertools.pairwise(points))
+        assert points[-1][1] > points[0][1]  # many tokens take longer than reading the weights
+        assert min(speed.memory_bytes_per_s, speed.decode_flops_per_s, speed.prefill_flops_per_s) > 1e8
+    assert 0 < hardware.message_s < 1e-2
+    assert hardware.link_bytes_per_s > 1e7
+    for launches in (hardware.decode_launches, hardware.prefill_launches):
+        assert 0 < launches.time_s(num_layers=2, num_seqs=1) < 0.1
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 1), (2, 1), (1, 2)])
+def test_a_forecast_is_near_what_steps_take(tp_size: int, pp_size: int) -> None:
+    decodes = ((1, 128), (8, 128), (32, 128))
+    setup = ForecastSetup("smollm2-135m", "bfloat16", tp_size, pp_size, 1, decodes, (128, 512))
+    for one in measure(setup):
+        assert one.ratio == pytest.approx(1.0, rel=TOLERANCE), one
