@@ -3,8 +3,8 @@
 A task reads each page of its KV head for up to four query heads at a time. What it computes depends on its row alone,
 so a row's result is the same whoever shares the batch. Weights of the softmax are of the pages' dtype.
 
-Pages lie anywhere, so the processor cannot guess what is read next. A list of tiles says it: those of the keys, those of
-the values, then the first keys of the task that this thread likely takes next. ``_AHEAD`` of them are on their way.
+Pages lie anywhere, so the processor cannot guess what is read next. A list of tiles says it: those of the keys, those
+of the values, then the first keys of the task that this thread likely takes next. ``_AHEAD`` of them are on their way.
 
 Legend: D decode rows, n / g query and KV heads, d head size, b tokens a page, W blocks in a row of the block table.
 """
