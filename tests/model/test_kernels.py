@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardray.runtime.model.attention import KVPages, OwnHeads, PagedAttention, StepView
+from shardray.runtime.model.kernels import cpu_ops, page_tiles
 from shardray.runtime.model.kernels.cpu_ops import CpuOps
 from shardray.runtime.model.kernels.ops import Angles, NormWeights, Ops
 from shardray.runtime.model.spec import Attention, Norm
@@ -77,6 +78,16 @@ def test_decode_attention_equals_the_reference(
     check_close(CpuOps(dtype, num_threads).attend(attention, queries, pages, 0, view), expected)
 
 
+def test_bfloat16_pages_are_read_on_processors_that_cannot_multiply_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = filled_pages(64, 2, 80, torch.bfloat16)
+    attention = PagedAttention(Attention(5, 2, 80, 0.125), own_heads((0, 0, 0, 1, 1)), CPU)
+    view = make_view([33, 5, 64, 1], num_pages=64)
+    queries = torch.randn(4, 5, 80).bfloat16()
+    monkeypatch.setattr(cpu_ops, "_page_element", lambda dtype: page_tiles.HALVES)
+    expected = Ops().attend(attention, queries.float(), as_float(pages), 0, view).bfloat16()
+    check_close(CpuOps(torch.bfloat16, 2).attend(attention, queries, pages, 0, view), expected)
+
+
 def as_float(pages: KVPages) -> KVPages:
     wide = KVPages(1, pages.num_pages, BLOCK_SIZE, *pages.values.shape[2::2], torch.float32, CPU)
     wide.keys.copy_(pages.keys)
@@ -100,15 +111,20 @@ def test_a_row_of_attention_is_the_same_bits_in_any_batch() -> None:
         )
 
 
-def test_what_a_page_holds_beyond_the_context_does_not_matter() -> None:
-    pages = filled_pages(4, 1, 16, torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("context_len", [1, 3, 4, 16, 17])
+def test_what_a_page_holds_beyond_the_context_does_not_matter(dtype: torch.dtype, context_len: int) -> None:
+    pages = filled_pages(4, 1, 16, dtype)
     attention = PagedAttention(Attention(1, 1, 16, 0.25), own_heads((0,)), CPU)
-    view = make_view([3], num_pages=4)
-    queries = torch.randn(1, 1, 16)
-    before = CpuOps(torch.float32, 1).attend(attention, queries, pages, 0, view)
-    pages.keys[..., 3:] = float("nan")
-    pages.values[..., 3:, :] = float("nan")
-    assert torch.equal(CpuOps(torch.float32, 1).attend(attention, queries, pages, 0, view), before)
+    view = make_view([context_len], num_pages=4)
+    queries = torch.randn(1, 1, 16).to(dtype)
+    before = CpuOps(dtype, 1).attend(attention, queries, pages, 0, view)
+    if filled := context_len % BLOCK_SIZE:
+        page = int(view.block_tables[0, -1])
+        pages.keys[0, page, ..., filled:] = float("nan")
+        pages.values[0, page, :, filled:] = float("nan")
+    assert not before.isnan().any()
+    assert torch.equal(CpuOps(dtype, 1).attend(attention, queries, pages, 0, view), before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -9,17 +9,15 @@ from torch import Tensor
 
 from shardray.parallel.kernels import jit, vector
 from shardray.parallel.kernels.jit import Kernel
-from shardray.parallel.kernels.linear import cpu_features, variant_for
+from shardray.parallel.kernels.linear import cpu_features, runs_here, variant_for
 from shardray.parallel.workspace import empty
 from shardray.runtime.model.attention import KVPages, PagedAttention, StepView
 from shardray.runtime.model.kernels import cpu_attention, cpu_elementwise, cpu_prefill, page_tiles
 from shardray.runtime.model.kernels.ops import Angles, NormWeights, Ops
+from shardray.runtime.model.kernels.page_tiles import PageElement
 from shardray.runtime.model.spec import Activation
 
-_ELEMENTS = {
-    torch.float32: (jit.FLOAT32, page_tiles.FLOAT32),
-    torch.bfloat16: (jit.BFLOAT16, page_tiles.BFLOAT16),
-}
+_ELEMENTS = {torch.float32: jit.FLOAT32, torch.bfloat16: jit.BFLOAT16}
 _TOKENS_A_THREAD = 8  # fewer are not worth waking a second thread for
 _PREFILL_ROWS = 96  # query heads of some tokens that share a KV head: what a task of prefill attention works on
 
@@ -32,8 +30,8 @@ class CpuOps(Ops):
     """Kernels for one dtype, run by ``num_threads`` of torch's threads."""
 
     def __init__(self, dtype: torch.dtype, num_threads: int) -> None:
-        kernels = _compile(dtype)
-        self._add_rms_norm, self._rotate_and_store, self._silu_gate, self._decode = kernels
+        self._add_rms_norm, self._rotate_and_store, self._silu_gate = _compile(dtype)
+        self._decode = _compile_decode(dtype, _page_element(dtype))
         self._prefill = _compile_prefill(dtype)
         self._num_threads = num_threads
 
@@ -77,8 +75,8 @@ class CpuOps(Ops):
         groups, scale = attention.groups.data_ptr(), _float_address(attention.scale)
         if view.num_decodes:
             self._decode(
-                self._num_threads, view.num_decodes, *shape, *inputs, view.context_lens.data_ptr(), groups,
-                out.data_ptr(), scale,
+                self._num_threads, view.num_decodes, self._num_threads, *shape, *inputs, view.context_lens.data_ptr(),
+                groups, out.data_ptr(), scale,
             )  # fmt: skip
         if self._prefill is None:
             attention.attend_prefills(queries, out, pages, layer, view)
@@ -105,10 +103,20 @@ class CpuOps(Ops):
 
 @functools.cache
 def _compile(dtype: torch.dtype) -> tuple[Kernel, ...]:
-    element, page_element = _ELEMENTS[dtype]
     functions = cpu_elementwise.add_rms_norm, cpu_elementwise.rotate_and_store, cpu_elementwise.silu_gate
-    decode = jit.compile_kernel(cpu_attention.decode, cpu_attention.make_variant(element, page_element))
-    return *(jit.compile_kernel(function, element) for function in functions), decode
+    return tuple(jit.compile_kernel(function, _ELEMENTS[dtype]) for function in functions)
+
+
+def _page_element(dtype: torch.dtype) -> PageElement:
+    """How this processor reads pages of a dtype fastest."""
+    if dtype == torch.float32:
+        return page_tiles.FLOAT32
+    return page_tiles.PAIRS if runs_here("pairs") else page_tiles.HALVES
+
+
+@functools.cache
+def _compile_decode(dtype: torch.dtype, page_element: PageElement) -> Kernel:
+    return jit.compile_kernel(cpu_attention.decode, cpu_attention.make_variant(_ELEMENTS[dtype], page_element))
 
 
 @functools.cache

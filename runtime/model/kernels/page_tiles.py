@@ -3,11 +3,11 @@
     queries (heads, d)    keys   (d, b)    scores (heads, row)    a vector runs over 16 tokens
     weights (heads, row)  values (b, d)    sums   (heads, d)      a vector runs over 16 elements of a head
 
-Meanwhile the next page is prefetched. A head's numbers come from that head alone, in the same order whatever its
-neighbours are.
+Sums take two products at a time: of two elements of a head, or of two tokens. Meanwhile another tile is prefetched. A
+head's numbers come from that head alone, in the same order whatever its neighbours are.
 
-Legend: d head size, b tokens a page, row a multiple of b; d and b are multiples of 16. Keys and values are of the
-element's dtype, the rest is float32. All operands are int64: addresses, counts, and ``row``.
+Legend: d head size, b tokens a page, row a multiple of b; d and b are multiples of 16. Queries, weights, keys and
+values are of the element's dtype; scores and sums are float32. All operands are int64: addresses, counts, and ``row``.
 """
 
 from __future__ import annotations
@@ -15,33 +15,70 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from shardray.parallel.kernels import vector
-from shardray.parallel.kernels.vector import FLOAT, FLOATS, I64, VECTOR_BYTES, WIDTH
+from shardray.parallel.kernels import tile, vector
+from shardray.parallel.kernels.tile import Operand
+from shardray.parallel.kernels.vector import FLOAT, FLOATS, I32, I64, VECTOR_BYTES, WIDTH, WORDS
 
 MAX_HEADS = 4  # at a time
 _VECTORS = 4  # of sums of a head, in registers
+_LINE_BYTES = 64
 
 
 class PageElement(NamedTuple):
-    """What keys and values are made of."""
+    """What keys and values are made of, and how two of them are multiplied and added to a sum."""
 
+    name: str
     num_bytes: int
-    load: Callable[[Any, Any], Any]  # (builder, address) -> 16 floats
+    spread: Callable[[Any, Any], Operand]  # (builder, address of two elements) -> what ``add`` takes
+    load: Callable[[Any, Any, Any], Operand]  # (builder, two addresses of 16 elements) -> what ``add`` takes
+    add: Callable[[Any, Any, Operand, Operand], Any]  # (builder, sums, spread, loaded) -> sums
 
 
-BFLOAT16 = PageElement(2, vector.load_bfloat16)
-FLOAT32 = PageElement(4, vector.load_float32)
+def _spread_floats(builder: Any, address: Any) -> Operand:
+    places = address, builder.add(address, I64(4))
+    return tuple(vector.splat(builder, vector.load(builder, place, FLOAT)) for place in places)
+
+
+def _load_floats(builder: Any, *addresses: Any) -> Operand:
+    return tuple(vector.load_float32(builder, address) for address in addresses)
+
+
+def _load_halves(builder: Any, *addresses: Any) -> Operand:
+    return tuple(vector.load_bfloat16(builder, address) for address in addresses)
+
+
+def _load_pairs(builder: Any, first: Any, second: Any) -> Operand:
+    low, high = (vector.load(builder, address, vector.HALVES) for address in (first, second))
+    order = [place for i in range(WIDTH) for place in (i, i + WIDTH)]
+    pairs = builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, 2 * WIDTH), order))
+    return (builder.bitcast(pairs, WORDS),)
+
+
+def _bfloat16(name: str, dot: tile.Dot, load: Callable[[Any, Any, Any], Operand]) -> PageElement:
+    def spread(builder: Any, address: Any) -> Operand:
+        return dot.spread(builder, vector.load(builder, address, I32))
+
+    return PageElement(name, 2, spread, load, dot.add)
+
+
+FLOAT32 = PageElement("floats", 4, _spread_floats, _load_floats, tile.HALVES.add)
+HALVES = _bfloat16("halves", tile.HALVES, _load_halves)  # bfloat16 on any processor
+PAIRS = _bfloat16("pairs", tile.PAIRS, _load_pairs)  # and with AVX-512 that multiplies it
 
 
 def make_score_page(element: PageElement) -> Any:
-    """(heads, queries, d, keys, next keys, b, scores, row): scores = queries . keys, of all places, filled or not"""
+    """(heads, queries, d, keys, ahead, b, scores, row): scores = queries . keys, of all places, filled or not
+
+    Meanwhile the tile at ``ahead`` is prefetched.
+    """
 
     @intrinsic
     def score_page(
-        typing_context: Any, num_heads: Any, queries: Any, head_dim: Any, keys: Any, following: Any, block_size: Any,
+        typing_context: Any, num_heads: Any, queries: Any, head_dim: Any, keys: Any, ahead: Any, block_size: Any,
         scores: Any, row_len: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
@@ -56,36 +93,50 @@ def make_score_page(element: PageElement) -> Any:
 
 
 def _score(
-    builder: Any, element: PageElement, num_heads: int, queries: Any, head_dim: Any, keys: Any, following: Any,
+    builder: Any, element: PageElement, num_heads: int, queries: Any, head_dim: Any, keys: Any, ahead: Any,
     block_size: Any, scores: Any, row_len: Any,
 ) -> None:  # fmt: skip
-    zeros = FLOATS([0.0] * WIDTH)
+    zeros, num_bytes = FLOATS([0.0] * WIDTH), element.num_bytes
+    row_bytes, num_quads = vector.offset(builder, I64(0), block_size, num_bytes), builder.udiv(head_dim, I64(4))
     with vector.loop(builder, builder.udiv(block_size, I64(WIDTH))) as index:
         first = builder.mul(index, I64(WIDTH))
-        totals = [[vector.register(builder, zeros) for _ in range(2)] for _ in range(num_heads)]  # for even and odd d
-        with vector.loop(builder, builder.udiv(head_dim, I64(2))) as pair:
+        columns = vector.offset(builder, keys, first, num_bytes)
+        quads_before = builder.mul(index, num_quads)
+        totals = [
+            [vector.register(builder, zeros) for _ in range(2)] for _ in range(num_heads)
+        ]  # of even and odd pairs
+        with vector.loop(builder, num_quads) as quad:
+            done = builder.add(quads_before, quad)
+            _prefetch(builder, vector.offset(builder, ahead, done, 4 * WIDTH * num_bytes), 4 * WIDTH * num_bytes)
             for odd in range(2):
-                place = vector.offset(builder, I64(odd), pair, 2)
-                row = builder.add(builder.mul(place, block_size), first)
-                vector.prefetch(builder, vector.offset(builder, following, row, element.num_bytes))
-                key = element.load(builder, vector.offset(builder, keys, row, element.num_bytes))
+                place = vector.offset(builder, I64(2 * odd), quad, 4)
+                row = builder.add(columns, builder.mul(place, row_bytes))
+                key = element.load(builder, row, builder.add(row, row_bytes))
                 for h in range(num_heads):
                     at = builder.add(builder.mul(head_dim, I64(h)), place)
-                    query = vector.splat(builder, vector.load(builder, vector.offset(builder, queries, at, 4), FLOAT))
+                    query = element.spread(builder, vector.offset(builder, queries, at, num_bytes))
                     total = totals[h][odd]
-                    builder.store(vector.multiply_add(builder, query, key, builder.load(total)), total)
+                    builder.store(element.add(builder, builder.load(total), query, key), total)
         for h, (even, odd_total) in enumerate(totals):
             at = builder.add(builder.mul(row_len, I64(h)), first)
             total = builder.fadd(builder.load(even), builder.load(odd_total))
             vector.store(builder, total, vector.offset(builder, scores, at, 4))
 
 
+def _prefetch(builder: Any, address: Any, num_bytes: int) -> None:
+    for line in range(0, num_bytes, _LINE_BYTES):
+        vector.prefetch(builder, builder.add(address, I64(line)))
+
+
 def make_accumulate_page(element: PageElement) -> Any:
-    """(heads, weights, row, values, next values, tokens, d, sums): sums += weights @ values of the first tokens"""
+    """(heads, weights, row, values, ahead, tokens, d, sums): sums += weights @ values of the first tokens
+
+    If their number is odd, the weight behind the last one has to be 0. Meanwhile the tile at ``ahead`` is prefetched.
+    """
 
     @intrinsic
     def accumulate_page(
-        typing_context: Any, num_heads: Any, weights: Any, row_len: Any, values: Any, following: Any, num_tokens: Any,
+        typing_context: Any, num_heads: Any, weights: Any, row_len: Any, values: Any, ahead: Any, num_tokens: Any,
         head_dim: Any, sums: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
@@ -100,27 +151,40 @@ def make_accumulate_page(element: PageElement) -> Any:
 
 
 def _accumulate(
-    builder: Any, element: PageElement, num_heads: int, weights: Any, row_len: Any, values: Any, following: Any,
+    builder: Any, element: PageElement, num_heads: int, weights: Any, row_len: Any, values: Any, ahead: Any,
     num_tokens: Any, head_dim: Any, sums: Any,
 ) -> None:  # fmt: skip
+    num_bytes = element.num_bytes
+    num_pairs = builder.udiv(builder.add(num_tokens, I64(1)), I64(2))
+    last = builder.sub(num_tokens, I64(1))
+
     def columns(first: Any, num_vectors: int) -> None:
         """``num_vectors`` vectors of every head from element ``first`` on"""
         at = vector.offset(builder, sums, first, 4)
         rows = [vector.offset(builder, at, head_dim, 4 * h) for h in range(num_heads)]
         places = [builder.add(row, I64(v * VECTOR_BYTES)) for row in rows for v in range(num_vectors)]
         totals = [vector.register(builder, vector.load(builder, place, FLOATS)) for place in places]
-        with vector.loop(builder, num_tokens) as token:
-            row = builder.add(builder.mul(token, head_dim), first)
-            loaded = []
-            for v in range(num_vectors):
-                place = builder.add(row, I64(v * WIDTH))
-                vector.prefetch(builder, vector.offset(builder, following, place, element.num_bytes))
-                loaded.append(element.load(builder, vector.offset(builder, values, place, element.num_bytes)))
+        with vector.loop(builder, num_pairs) as pair:
+            token = builder.mul(pair, I64(2))
+            following = builder.add(token, I64(1))
+            inside = builder.icmp_unsigned("<", token, last)
+            read = token, builder.select(inside, following, token)  # never what is not filled: it may be NaN
+            for each in (token, following):
+                place = vector.offset(builder, ahead, builder.add(builder.mul(each, head_dim), first), num_bytes)
+                _prefetch(builder, place, num_vectors * WIDTH * num_bytes)
+            starts = [
+                vector.offset(builder, values, builder.add(builder.mul(each, head_dim), first), num_bytes)
+                for each in read
+            ]
+            loaded = [
+                element.load(builder, *(builder.add(start, I64(v * WIDTH * num_bytes)) for start in starts))
+                for v in range(num_vectors)
+            ]
             for h in range(num_heads):
                 place = builder.add(builder.mul(row_len, I64(h)), token)
-                weight = vector.splat(builder, vector.load(builder, vector.offset(builder, weights, place, 4), FLOAT))
+                weight = element.spread(builder, vector.offset(builder, weights, place, num_bytes))
                 for value, total in zip(loaded, totals[h * num_vectors :], strict=False):
-                    builder.store(vector.multiply_add(builder, weight, value, builder.load(total)), total)
+                    builder.store(element.add(builder, builder.load(total), weight, value), total)
         for place, total in zip(places, totals, strict=True):
             vector.store(builder, builder.load(total), place)
 
