@@ -43,7 +43,10 @@ class Element(NamedTuple):
 
 @intrinsic
 def take_task(typing_context: Any, args: Any) -> Any:
-    """Atomically ``args[0]++``; returns the old value."""
+    """Atomically ``args[0]++``; returns the old value. Ordered, so that whoever finds no task left knows of all takers.
+
+    See ``chain.py``.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
         one = context.get_constant(types.int64, 1)
