@@ -73,6 +73,32 @@ def test_nothing_is_recorded_once_it_is_over() -> None:
         assert torch.equal(out, before)
 
 
+@pytest.mark.parametrize("num_threads", [2, 3, 5])
+def test_a_team_gives_the_same_bits_every_time_whoever_is_late(num_threads: int) -> None:
+    """More threads than cores, so that some of them are always taken off theirs in the middle of something."""
+    linears, x, recorder = make_linears(32, 576, 64, 320, 48, 576, 16), torch.randn(2, 32).bfloat16(), Recorder()
+    before = torch.get_num_threads()
+
+    def pass_by_turns(x: Tensor) -> Tensor:
+        """Launches of the whole team and of one thread alternate."""
+        for linear, threads in zip(linears, itertools.cycle((num_threads, num_threads, 1)), strict=False):
+            torch.set_num_threads(threads)
+            x = linear(x)
+        return x
+
+    try:
+        with torch.inference_mode():
+            out, program = recorder.record(lambda: pass_by_turns(x))
+            assert program is not None
+            for _ in range(300):
+                x.copy_(torch.randn(2, 32))
+                out.zero_()
+                program.run()
+                assert torch.equal(out, pass_by_turns(x))
+    finally:
+        torch.set_num_threads(before)
+
+
 def sum_again_and_again(mesh: Mesh, late_rank: int) -> str:
     x = torch.zeros(2, 64, dtype=torch.bfloat16)
     (linear,) = make_linears(64, 64)
