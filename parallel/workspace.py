@@ -6,6 +6,8 @@ operations on it. And what was used a layer ago is still in the caches.
 
 from __future__ import annotations
 
+import itertools
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,11 +18,31 @@ from torch import Tensor
 _active = threading.local()
 
 
+class _Buffer:
+    """Memory, and the tensor that it was last handed out as: layers ask for the same ones again and again."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._last: Tensor | None = None
+
+    def shaped(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        last = self._last
+        if last is None or last.dtype != dtype or last.shape != tuple(shape):
+            num_bytes = math.prod(shape) * dtype.itemsize
+            if self._bytes.numel() < num_bytes:
+                self._bytes = torch.empty(1 << (num_bytes - 1).bit_length(), dtype=torch.uint8)
+            last = self._last = self._bytes[:num_bytes].view(dtype).view(shape)
+        return last
+
+    def forget(self) -> None:
+        self._last = None
+
+
 class Workspace:
     """Tensors are handed out in turns; those of the turn before last are overwritten. For one thread at a time."""
 
     def __init__(self) -> None:
-        self._turns: list[list[Tensor]] = [[], []]
+        self._turns: list[list[_Buffer]] = [[], []]
         self._turn = self._next = 0
 
     def new_turn(self) -> None:
@@ -31,29 +53,24 @@ class Workspace:
     def active(self) -> Iterator[None]:
         """What this thread asks ``empty`` for comes from here meanwhile."""
         before = getattr(_active, "workspace", None)
+        for buffer in itertools.chain(*self._turns):
+            buffer.forget()  # who records what is done meanwhile keeps the memory of the tensors that it sees made
         _active.workspace = self
         try:
             yield
         finally:
             _active.workspace = before
 
-    def take(self, num_bytes: int) -> Tensor:
-        """(num_bytes,) uint8; a program that was recorded with a smaller buffer keeps that one."""
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The next tensor of this turn; a program that was recorded with a smaller buffer keeps that one."""
         buffers, index = self._turns[self._turn], self._next
         self._next += 1
         if index == len(buffers):
-            buffers.append(torch.empty(0, dtype=torch.uint8))
-        if buffers[index].numel() < num_bytes:
-            buffers[index] = torch.empty(1 << (num_bytes - 1).bit_length(), dtype=torch.uint8)
-        return buffers[index][:num_bytes]
+            buffers.append(_Buffer())
+        return buffers[index].shaped(shape, dtype)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A contiguous tensor on the CPU, from the workspace that is active, if one is."""
     workspace: Workspace | None = getattr(_active, "workspace", None)
-    if workspace is None:
-        return torch.empty(shape, dtype=dtype)
-    num_bytes = dtype.itemsize
-    for size in shape:
-        num_bytes *= size
-    return workspace.take(num_bytes).view(dtype).view(shape)
+    return torch.empty(shape, dtype=dtype) if workspace is None else workspace.take(shape, dtype)
