@@ -82,11 +82,14 @@ async def test_a_mesh_forms_and_answers_while_strangers_call_at_every_port(
             for _ in range(2):
                 mesh = await form_from(hosts, config)
                 watch = MeshWatch(mesh, step_timeout_s=30)
-                assert await generate(mesh, num_tokens=200, timeout_s=100) == expected
+                async with asyncio.timeout(60):
+                    while True:
+                        assert await generate(mesh, num_tokens=200, timeout_s=100) == expected
+                        if max(calls.values(), default=0) >= 200:
+                            break
                 await told_of_strangers(hosts)
                 await watch.stop(timeout_s=5)
                 await dissolve(hosts)
-        assert max(calls.values()) >= 200, calls
         told = logs_of(hosts)
         assert told.count("refused") < 200
         assert mesh.credentials.secret not in told

@@ -81,6 +81,11 @@ async def ask(client: AsyncClient, index: int) -> None:
         await client.generate([*PROMPT, index], max_tokens=80, ignore_eos=True, request_id=f"load-{index}")
 
 
+async def ask_once(address: str) -> None:
+    async with AsyncClient(address, timeout_s=60) as client:
+        await ask(client, 12)
+
+
 async def burden(address: str, metrics: str, victim: int, scrapes: list[Scrape]) -> None:
     """More requests than there is room for, a host that dies under them, a bad request; scraped all along."""
     async with AsyncClient(address, timeout_s=60) as client:
@@ -108,6 +113,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     until_a_spare_is_ready(metrics, scrapes)
     asyncio.run(burden(serving["address"], metrics, serving["shards"][1]["pid"], scrapes))
     command.until_event("recovered")
+    asyncio.run(ask_once(serving["address"]))  # of the mesh that stands now
+    time.sleep(1.5)  # hosts are asked for their figures twice a second
     refused = [sys.executable, "-m", "shardray", "scale", "--replicas", "64", "--server", serving["address"]]
     assert subprocess.run(refused, capture_output=True, timeout=60, check=False).returncode == 1
     scrapes += [scrape(metrics)]
