@@ -27,7 +27,7 @@ from shardray.parallel.kernels.vector import I64
 
 OPEN, OVER, LATE = 0, 1, 2  # LATE: it has to wait for other ranks, which is not done here
 MARK_WORDS = 8
-_OFFER_EVERY = 10  # launches: about once a layer, a thread that holds no task offers its core to whoever waits for it
+_OFFER_EVERY = 10  # launches: about once a layer a thread of several offers its core to whoever waits for it
 _NUM_SPINS = 2000  # polls that keep the core, some 50 microseconds; those that follow offer it to others
 
 
@@ -53,7 +53,7 @@ def _wait(polls):
 
 
 def _run_launches(args):
-    """args: unused, launch to start with, end, launches, marks
+    """args: threads of the team, launch to start with, end, launches, marks
 
     Launches are (function, block, threads, whether it may have to wait). All threads return once the last is over or
     one is late; that one's block says how far it came.
@@ -67,7 +67,7 @@ def _run_launches(args):
         inside, state = a[4] + i * MARK_WORDS * 8, a[4] + i * MARK_WORDS * 8 + 8
         function, block = launches[i, 0], launches[i, 1]
         polls = 0
-        if i % _OFFER_EVERY == 0:
+        if a[0] > 1 and i % _OFFER_EVERY == 0:
             atomics.give_up_core()
         if atomics.load_acquire(state) == OPEN:
             if launches[i, 2] > 1:

@@ -67,8 +67,9 @@ class Program:
             dtype=np.int64,
         )
         addresses = [self._launches.ctypes.data, self._marks.ctypes.data]
-        self._args = np.array([0, 0, 0, *addresses], dtype=np.int64)
-        self._run = jit.on_threads(compile_chain(), max(launch.num_threads for launch in launches))
+        num_threads = max(launch.num_threads for launch in launches)
+        self._args = np.array([num_threads, 0, 0, *addresses], dtype=np.int64)
+        self._run = jit.on_threads(compile_chain(), num_threads)
         self._waits = [launch.wait for launch in launches]
         self._kept = [kept, launches]
         self._reopen(0, len(launches))
