@@ -19,7 +19,6 @@ from benchmarks.gpu_parts import TINY, GpuSetup
 from benchmarks.kinds import KINDS
 from benchmarks.paper import SCALING_PAGE, tables, with_tables
 from benchmarks.peers import PeerError, make_environments
-from benchmarks.random_models import SIZES
 from benchmarks.report import PERFORMANCE_DIR, PERFORMANCE_PAGE, write_report
 from benchmarks.side_by_side import RunSetup, chosen_suite, run_suite
 from benchmarks.suites import SUITES, Suite
@@ -198,7 +197,7 @@ def driver(
 
 @app.command()
 def starts(
-    sizes: Annotated[str, typer.Option(help="Of random models, the smallest first.")] = ",".join(SIZES),
+    sizes: Annotated[str, typer.Option(help="Of random models, the smallest first.")] = ",".join(startup.SIZES),
     rounds: Annotated[int, typer.Option(help="Starts of each.")] = 2,
     threads: HostThreads = 2,
     quiet_timeout_s: Annotated[float, typer.Option(help="Longest wait for a quiet machine before a start.")] = 60.0,
@@ -206,8 +205,8 @@ def starts(
 ) -> None:
     """Start-up against the size of the model."""
     names = tuple(sizes.split(","))
-    if unknown := sorted(set(names) - set(SIZES)):
-        raise typer.BadParameter(f"unknown size {unknown[0]!r}; known: {', '.join(SIZES)}")
+    if unknown := sorted(set(names) - set(startup.SIZES)):
+        raise typer.BadParameter(f"unknown size {unknown[0]!r}; known: {', '.join(startup.SIZES)}")
     started = new_run_id()
     setup = startup.StartupSetup(names, rounds, threads, quiet_timeout_s, RESULTS_DIR / "logs" / started)
     emit, found = _own_emitter(output, "starts", {}), []

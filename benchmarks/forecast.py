@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from shardray import LLM
 from shardray.runtime.engine.forecast import decode_tokens_per_s, prefill_rates
-from shardray.runtime.engine.hardware import Hardware
+from shardray.runtime.engine.hardware import USUAL_LINK_BYTES_PER_S, USUAL_MESSAGE_S, Hardware
 from shardray.runtime.engine.launches import time_decode, time_prompt
 from shardray.runtime.engine.measuring import measure_hardware
 from shardray.runtime.engine.served import ServedSpec, read_served
@@ -91,7 +91,7 @@ def _foretold(
 
     speed = hardware.speed
     intensity, byte_s = speed.products.points[-1]
-    roofline = Hardware.of(speed.memory_bytes_per_s, intensity / byte_s, 50e9, 5e-6)
+    roofline = Hardware.of(speed.memory_bytes_per_s, intensity / byte_s, USUAL_LINK_BYTES_PER_S, USUAL_MESSAGE_S)
     return Foretold(setup.cut, kind, num_seqs, num_tokens, forecast_s(roofline), forecast_s(hardware), measured_s)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.random_models import write_model
+from shardray.runtime.model.random_model import write_model
 
 _LONG = {"max_position_embeddings": 16384}
 SHAPES: dict[str, dict[str, Any]] = {

@@ -11,10 +11,18 @@ from typing import Any
 from benchmarks.kinds import PEERS_DIR, parse_label
 from benchmarks.machine import BUSY_CORES, OthersMeter, wait_until_quiet
 from benchmarks.protocol import Request, Setup
-from benchmarks.random_models import SIZES, write_model
 from benchmarks.worker import start_worker
+from shardray.runtime.model.random_model import write_model
 
 Record = dict[str, Any]
+SIZES: dict[str, dict[str, Any]] = {
+    "60M": {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 8,
+            "num_key_value_heads": 4, "vocab_size": 32768},
+    "0.5B": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 32, "num_attention_heads": 16,
+             "num_key_value_heads": 8, "vocab_size": 49152},
+    "1.2B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+             "num_key_value_heads": 8, "vocab_size": 128256},
+}  # fmt: skip
 LABELS = ("shardray", "served")
 _FIRST = Request(list(range(10, 138)), 1)
 _TIMEOUT_S = 300.0

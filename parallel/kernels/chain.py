@@ -53,15 +53,15 @@ def _wait(polls):
 
 
 def _run_launches(args):
-    """args: threads of the team, launch to start with, end, launches, marks
+    """args: threads of the team, launch to start with, end, launches, marks, where it came to (the end, as it is given)
 
     Launches are (function, block, threads, whether it may have to wait). All threads return once the last is over or
-    one is late; that one's block says how far it came.
+    one is late; that one is where it came to, and its block says how far.
 
     A thread that is let into a launch after its last task was taken finds none. One that took a task was counted
     inside before it took it; so whoever finds no task left, and then nobody inside, knows that all are done.
     """
-    a = numba.carray(args, (5,))
+    a = numba.carray(args, (6,))
     launches = numba.carray(jit.pointer_i64(a[3]), (a[2], 4))
     for i in range(a[1], a[2]):
         inside, state = a[4] + i * MARK_WORDS * 8, a[4] + i * MARK_WORDS * 8 + 8
@@ -80,6 +80,8 @@ def _run_launches(args):
             elif atomics.add(inside, 1) == 0:
                 _call(function, block)
                 is_late = launches[i, 3] != 0 and jit.pointer_i64(block)[0] != DONE
+                if is_late:
+                    a[5] = i
                 atomics.store_release(state, LATE if is_late else OVER)
             else:
                 while atomics.load_acquire(state) == OPEN:

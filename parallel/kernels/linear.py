@@ -65,7 +65,7 @@ class PackedLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None, variant_name: str) -> None:
         """``weight`` (N, K) bfloat16, not empty, and ``bias`` (N,); neither is kept.
 
-        ``weight`` is not read, and may be on the device "meta", where it is in a shared segment already.
+        What is in a shared segment already is not read: ``weight`` may then be on the device "meta".
         """
         variant = make_variant(variant_name)
         self._kernel = _compiled(variant)

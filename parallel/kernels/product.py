@@ -66,9 +66,17 @@ def _tasks(num_tokens, num_pairs, num_blocks, num_threads, max_rows):
 
 
 @numba.njit(inline="always")
-def _first_vector(block, num_whole, block_vectors):
-    """Whole blocks come first, then blocks of a single vector."""
-    return min(block, num_whole) * block_vectors + max(block - num_whole, 0)
+def block_at(index, num_vectors, block_vectors):
+    """(first vector, number of vectors): whole blocks come first, then blocks of a single vector."""
+    num_whole = num_vectors // block_vectors
+    if index < num_whole:
+        return index * block_vectors, block_vectors
+    return num_whole * block_vectors + index - num_whole, 1
+
+
+@numba.njit(inline="always")
+def count_blocks(num_vectors, block_vectors):
+    return num_vectors // block_vectors + num_vectors % block_vectors
 
 
 @numba.njit(inline="always")
@@ -96,8 +104,7 @@ def product(args):
     num_tokens, x, out, num_threads, num_outputs = a[1], a[2], a[3], a[4], a[5]
     num_pairs, weights, bias = a[6], a[7], a[8]
     num_vectors = (num_outputs - 1) // WIDTH + 1
-    num_whole = num_vectors // block_vectors
-    num_blocks = num_whole + num_vectors % block_vectors
+    num_blocks = count_blocks(num_vectors, block_vectors)
     span, num_spans, blocks_a_task, whole_tasks, tasks_a_span = _tasks(
         num_tokens, num_pairs, num_blocks, num_threads, max_rows
     )
@@ -123,9 +130,8 @@ def product(args):
         for block in range(first_block, last_block):
             # Next comes the next block; at the end of a task, as long as threads keep pace, that of so many tasks on
             following = block + 1 if block + 1 < last_block else min(first_block + num_threads * blocks_a_task, last)
-            start = _first_vector(block, num_whole, block_vectors)
-            then = _first_vector(following, num_whole, block_vectors)
-            vectors = block_vectors if block < num_whole else 1
+            start, vectors = block_at(block, num_vectors, block_vectors)
+            then, _ = block_at(following, num_vectors, block_vectors)
             width = vectors * WIDTH
             lines = min((vectors - 1) // num_tiles + 1, 2) if num_tiles > 1 else 0  # prefetched for each pair
             for i in range(num_rows):

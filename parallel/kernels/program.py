@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardray.parallel.exchange import BEGUN
 from shardray.parallel.kernels import jit
-from shardray.parallel.kernels.chain import LATE, MARK_WORDS, compile_chain
+from shardray.parallel.kernels.chain import MARK_WORDS, compile_chain
 from shardray.parallel.kernels.jit import Launch
 from shardray.parallel.spans import SpanKind, Spans
 
@@ -68,7 +68,8 @@ class Program:
         )
         addresses = [self._launches.ctypes.data, self._marks.ctypes.data]
         num_threads = max(launch.num_threads for launch in launches)
-        self._args = np.array([num_threads, 0, 0, *addresses], dtype=np.int64)
+        self._args = np.array([num_threads, 0, 0, *addresses, 0], dtype=np.int64)
+        self._address = self._args.ctypes.data
         self._run = jit.on_threads(compile_chain(), num_threads)
         self._waits = [launch.wait for launch in launches]
         self._kept = [kept, launches]
@@ -92,9 +93,9 @@ class Program:
     def _run_between(self, first: int, end: int) -> None:
         while first < end:
             self._args[1:3] = first, end
-            self._run(self._args.ctypes.data)
-            late = np.flatnonzero(self._marks[first:end, 1] == LATE)
-            reached = first + int(late[0]) if len(late) else end
+            self._args[5] = end
+            self._run(self._address)
+            reached = int(self._args[5])
             self._reopen(first, reached)
             if reached < end:
                 wait = self._waits[reached]

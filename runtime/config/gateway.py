@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from shardray.runtime.config.units import Flag, Listen, Text, is_loopback
-
-_STRICT_KEYS = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+from shardray.runtime.config.units import STRICT_KEYS, Flag, Listen, Text, is_loopback
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+@dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)
 class GatewaySettings:
     """A port that speaks vllm.grpc.engine.VllmEngine, for gateways such as smg that serve the OpenAI API."""
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from shardray.runtime.config.units import Listen, Share, Text
-
-_STRICT_KEYS = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+from shardray.runtime.config.units import STRICT_KEYS, Listen, Share, Text
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+@dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)
 class MetricsSettings:
     """What can be seen from outside."""
 
@@ -20,7 +17,7 @@ class MetricsSettings:
     """Address of the port for Prometheus and the web page, e.g. 127.0.0.1:9464; null: none. Needs shardray[metrics]."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+@dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)
 class LoggingSettings:
     """What the driver writes to stderr."""
 
@@ -30,7 +27,7 @@ class LoggingSettings:
     """Least level that is written; info has a line for each request that has ended."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+@dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)
 class TracingSettings:
     """Where OpenTelemetry spans of requests go."""
 

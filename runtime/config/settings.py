@@ -9,13 +9,13 @@ import dataclasses
 import os
 from typing import Any, Literal, NoReturn
 
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 from shardray.runtime.config.gateway import GatewaySettings
 from shardray.runtime.config.observed import LoggingSettings, MetricsSettings, TracingSettings
 from shardray.runtime.config.units import (
+    STRICT_KEYS,
     Bytes,
     Count,
     CountOrZero,
@@ -30,15 +30,13 @@ from shardray.runtime.config.units import (
     parse_listen,
 )
 
-_STRICT_KEYS = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
 
 def _refuse(key: str, value: Any, message: str) -> NoReturn:
     """Refuse one key of a section because of what another key says."""
     raise PydanticCustomError("cross_field", "{message}", {"key": key, "value": value, "message": message})
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+@dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)
 class ModelSettings:
     """Which weights to serve, and how."""
 
@@ -52,7 +50,7 @@ class ModelSettings:
     """Branch, tag or commit of a hub id; null takes the default branch."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+@dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)
 class ParallelSettings:
     """How many shards, and how the decoder is cut. No count has to divide another."""
 
@@ -96,7 +94,7 @@ class ParallelSettings:
         return self.hosts_per_replica * self.replicas
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+@dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)
 class EngineSettings:
     """Batching, KV memory and device of each replica."""
 
@@ -122,7 +120,7 @@ class EngineSettings:
     """Whether hosts on the CPUs of one machine keep weights once that several of them hold, replicas say."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+@dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)
 class GrpcTlsSettings:
     """PEM files of the public port. They are read again when they change; streams that run go on."""
 
@@ -134,7 +132,7 @@ class GrpcTlsSettings:
     """Authority that has to have signed the certificate that each client shows; null asks clients for none."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+@dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)
 class GrpcAuthSettings:
     """Who may call. Health is exempt."""
 
@@ -142,7 +140,7 @@ class GrpcAuthSettings:
     """File with a line for each token: name, roles, token, limits (docs/security.md); read again when it changes."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+@dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)
 class GrpcSettings:
     """The public gRPC port."""
 
@@ -183,7 +181,7 @@ class GrpcSettings:
         return not self.asks_who_calls if self.reflection is None else self.reflection
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+@dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)
 class LimitsSettings:
     """Bounds that protect the fleet from its clients."""
 
@@ -204,7 +202,7 @@ class LimitsSettings:
             _refuse("default_deadline_s", self.default_deadline_s, message)
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+@dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)
 class RaySettings:
     """Where the hosts are placed."""
 
@@ -220,7 +218,7 @@ class RaySettings:
     """CPUs that Ray reserves for each host."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+@dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)
 class TlsSettings:
     """PEM files for the connections inside the cluster, at the same paths on every node."""
 
@@ -237,7 +235,7 @@ class TlsSettings:
                 _refuse(key, getattr(self, key), "is no absolute path, and hosts run in other folders")
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+@dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)
 class ClusterSettings:
     """How the fleet keeps itself alive."""
 
@@ -253,7 +251,7 @@ class ClusterSettings:
     """Certificates with which driver and hosts prove to each other who they are; null: they have secrets only."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+@dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)
 class AutoscalingSettings:
     """More replicas under load, fewer without; parallel.replicas is the start. Keys as in Ray Serve."""
 
@@ -282,7 +280,7 @@ class AutoscalingSettings:
             _refuse("min_replicas", self.min_replicas, message)
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+@dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)
 class DriverSettings:
     """What the driver keeps of the requests in its care."""
 
@@ -292,7 +290,7 @@ class DriverSettings:
     """Seconds that the end of a request is kept for a client that lost its connection and asks again."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT_KEYS)
+@dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)
 class Config:
     """All settings of one fleet."""
 

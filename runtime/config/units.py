@@ -1,4 +1,4 @@
-"""Field types that settings share: counts, durations, sizes in bytes, addresses."""
+"""What settings share: how sections are checked; types of counts, durations, sizes in bytes, addresses."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import ipaddress
 import re
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 
+STRICT_KEYS = ConfigDict(extra="forbid", use_attribute_docstrings=True)  # of a section
 _BYTES_PER_UNIT = {
     "": 1,
     "b": 1,

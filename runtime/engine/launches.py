@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
 from shardray.runtime.engine.hardware import Launches
 from shardray.runtime.engine.llm import LLM
 from shardray.runtime.engine.request import SamplingParams
+from shardray.runtime.model.random_model import write_model
 
 _FEW, _MANY = 2, 10  # layers
 _ROWS = 32
-_SIZE, _VOCAB = 64, 256
+_SIZE = 64
 _PROMPT_LEN, _NUM_TOKENS, _NUM_PROMPTS = 8, 64, 9
 _NUM_WARM = 4  # steps; kernels are recorded meanwhile
-_CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
-    "max_position_embeddings": 256, "hidden_size": _SIZE, "intermediate_size": _SIZE, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "head_dim": _SIZE // 2, "vocab_size": _VOCAB,
+_SIZES = {
+    "hidden_size": _SIZE, "intermediate_size": _SIZE, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "head_dim": _SIZE // 2, "vocab_size": 256,
 }  # fmt: skip
 
 
@@ -43,7 +38,7 @@ def _step_times_s(num_layers: int, num_threads: int) -> tuple[float, float, floa
     """Of a decode step of one sequence, of one of many, and of a prompt."""
     prompts = [range(3 + row, 3 + row + _PROMPT_LEN) for row in range(_ROWS)]
     with tempfile.TemporaryDirectory() as name:
-        folder = _write_model(Path(name), num_layers)
+        folder = write_model(Path(name, "model"), _SIZES | {"num_hidden_layers": num_layers})
         llm = LLM(
             folder, device="cpu", num_threads=num_threads, max_num_seqs=_ROWS, kv_memory_bytes=32 << 20,
             skip_tokenizer_init=True,
@@ -76,15 +71,3 @@ def time_prompt(llm: LLM, prompts: Sequence[Sequence[int]]) -> float:
         llm.generate(prompt, SamplingParams(temperature=0.0, max_tokens=1))
         took_s.append(time.perf_counter() - began_s)
     return statistics.median(took_s[1:])
-
-
-def _write_model(folder: Path, num_layers: int) -> Path:
-    (folder / "config.json").write_text(json.dumps(_CONFIG | {"num_hidden_layers": num_layers}))
-    square, norm = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
-                    "mlp.up_proj", "mlp.down_proj"), ("input_layernorm", "post_attention_layernorm")  # fmt: skip
-    shapes = dict.fromkeys(square, (_SIZE, _SIZE)) | dict.fromkeys(norm, (_SIZE,))
-    of_layers = {f"layers.{i}.{name}": shape for i in range(num_layers) for name, shape in shapes.items()}
-    everything = {"embed_tokens": (_VOCAB, _SIZE), "norm": (_SIZE,)} | of_layers
-    tensors = {f"model.{name}.weight": torch.full(shape, 0.01).bfloat16() for name, shape in everything.items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return folder

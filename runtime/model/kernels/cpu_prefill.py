@@ -21,6 +21,7 @@ import numba
 import numpy as np
 
 from shardray.parallel.kernels import jit, product, vector
+from shardray.parallel.kernels.product import block_at, count_blocks
 from shardray.parallel.kernels.vector import VECTOR_BYTES, WIDTH
 from shardray.runtime.model.kernels.flash_tiles import fill, interleave, make_soften, shrink
 
@@ -48,12 +49,6 @@ soften = soften_all = multiply_rows = multiply_head = shrink_row = write_row = N
 pack_keys = pack_values = None  # all of these: a variant's
 
 
-@numba.njit(inline="always")
-def _side(v, head_vectors, tile_vectors):
-    """How many vectors of a head stand side by side from vector ``v`` on"""
-    return tile_vectors if v + tile_vectors <= head_vectors else 1
-
-
 @functools.cache
 def make_variant(name: str) -> Variant:
     """See parallel/kernels/product.py for the names."""
@@ -68,34 +63,28 @@ def make_variant(name: str) -> Variant:
             place = sums + row * num_vectors * VECTOR_BYTES
             multiply(next_row - row, num_vectors, x + row * row_bytes, row_bytes, weights, num_pairs, place, weights, 0)
 
-    # A head's vectors: whole blocks of them side by side, then single ones. ``v`` is the first, ``side`` how many.
+    # A head's vectors lie in blocks as the outputs of a product do. ``v`` is the first of one of ``side``.
 
     @numba.njit(fastmath=jit.MATH)
     def multiply_head(num_rows, head_vectors, x, row_bytes, weights, num_pairs, sums):
         """As ``multiply_rows``, for all vectors of a head"""
-        v = 0
-        while v < head_vectors:
-            side = _side(v, head_vectors, vectors)
+        for block in range(count_blocks(head_vectors, vectors)):
+            v, side = block_at(block, head_vectors, vectors)
             source, place = weights + v * num_pairs * VECTOR_BYTES, sums + v * num_rows * VECTOR_BYTES
             multiply_rows(num_rows, side, x, row_bytes, source, num_pairs, place)
-            v += side
 
     @numba.njit
     def shrink_row(sums, row, num_rows, head_vectors, factor):
-        v = 0
-        while v < head_vectors:
-            side = _side(v, head_vectors, vectors)
+        for block in range(count_blocks(head_vectors, vectors)):
+            v, side = block_at(block, head_vectors, vectors)
             shrink(sums + (v * num_rows + row * side) * VECTOR_BYTES, side, factor)
-            v += side
 
     @numba.njit
     def write_row(sums, row, num_rows, head_vectors, out):
         """One row's sums as bfloat16"""
-        v = 0
-        while v < head_vectors:
-            side = _side(v, head_vectors, vectors)
+        for block in range(count_blocks(head_vectors, vectors)):
+            v, side = block_at(block, head_vectors, vectors)
             vector.narrow(sums + (v * num_rows + row * side) * VECTOR_BYTES, side, out + v * WIDTH * 2)
-            v += side
 
     @numba.njit
     def pack_keys(keys, row_bytes, num_pairs, target):
@@ -107,14 +96,12 @@ def make_variant(name: str) -> Variant:
     @numba.njit
     def pack_values(first, second, num_vectors, pair, num_pairs, target):
         """Two tokens of a (b, d) tile"""
-        v = 0
-        while v < num_vectors:
-            side = _side(v, num_vectors, vectors)
+        for block in range(count_blocks(num_vectors, vectors)):
+            v, side = block_at(block, num_vectors, vectors)
             place = target + (v * num_pairs + pair * side) * VECTOR_BYTES
             for i in range(side):
                 offset = (v + i) * WIDTH * 2
                 interleave(first + offset, second + offset, place + i * VECTOR_BYTES)
-            v += side
 
     softens = (make_soften(vectors, _TILES, all_visible) for all_visible in (False, True))
     return Variant(name, vectors, *softens, multiply_rows, multiply_head, shrink_row, write_row, pack_keys, pack_values)

@@ -1,4 +1,4 @@
-"""Model folders of a given size with random weights: for how long things take, not for what they say."""
+"""A model folder of a given size with random weights: for how long things take, not for what they say."""
 
 from __future__ import annotations
 
@@ -22,18 +22,10 @@ _COMMON: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "head_dim": 64,
 }
-SIZES: dict[str, dict[str, Any]] = {
-    "60M": {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 8,
-            "num_key_value_heads": 4, "vocab_size": 32768},
-    "0.5B": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 32, "num_attention_heads": 16,
-             "num_key_value_heads": 8, "vocab_size": 49152},
-    "1.2B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-             "num_key_value_heads": 8, "vocab_size": 128256},
-}  # fmt: skip
 
 
 def write_model(folder: Path, sizes: dict[str, Any]) -> Path:
-    """A folder with a configuration and one safetensors file in bfloat16; nothing is done if it is there."""
+    """A Llama with these fields of its configuration, in one file in bfloat16; nothing is done if it is there."""
     if not folder.exists():
         partial = folder.with_suffix(".partial")
         partial.mkdir(parents=True, exist_ok=True)
