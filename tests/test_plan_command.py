@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -100,9 +101,21 @@ def test_what_was_measured_is_told_beside_what_follows(tiny: Path, capsys: pytes
     found = json.loads(capsys.readouterr().out)
     assert found["hardware"]["message_s"] == pytest.approx(7e-6)
     assert found["hardware"]["machine"]["num_hosts"] >= 1
+    assert found["hardware"]["spread"] >= 1
     launches = found["hardware"]["decode_launches"]
     step_s = launches["step_s"] + found["hosts"][0]["num_layers"] * launches["layer_s"]
     assert 0 < step_s < 1 / found["chosen"]["rates"]["stream_tokens_per_s"]
+
+
+def test_figures_that_were_measured_beside_other_work_are_told_with_a_warning(tiny: Path) -> None:
+    report = report_of(tiny)
+    assert report.hardware is not None
+    for spread, is_told in ((None, False), (1.4, False), (1.6, True)):
+        told = dataclasses.replace(report, hardware=dataclasses.replace(report.hardware, spread=spread))
+        console = Console(width=200)
+        with console.capture() as printed:
+            console.print(describe(told))
+        assert ("up to 1.6 times as long" in printed.get()) == is_told
 
 
 def test_what_does_not_fit_ends_with_1_and_says_what_would(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,11 +9,11 @@ from rich.text import Text
 
 from shardray.runtime.cli.shard_table import format_bytes
 from shardray.runtime.engine.forecast import TokenCost
-from shardray.runtime.engine.hardware import Launches
 from shardray.runtime.engine.plan_report import Report, num_parameters
 from shardray.runtime.engine.sizing import Candidate, PlannedHost
 
 _NUM_SHAPES = 8
+_UNSTEADY = 1.5  # a quiet machine's rounds are up to 1.4 apart
 
 
 def describe(report: Report) -> Group:
@@ -28,6 +28,8 @@ def describe(report: Report) -> Group:
         parts += [Text(f"  * {remedy}") for remedy in report.remedies]
     else:
         parts += [Text(_kv_line(report)), Text(), _cost_table(report)]
+    if report.hardware is not None and (spread := report.hardware.spread or 1) > _UNSTEADY:
+        parts += [Text(_unsteady_line(spread))]
     if len(report.shapes) > 1:
         parts += [Text(), Text(_shapes_line(report)), _shape_table(report)]
     return Group(*parts)
@@ -95,7 +97,7 @@ def _host_cells(report: Report, host: PlannedHost) -> tuple[str, ...]:
 
 def _cost_table(report: Report) -> Table:
     rates, load = report.chosen.rates, report.load
-    is_measured = report.hardware is not None and report.hardware.decode_launches != Launches()
+    is_measured = report.hardware is not None and report.hardware.spread is not None
     speed = "tokens/s" if is_measured else "tokens/s at most"
     table = _table("a token of", "FLOPs", "bytes moved", "sent by a host", "messages", speed, "")
     if report.served.spec.layers:
@@ -115,6 +117,13 @@ def _cost_cells(cost: TokenCost) -> tuple[str, ...]:
         format_bytes(cost.num_bytes),
         format_bytes(cost.sent_bytes),
         f"{cost.num_messages:.3g}",
+    )
+
+
+def _unsteady_line(spread: float) -> str:
+    return (
+        f"Measured beside other work: the same took up to {spread:.1f} times as long a few seconds later; "
+        "measure again when the machine is quiet"
     )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from shardray.runtime.model.costs import Work
 
@@ -50,6 +52,24 @@ class Speed:
     @classmethod
     def of(cls, bytes_per_s: float, flops_per_s: float) -> Speed:
         return cls(Roofline.of(bytes_per_s, flops_per_s), bytes_per_s, flops_per_s, flops_per_s)
+
+    @classmethod
+    def median(cls, speeds: Sequence[Speed]) -> Speed:
+        """Figure by figure, of some that were measured at the same points."""
+        by_point = zip(*(speed.products.points for speed in speeds), strict=True)
+        return cls(
+            Roofline(tuple((at[0][0], median(byte_s for _, byte_s in at)) for at in by_point)),
+            median(speed.memory_bytes_per_s for speed in speeds),
+            median(speed.decode_flops_per_s for speed in speeds),
+            median(speed.prefill_flops_per_s for speed in speeds),
+        )
+
+    @staticmethod
+    def spread(speeds: Sequence[Speed]) -> float:
+        """The slowest over the fastest: at reading weights, or at products with them, where they are further apart."""
+        few = [speed.products.points[0][1] for speed in speeds]
+        many = [speed.products.points[-1][1] for speed in speeds]
+        return max(max(few) / min(few), max(many) / min(many))
 
     def attention_time_s(self, work: Work, is_decode: bool) -> float:
         flops_per_s = self.decode_flops_per_s if is_decode else self.prefill_flops_per_s
@@ -97,6 +117,7 @@ class Hardware:
     decode_launches: Launches = Launches()
     prefill_launches: Launches = Launches()
     machine: Machine | None = None  # that all hosts share; None: each has one of its own
+    spread: float | None = None  # the slowest of the rounds it was measured in over the fastest; None: by a data sheet
 
     @classmethod
     def of(cls, memory_bytes_per_s: float, flops_per_s: float, link_bytes_per_s: float, message_s: float) -> Hardware:

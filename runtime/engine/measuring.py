@@ -30,7 +30,7 @@ from shardray.runtime.engine.served import ServedSpec
 from shardray.runtime.model.costs import ring_sum
 
 _TOKENS = (1, 4, 8, 16, 32, 64, 128)
-_NUM_TRIES = 9
+_NUM_ROUNDS, _NUM_TRIES = 3, 3  # something else may come between for a round
 _DECODE_ROWS, _DECODE_LEN, _PREFILL_LEN = 8, 1024, 512
 _MANY_TOKENS = 256
 
@@ -40,13 +40,23 @@ def measure_hardware(served: ServedSpec, num_hosts: int, num_threads: int) -> Ha
     at_once = max(1, min(num_hosts, len(os.sched_getaffinity(0)) // num_threads))
     message_s, link_bytes_per_s = _measure_sums(served)
     decode_launches, prefill_launches = measure_launches(num_threads)
+    rounds = [
+        (
+            _measure_speed(served, 1, num_threads),
+            None if num_hosts == 1 else _measure_speed(served, at_once, num_threads),
+        )
+        for _ in range(_NUM_ROUNDS)
+    ]
+    alone = [speed for speed, _ in rounds]
+    together = [speed for _, speed in rounds if speed is not None]
     return Hardware(
-        _measure_speed(served, 1, num_threads),
+        Speed.median(alone),
         link_bytes_per_s,
         message_s,
         decode_launches,
         prefill_launches,
-        None if num_hosts == 1 else Machine(at_once, _measure_speed(served, at_once, num_threads)),
+        Machine(at_once, Speed.median(together)) if together else None,
+        spread=max(Speed.spread(speeds) for speeds in (alone, together) if speeds),
     )
 
 
