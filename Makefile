@@ -36,14 +36,16 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	@$(BIN)/shardray demo
 
-# Two at a time; what starts Ray or servers, or loads the machine, runs one at a time, afterwards.
+# Two at a time; what starts Ray, or loads the machine, runs one at a time, afterwards. Files are given out in the order of
+# tests/conftest.py: xdist's own, by the number of tests, leaves the longest for the end.
 TEST_WORKERS ?= 2
+SHARED_OUT = -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 test: $(READY)
-	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m "not (slow or gpu or integration)"
+	$(BIN)/pytest $(SHARED_OUT) -m "not (slow or gpu or integration)"
 	$(BIN)/pytest -m "integration and not (slow or gpu)"
 
 test-all: $(READY)
-	$(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile -m "not (gpu or integration)"
+	$(BIN)/pytest $(SHARED_OUT) -m "not (gpu or integration)"
 	$(BIN)/pytest -m "integration and not gpu"
 
 test-gpu: $(READY)

@@ -16,6 +16,7 @@ BUSY_CORES = 0.15  # other processes may use this much of a core
 _BANDWIDTH_BYTES = 256 << 20  # far above any last-level cache's size per core
 _MATRIX_SIZE = 2048
 _NUM_TRIES = 5
+_SHORTEST_LOOK_S = 0.1  # ten ticks of the clock that CPU time is counted with
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,12 @@ class OthersMeter:
 
 
 def wait_until_quiet(timeout_s: float, window_s: float = 0.5) -> float:
-    """Cores in use by others over the last window: below BUSY_CORES, unless ``timeout_s`` ran out first."""
+    """Cores in use by others over the last window: below BUSY_CORES, unless ``timeout_s`` ran out first.
+
+    A window is never longer than ``timeout_s``, but for the shortest that says anything.
+    """
     deadline_s = time.perf_counter() + timeout_s
+    window_s = max(_SHORTEST_LOOK_S, min(window_s, timeout_s))
     while True:
         meter = OthersMeter()
         time.sleep(window_s)

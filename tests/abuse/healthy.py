@@ -9,16 +9,23 @@ from statistics import quantiles
 from typing import Any
 
 from shardray.runtime.client import AsyncClient
+from tests.abuse.worker import tell
+
+_PROMPT = [5, 6, 7]
+_NUM_WARM_UP = 3  # streams
 
 
 async def attack(address: str, told: asyncio.Queue[str | None], max_tokens: int = 60) -> dict[str, Any]:
-    """Each line that is told names the phase that begins; figures by phase."""
+    """Tells when it has had its first streams. Each line that is told names the phase that begins; figures by phase."""
     gaps_s: dict[str, list[float]] = defaultdict(list)
-    phase: str | None = await told.get()
     async with AsyncClient(address) as client:
+        for _ in range(_NUM_WARM_UP):
+            await client.generate(_PROMPT, max_tokens=max_tokens, ignore_eos=True, wait_s=30)
+        tell({"is_warm": True})
+        phase: str | None = await told.get()
         while phase is not None:
             last_s = time.monotonic()
-            async for delta in client.stream([5, 6, 7], max_tokens=max_tokens, ignore_eos=True, wait_s=30):
+            async for delta in client.stream(_PROMPT, max_tokens=max_tokens, ignore_eos=True, wait_s=30):
                 now_s = time.monotonic()
                 gaps_s[phase].append(now_s - last_s)
                 gaps_s[phase].extend([0.0] * (len(delta.token_ids) - 1))

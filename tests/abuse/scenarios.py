@@ -117,8 +117,7 @@ def garbage(fleet: AbusedFleet, seconds: float) -> Figures:
 
 def _healthy(fleet: AbusedFleet) -> Worker:
     client = Worker("healthy", fleet.address)
-    client.say("warm-up")
-    time.sleep(_BEFORE_S)
+    client.hear()  # it has been served
     client.say("before")
     time.sleep(_BEFORE_S)
     return client

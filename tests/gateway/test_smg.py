@@ -20,9 +20,10 @@ from shardray.runtime.model.tokenizer import Tokenizer
 from tests.gateway.conftest import Smg, until_served
 from tests.serving import Serving, eventually, serving
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.integration]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
-ENDLESS = 400  # tokens: two seconds at least
+STEP_TIME_S = 0.02
+ENDLESS = 400  # tokens: eight seconds at least
 _numbers = itertools.count()
 
 
@@ -41,7 +42,7 @@ class Front:
         return await self.client.chat.completions.create(model=self.model, messages=MESSAGES, **options)
 
     async def is_idle(self) -> None:
-        await eventually(lambda: self.serving.driver.fleet.snapshot().num_live_requests == 0, timeout_s=1.0)
+        await eventually(lambda: self.serving.driver.fleet.snapshot().num_live_requests == 0, timeout_s=5.0)
 
 
 @contextlib.asynccontextmanager
@@ -60,7 +61,7 @@ async def front(smg: Smg, tokenizer: Tokenizer) -> AsyncIterator[Front]:
     assert tokenizer.folder is not None
     elsewhere = Tokenizer.load(tokenizer.folder)
     elsewhere.folder = Path(os.path.relpath(tokenizer.folder))  # a gateway in another folder has to ask for it
-    async with behind(smg, elsewhere, step_time_s=0.005) as up:
+    async with behind(smg, elsewhere, step_time_s=STEP_TIME_S) as up:
         yield up
 
 
@@ -139,7 +140,7 @@ async def test_a_client_that_hangs_up_frees_its_request(front: Front, num_choice
 
 async def test_a_full_queue_is_a_429_and_a_fleet_without_a_replica_a_503(smg: Smg, tokenizer: Tokenizer) -> None:
     limits = LimitsSettings(max_queued_requests=1)
-    async with behind(smg, tokenizer, limits=limits, max_num_seqs=1, step_time_s=0.02) as front:
+    async with behind(smg, tokenizer, limits=limits, max_num_seqs=1, step_time_s=STEP_TIME_S) as front:
         endless = {"max_tokens": ENDLESS, "extra_body": {"ignore_eos": True}}
         running = [asyncio.ensure_future(front.complete(**endless)) for _ in range(3)]
         await eventually(lambda: front.serving.driver.fleet.snapshot().num_queued_requests == 1)

@@ -18,7 +18,7 @@ from tests.real_replica import RealReplica
 from tests.serving import serving
 from tests.stub_replica import SECRET
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.integration]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 MODEL = "smollm2-135m"
 PROMPT = "The capital of France is"
 MESSAGES: Any = [{"role": "user", "content": "Name a colour."}]

@@ -18,7 +18,7 @@ from tests.serving import Serving, eventually, serving
 from tests.stub_replica import SECRET
 from tests.stub_tokenizer import write_tokenizer
 
-pytestmark = [pytest.mark.integration, pytest.mark.asyncio]
+pytestmark = pytest.mark.asyncio
 
 
 @pytest.fixture(scope="module")

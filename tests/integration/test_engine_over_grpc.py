@@ -20,7 +20,7 @@ from tests.stub_replica import SECRET
 from tests.stub_tokenizer import write_tokenizer
 from tests.tiny_models import Reference, save_llama
 
-pytestmark = [pytest.mark.integration, pytest.mark.asyncio]
+pytestmark = pytest.mark.asyncio
 
 
 @pytest.fixture(scope="module")

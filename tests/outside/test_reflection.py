@@ -16,7 +16,6 @@ from shardray.runtime.client import Client
 from tests.outside.conftest import TOKEN, Guarded
 from tests.serving import Serving
 
-pytestmark = pytest.mark.integration
 SERVICE = "shardray.v1.InferenceService"
 GENERATE = f"{SERVICE}/Generate"
 PROMPT = "The capital of France is"

@@ -21,7 +21,6 @@ from tests.outside.conftest import TOKEN, Guarded
 from tests.outside.triton import is_final, tensor, text_of
 from tests.serving import Serving, eventually
 
-pytestmark = pytest.mark.integration
 MODEL = "stub"
 PROMPT = "The capital of France is"
 NUM_TOKENS = 8

@@ -1,0 +1,14 @@
+"""The longest files come first, so that no worker begins one of them when the others have run out of work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+_TESTS = Path(__file__).parent
+_LONGEST = [_TESTS / name for name in ("model/test_triton_kernels.py", "test_gpu_benchmark.py")]  # a minute or more each
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path not in _LONGEST)
