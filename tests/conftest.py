@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 _TESTS = Path(__file__).parent
-_LONGEST = [_TESTS / name for name in ("model/test_triton_kernels.py", "test_gpu_benchmark.py")]  # a minute or more each
+_LONGEST = [_TESTS / name for name in ("model/test_triton_kernels.py", "test_gpu_benchmark.py")]  # minutes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

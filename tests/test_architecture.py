@@ -53,7 +53,7 @@ HOMES = {
 }
 
 PURE = tuple(f"runtime.engine.{name}" for name in ("scheduler", "pages", "request", "step"))
-LIGHT = (*PURE, "runtime.cluster.leader")  # the links inside a fleet: tests start replicas of stub engines by the hundred
+LIGHT = (*PURE, "runtime.cluster.leader")  # stub engines behind a real leader start by the hundred
 NEVER_IN_LIGHT = ("torch", "ray", "grpc")
 BARE = ("runtime", "parallel", "deploy", "proto")
 

@@ -37,7 +37,7 @@ from shardray.runtime.engine.request import EngineRequest, SamplingParams, Token
 PROMPT_IDS = (5, 17, 42, 99, 3, 64, 21)
 NUM_TOKENS = 24
 _STORE_BYTES = 80 << 20
-# Ray gives a node up after five checks without an answer; a killed one is told of none, a slow one has ten seconds for each.
+# Ray gives a node up after five failed checks: those of a killed one fail at once, a slow one has ten seconds for each.
 _QUICK_CHECKS = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500}
 
 

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from shardray.runtime.client import Client
 from tests.outside.conftest import TOKEN, Guarded
 from tests.serving import Serving
