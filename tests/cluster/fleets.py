@@ -165,8 +165,10 @@ async def form_from(hosts: Sequence[RemoteHost], config: Config, folder: Path | 
     return await form(hosts, shares, recipe, ["127.0.0.1"] * len(hosts), lambda rank, host, doing, fraction: None)
 
 
-async def generate(mesh: FormedMesh, num_tokens: int = NUM_TOKENS, timeout_s: float = 30.0) -> list[int]:
-    """Greedy tokens from the mesh's leader, over the same link that the driver uses."""
+async def generate(
+    mesh: FormedMesh, num_tokens: int = NUM_TOKENS, timeout_s: float = 30.0, began: asyncio.Event | None = None
+) -> list[int]:
+    """Greedy tokens from the mesh's leader, over the same link that the driver uses. ``began``: the first has come."""
     arrived: asyncio.Queue[list[TokenOutput]] = asyncio.Queue()
 
     def on_events(outputs: list[TokenOutput], rejections: list[Rejection]) -> None:
@@ -182,6 +184,8 @@ async def generate(mesh: FormedMesh, num_tokens: int = NUM_TOKENS, timeout_s: fl
         async with asyncio.timeout(timeout_s):
             while len(token_ids) < num_tokens:
                 token_ids += [out.token_id for out in await arrived.get() if out.token_id is not None]
+                if began is not None and token_ids:
+                    began.set()
     finally:
         await link.close()
     return token_ids

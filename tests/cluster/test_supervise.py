@@ -31,8 +31,9 @@ async def _watched_mesh(folder: Path, tp_size: int, pp_size: int, step_timeout_s
 async def _break(mesh: FormedMesh, rank: int, signum: signal.Signals, step_timeout_s: float, busy: bool) -> MeshFailure:
     """Send ``signum`` to one rank, in the middle of a decode if ``busy``, and return what the watch finds."""
     watch = MeshWatch(mesh, step_timeout_s)
-    request = asyncio.create_task(generate(mesh, num_tokens=480)) if busy else None
-    await asyncio.sleep(0.15)
+    began = asyncio.Event()
+    request = asyncio.create_task(generate(mesh, num_tokens=480, began=began)) if busy else None
+    await (asyncio.sleep(0.15) if request is None else asyncio.wait_for(began.wait(), timeout=20))
     os.kill(mesh.hosts[rank].info.pid, signum)
     failure = await asyncio.wait_for(watch.failure(), timeout=15)
     if request is not None:

@@ -108,7 +108,7 @@ async def test_requests_that_nobody_can_resume_are_not_on_disk(tmp_path: Path) -
 
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])
 async def test_an_end_is_retained_for_its_time_unless_nobody_wants_it(tmp_path: Path, kind: str) -> None:
-    retain_s = 0.5
+    retain_s = 1.5
     journal: Journal = (
         MemoryJournal(retain_s) if kind == "memory" else SqliteJournal(tmp_path / "journal.db", retain_s=retain_s)
     )

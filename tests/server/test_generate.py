@@ -170,7 +170,7 @@ async def test_a_slow_reader_gets_everything_in_fewer_messages(tokenizer: Tokeni
             text += delta.text
             num_messages += 1
             if num_messages == 1:
-                await asyncio.sleep(1.0)  # the engine is done long before
+                await eventually(lambda: up.driver.fleet.snapshot().replicas[0].stats.num_output_tokens == 15_000)
         assert text == (prompt * 38)[:15_000]
         assert num_messages < 10_000
 

@@ -222,7 +222,7 @@ async def test_a_lost_connection_to_a_server_that_lives_is_a_pause(slow: Serving
 
 async def test_a_request_is_kept_for_a_client_that_is_away_no_longer_than_it_asked(slow: Serving) -> None:
     async with raw(slow.address) as first:
-        await anext(first.submit("kept", max_tokens=400, resumable_s=0.6))
+        await anext(first.submit("kept", max_tokens=400, resumable_s=2.0))
         await anext(first.submit("not kept", max_tokens=400, resumable_s=0.0))
         await num_live(slow, 2)
     await num_live(slow, 1)
