@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +42,16 @@ class Served:
 
 
 class RankPool:
-    """Processes that take places in meshes. ``mesh`` forms one over the first tp_size * pp_size of them."""
+    """Processes that take places in meshes. ``mesh`` forms one over the first tp_size * pp_size of them.
 
-    def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+    More are started when a mesh needs them. After a test that failed within a mesh, ``is_sound`` is False.
+    """
+
+    def __init__(self, size: int = 0) -> None:
+        self.is_sound = True
         self._pipes: list[Connection] = []
-        self._processes = []
-        for _ in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_rank_main, args=(theirs,), daemon=True)
-            process.start()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        self._processes: list[SpawnProcess] = []
+        self._grow_to(size)
 
     @property
     def pids(self) -> list[int]:
@@ -62,6 +61,7 @@ class RankPool:
     def mesh(self, folder: Path, tp_size: int, pp_size: int, **fields: Any) -> Iterator[FormedMesh]:
         """A formed mesh. ``fields`` override the assignment's; ``{rank}`` in ``device`` stands for the rank."""
         size = tp_size * pp_size
+        self._grow_to(size)
         epoch, secret = secrets.token_hex(4), secrets.token_hex(8)
         host, port = self.call(0, "open_rendezvous", (Credentials(epoch, secret, fields.get("tls")), size))
         shared = {
@@ -81,11 +81,15 @@ class RankPool:
         } | fields
         device = shared.pop("device")
         places = [ShardAssignment(rank=rank, device=device.format(rank=rank), **shared) for rank in range(size)]
+        self.is_sound = False
         infos = self.call_all(size, "form", places)
         try:
             yield FormedMesh(self, infos)
-        finally:
+        except BaseException:
             self.call_all(size, "close", [None] * size)
+            raise
+        self.call_all(size, "close", [None] * size)
+        self.is_sound = True
 
     def call(self, rank: int, method: str, argument: Any = None) -> Any:
         self.send(rank, method, argument)
@@ -109,6 +113,15 @@ class RankPool:
         for process in self._processes:
             process.join(timeout=10)
             process.kill()
+
+    def _grow_to(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        for _ in range(len(self._pipes), size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_rank_main, args=(theirs,), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
 
 
 class RankError(RuntimeError):

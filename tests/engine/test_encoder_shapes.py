@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,6 @@ from tests.model.encoder_zoo import ENCODERS, PAIRS, EncoderReference, PairRefer
 from tests.ranks import RankPool
 
 FIELDS = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 128}
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    pool = RankPool(5)
-    yield pool
-    pool.close()
 
 
 @pytest.mark.parametrize(

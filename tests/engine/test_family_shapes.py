@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,6 @@ SHAPES = [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 3)]
 QUICK_SHAPES = [(2, 2)]
 MAX_TOKENS = 24
 PROMPT_LENS = [1, 30, 9, 17, 41]
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    pool = RankPool(4)
-    yield pool
-    pool.close()
 
 
 @pytest.mark.parametrize("shapes", [QUICK_SHAPES, pytest.param(SHAPES, marks=pytest.mark.slow)], ids=["quick", "all"])

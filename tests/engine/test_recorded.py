@@ -6,7 +6,6 @@ A CUDA graph in its place is tested in tests/gpu/.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,6 @@ PARAMS: list[dict[str, Any]] = [
     {"temperature": 0.0, "logprobs": 2},
     {"temperature": 0.6, "min_p": 0.1, "presence_penalty": 0.7},
 ]
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    pool = RankPool(4)
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module", params=[save_llama, save_gpt2], ids=["llama", "gpt2"])

@@ -20,13 +20,6 @@ SLOW_SHAPES = [pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES i
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    pool = RankPool(MAX_RANKS)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
 def large_pool() -> Iterator[RankPool]:
     pool = RankPool(15)
     yield pool

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,13 +23,6 @@ from tests.tiny_models import save_llama
 GIB = 1 << 30
 BOUNDS = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "block_size": 16}
 H100 = Hardware.of(memory_bytes_per_s=3.35e12, flops_per_s=989e12, link_bytes_per_s=450e9, message_s=3e-6)
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    pool = RankPool(3)
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")

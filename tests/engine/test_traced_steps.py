@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -16,13 +15,6 @@ from tests.tiny_models import save_llama
 PROMPT_LENS = (1, 30, 9)
 NUM_TOKENS = 12
 MOST = 16  # tokens a step: the long prompt takes two
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    pool = RankPool(4)
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")
