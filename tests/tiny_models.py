@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,17 @@ def _save(kind: Any, config: Any, folder: Path) -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For transformers on a tiny model: a second thread only means waiting for it, and long beside other tests."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 @dataclass
 class Reference:
     """transformers in float32 on one checkpoint."""
@@ -61,6 +74,7 @@ class Reference:
     def __post_init__(self) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
 
+    @one_thread()
     @torch.inference_mode()
     def greedy(self, prompt_ids: tuple[int, ...], max_tokens: int) -> list[int]:
         """The ids that follow the prompt, whatever they are (no end of sequence)."""
@@ -71,6 +85,7 @@ class Reference:
         )  # fmt: skip
         return out[0, len(prompt_ids) :].tolist()
 
+    @one_thread()
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> torch.Tensor:
         """(num_tokens, vocab_size) float32"""

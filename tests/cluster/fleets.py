@@ -84,9 +84,12 @@ def reference_ids(folder: Path, prompt_ids: tuple[int, ...] = PROMPT_IDS, num_to
     import torch
     from transformers import AutoModelForCausalLM
 
+    from tests.tiny_models import one_thread
+
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prompt = torch.tensor([prompt_ids])
-    output = model.generate(prompt, max_new_tokens=num_tokens, do_sample=False)
+    with one_thread():
+        output = model.generate(prompt, max_new_tokens=num_tokens, do_sample=False)
     return [int(token_id) for token_id in output[0, len(prompt_ids) :]]
 
 

@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModel, AutoModelForSeq2SeqLM
 
 from shardray.runtime.model.spec import Pooling
 from tests.model.zoo import save_drawn
+from tests.tiny_models import one_thread
 
 BERT: dict[str, Any] = {
     "vocab_size": 97,
@@ -102,6 +103,7 @@ class EncoderReference:
     def __post_init__(self) -> None:
         self.model = AutoModel.from_pretrained(self.folder, dtype=torch.float32).eval()
 
+    @one_thread()
     @torch.inference_mode()
     def embedding(self, prompt_ids: tuple[int, ...], pooling: Pooling) -> torch.Tensor:
         hidden = self.model(torch.tensor([prompt_ids])).last_hidden_state[0]
@@ -118,6 +120,7 @@ class PairReference:
     def __post_init__(self) -> None:
         self.model = AutoModelForSeq2SeqLM.from_pretrained(self.folder, dtype=torch.float32).eval()
 
+    @one_thread()
     @torch.inference_mode()
     def greedy(self, prompt_ids: tuple[int, ...], max_tokens: int, forced_ids: tuple[int, ...] = ()) -> list[int]:
         """The ids that follow the decoder's first one and those that are forced, whatever they are."""
@@ -129,6 +132,7 @@ class PairReference:
         )  # fmt: skip
         return out[0, len(first) :].tolist()
 
+    @one_thread()
     @torch.inference_mode()
     def logits(self, prompt_ids: list[int], decoder_ids: list[int]) -> torch.Tensor:
         """(num_decoder_ids, vocab_size) float32"""
