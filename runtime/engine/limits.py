@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from shardray.runtime.engine.request import EncoderInfo, EngineRequest, FieldError
 
+_STEP_UNIT = 16  # tokens
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
@@ -45,12 +47,15 @@ class SchedulerLimits:
     def prefill_budget(self, num_decodes: int) -> int:
         """Tokens of prompts in a plan beside its decodes: what they leave of a lane's share, and never none.
 
-        Not more than would make the decodes wait long, if there are any.
+        Not more than would make the decodes wait long, if there are any. Such steps mostly have a multiple of 16 tokens
+        in all, so that few kinds of them are recorded.
         """
         budget = max(1, -(-self.max_num_batched_tokens // self.num_lanes) - num_decodes)
         if num_decodes == 0 or self.max_prefill_beside_decodes is None:
             return budget
-        return min(budget, self.max_prefill_beside_decodes)
+        most = self.max_prefill_beside_decodes
+        over = (num_decodes + most) % _STEP_UNIT
+        return min(budget, most - over if most > over else most)
 
     def given_ids(self, request: EngineRequest) -> tuple[int, ...]:
         """What stands before the generated tokens."""

@@ -19,7 +19,7 @@ from shardray.parallel.shm import ShmComm
 from shardray.parallel.waiting import Waiter
 from shardray.parallel.workspace import Workspace
 from shardray.runtime.engine.served import ServedSpec
-from shardray.runtime.model.attention import AttentionRow, KVPages, OwnHeads, PagedAttention, StepView
+from shardray.runtime.model.attention import AttentionRow, KVPages, OwnHeads, PagedAttention, StepView, list_rows
 from shardray.runtime.model.costs import matrices, seen_tokens
 from shardray.runtime.model.kernels import choose_ops, choose_recorder
 from shardray.runtime.model.parameters import kind_parameters
@@ -108,7 +108,9 @@ def _view(counts: Sequence[int], context_len: int, num_blocks: int) -> StepView:
     tables = torch.arange(num_rows * num_blocks, dtype=torch.int32).view(num_rows, num_blocks)
     lens = torch.full((num_rows,), context_len, dtype=torch.int32)
     rows = tuple(AttentionRow(row, sum(counts[:row]), counts[row], context_len) for row in range(num_decodes, num_rows))
-    return StepView(nothing, nothing, nothing, num_decodes, tables, lens, rows, nothing)
+    return StepView(
+        nothing, nothing, nothing, num_decodes, tables, lens, rows, nothing, row_list=list_rows(num_decodes, rows)
+    )
 
 
 class SumSample:

@@ -13,7 +13,7 @@ from torch import Tensor
 from shardray.parallel.kernels.triton_launch import runs_triton
 from shardray.runtime.engine.inputs import LAST_TOKEN, Array, StepInputs, to_device, upload
 from shardray.runtime.engine.step import EncoderRow, PageGrant, Row, SlotStart, StepPlan
-from shardray.runtime.model.attention import AttentionRow, AttentionTasks, PromptsView, StepView
+from shardray.runtime.model.attention import AttentionRow, AttentionTasks, PromptsView, StepView, list_rows
 from shardray.runtime.model.kernels.splits import decode_splits, prefill_tiles
 
 
@@ -129,6 +129,7 @@ class SlotTable:
             prefills=prefills,
             sampled_tokens=inputs.sampled_tokens,
             tasks=_tasks(inputs),
+            row_list=None if self.has_tasks else list_rows(num_decodes, prefills),
         )
 
     def _with_last_tokens(self, token_ids: Tensor, slots: Tensor) -> Tensor:
@@ -191,12 +192,14 @@ class SlotTable:
             cache_index = to_device(inputs.cache_index, self._device)
         prompt_lens = self._prompt_lens[slots]
         tables = self._pages[slots, : int(self._prompt_blocks[slots].max(initial=0))]
+        prefills = tuple(dataclasses.replace(row, context_len=int(prompt_lens[row.row])) for row in view.prefills)
         seen = dataclasses.replace(
             view,
             block_tables=to_device(tables, self._device),
             context_lens=to_device(prompt_lens.astype(np.int32), self._device),
-            prefills=tuple(dataclasses.replace(row, context_len=int(prompt_lens[row.row])) for row in view.prefills),
+            prefills=prefills,
             tasks=self._prompt_tasks(view, prompt_lens),
+            row_list=None if self.has_tasks else list_rows(view.num_decodes, prefills),
         )
         pooled = tuple(row.pooling for row in rows if row.pooling is not None)
         return PromptsView(encoded, cache_index, seen, pooled)

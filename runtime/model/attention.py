@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,7 @@ class StepView:
     sampled_tokens: Tensor  # (S,) int64: tokens of the step whose logits are wanted
     prompts: PromptsView | None = None  # with an encoder
     tasks: AttentionTasks | None = None  # for the kernels of CUDA
+    row_list: Tensor | None = None  # for the kernels of CPUs: see ``list_rows``
 
     @property
     def num_tokens(self) -> int:
@@ -81,6 +83,15 @@ class PromptsView:
     cache_index: Tensor  # (S,) int64: where cross-attention's keys and values of them go
     seen: StepView  # the rows of the step, and for each the pages of its own prompt
     pooled: tuple[Pooling, ...]  # for each row of ``encoded``, where embeddings are wanted of them
+
+
+def list_rows(num_decodes: int, prefills: Sequence[AttentionRow]) -> Tensor:
+    """What kernels of CPUs read of the rows of a step, so that one recording serves any: (1 + rows, 4) int64.
+
+    First the number of rows of one token and that of rows of several; then of each of those what AttentionRow has.
+    """
+    rows = [(row.row, row.first, row.num_tokens, row.context_len) for row in prefills]
+    return torch.tensor([(num_decodes, len(rows), 0, 0), *rows])
 
 
 class KVPages:

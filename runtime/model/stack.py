@@ -1,8 +1,8 @@
-"""The layers of one stage: run one by one or, for decode steps on CPUs, as a recorded program.
+"""The layers of one stage: run one by one or, for steps of few tokens on CPUs, as a recorded program.
 
 A decode step of a small model is hundreds of operations of a few microseconds each, and about as much again goes by
-between them in Python. So the second step with some number of rows is recorded, and later ones of that number run as
-one call. Layers in which torch computes something itself always run one by one.
+between them in Python. So the second step with some number of tokens is recorded, and later ones of that number run as
+one call, whatever rows the tokens belong to. Layers in which torch computes something itself always run one by one.
 
 A CUDA graph takes the same place on a GPU.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,17 @@ from shardray.runtime.model.rotary import rotary_angles
 if TYPE_CHECKING:
     from shardray.parallel.kernels.program import Program
 
+_MOST_TOKENS = 256  # of a step with prompts: in longer ones the time between operations is nothing
+_MOST_RECORDINGS = 256  # a quarter of a megabyte each; the one that was not used for longest gives way
+
+
+class _Shape(NamedTuple):
+    """What a recording is for. Which rows of one token and of several there are is among its inputs."""
+
+    num_tokens: int
+    has_decodes: bool
+    has_prompts: bool
+
 
 class LayerStack:
     """The layers that one rank has a part of."""
@@ -35,27 +46,32 @@ class LayerStack:
     def __init__(
         self, layers: Sequence[DecoderLayer], max_positions: int, device: torch.device, records: bool = True
     ) -> None:
-        """``records``: whether decode steps may be recorded."""
+        """``records``: whether steps may be recorded."""
         self._layers = layers
         self._angles = _angle_tables(layers, max_positions, device)
         self._max_positions = max_positions
         self._recorder = choose_recorder(device) if records else None
         self._workspace = Workspace()
         self.spans: Spans | None = None  # while a trace is on
-        self._recordings: dict[int, _Recording | None] = {}  # by number of rows; None once such a step has run
+        self._recordings: dict[_Shape, _Recording | None] = {}  # None once such a step has run; the last used last
 
     def __call__(self, x: Tensor, pages: KVPages, view: StepView) -> Pending:
         """Hidden states (T, H) to the residual and what is to be added to it. May write into ``x``."""
         angles = {kind: table.at(view.positions) for kind, table in self._angles.items()}
         inputs = _Inputs(x, angles, view)
-        if self._recorder is None or view.prefills:
+        shape = _Shape(x.shape[0], view.num_decodes > 0, bool(view.prefills))
+        if self._recorder is None or (shape.has_prompts and shape.num_tokens > _MOST_TOKENS):
             return self._run(inputs, pages)
-        recording = self._recordings.get(view.num_decodes)
+        was_seen = shape in self._recordings
+        recording = self._recordings.pop(shape, None)
         if recording is not None and recording.pages is pages:
+            self._recordings[shape] = recording
             return recording.replay(inputs, self.spans)
-        if view.num_decodes in self._recordings:
-            return self._record(inputs, pages)
-        self._recordings[view.num_decodes] = None
+        if was_seen:
+            return self._record(shape, inputs, pages)
+        self._recordings[shape] = None
+        if len(self._recordings) > _MOST_RECORDINGS:
+            del self._recordings[next(iter(self._recordings))]
         return self._run(inputs, pages)
 
     def remember(self, encoded: Tensor, pages: KVPages, prompts: PromptsView) -> None:
@@ -72,14 +88,14 @@ class LayerStack:
                 x, delta = layer(x, delta, index, pages, inputs.view, angles)
         return x, delta
 
-    def _record(self, inputs: _Inputs, pages: KVPages) -> Pending:
+    def _record(self, shape: _Shape, inputs: _Inputs, pages: KVPages) -> Pending:
         assert self._recorder is not None
         own = inputs.with_room_for(-(-self._max_positions // pages.block_size))
         output, program = self._recorder.record(lambda: self._run(own, pages))
         if program is None:
             self._recorder = None
         else:
-            self._recordings[inputs.view.num_decodes] = _Recording(own, output, pages, program)
+            self._recordings[shape] = _Recording(own, output, pages, program)
         return output
 
 
@@ -123,24 +139,34 @@ class _Inputs:
     view: StepView
 
     def with_room_for(self, max_blocks: int) -> _Inputs:
-        """A copy that stays where it is, its block tables as wide as they can get."""
-        view = self.view
-        tables = view.block_tables.new_zeros(view.num_decodes, max_blocks)
-        tables[:, : view.block_tables.shape[1]] = view.block_tables
+        """A copy that stays where it is, with room for as many rows as tokens, their block tables as wide as can be."""
+        view, num_tokens = self.view, self.x.shape[0]
+        assert view.row_list is not None
         angles = {kind: Angles(own.cos.clone(), own.sin.clone(), own.interleaved) for kind, own in self.angles.items()}
         own = dataclasses.replace(
-            view, cache_index=view.cache_index.clone(), context_lens=view.context_lens.clone(), block_tables=tables
+            view,
+            cache_index=view.cache_index.clone(),
+            context_lens=view.context_lens.new_zeros(num_tokens),
+            block_tables=view.block_tables.new_zeros(num_tokens, max_blocks),
+            row_list=view.row_list.new_zeros(1 + num_tokens // 2, view.row_list.shape[1]),
         )
-        return _Inputs(self.x.clone(), angles, own)
+        inputs = _Inputs(self.x.clone(), angles, own)
+        inputs.fill(self)
+        return inputs
 
     def fill(self, other: _Inputs) -> None:
+        own, view = self.view, other.view
+        assert own.row_list is not None
+        assert view.row_list is not None
+        num_rows, num_blocks = view.block_tables.shape
         self.x.copy_(other.x)
-        self.view.cache_index.copy_(other.view.cache_index)
-        self.view.context_lens.copy_(other.view.context_lens)
-        self.view.block_tables[:, : other.view.block_tables.shape[1]] = other.view.block_tables
-        for kind, own in self.angles.items():
-            own.cos.copy_(other.angles[kind].cos)
-            own.sin.copy_(other.angles[kind].sin)
+        own.cache_index.copy_(view.cache_index)
+        own.context_lens[:num_rows] = view.context_lens
+        own.block_tables[:num_rows, :num_blocks] = view.block_tables
+        own.row_list[: view.row_list.shape[0]] = view.row_list
+        for kind, table in self.angles.items():
+            table.cos.copy_(other.angles[kind].cos)
+            table.sin.copy_(other.angles[kind].sin)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,6 +96,19 @@ def test_prompts_take_the_whole_budget_alone_and_a_bounded_part_of_it_beside_dec
         committed(scheduler, plan)
 
 
+def test_steps_of_decodes_and_prompts_mostly_have_a_multiple_of_16_tokens() -> None:
+    limits = replace(LIMITS, max_num_batched_tokens=512, max_prefill_beside_decodes=64)
+    for num_decodes in range(1, 64):
+        budget = limits.prefill_budget(num_decodes)
+        assert 64 - 16 < budget <= 64
+        assert (num_decodes + budget) % 16 == 0
+    assert limits.prefill_budget(0) == 512
+    assert replace(limits, max_prefill_beside_decodes=5).prefill_budget(13) == 3
+    assert replace(limits, max_prefill_beside_decodes=5).prefill_budget(12) == 4
+    assert replace(limits, max_prefill_beside_decodes=5).prefill_budget(14) == 2
+    assert replace(limits, max_prefill_beside_decodes=1).prefill_budget(15) == 1
+
+
 # Pipelines: several plans in flight, no lookahead
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardray.runtime.model.attention import KVPages, OwnHeads, PagedAttention, StepView
+from shardray.runtime.model.attention import KVPages, OwnHeads, PagedAttention, StepView, list_rows
 from shardray.runtime.model.kernels import cpu_ops, page_tiles
 from shardray.runtime.model.kernels.cpu_ops import CpuOps
 from shardray.runtime.model.kernels.ops import Angles, NormWeights, Ops
@@ -45,6 +45,7 @@ def make_view(context_lens: list[int], num_pages: int, starts: list[int] | None 
         context_lens=torch.tensor(context_lens, dtype=torch.int32),
         prefills=(),
         sampled_tokens=rows,
+        row_list=list_rows(len(context_lens), ()),
     )
 
 
@@ -104,7 +105,7 @@ def test_a_row_of_attention_is_the_same_bits_in_any_batch() -> None:
     for row in range(4):
         alone = StepView(
             view.token_ids[:1], view.positions[:1], view.cache_index[:1], 1, view.block_tables[row : row + 1],
-            view.context_lens[row : row + 1], (), view.sampled_tokens[:1],
+            view.context_lens[row : row + 1], (), view.sampled_tokens[:1], row_list=list_rows(1, ()),
         )  # fmt: skip
         assert torch.equal(
             CpuOps(torch.bfloat16, 1).attend(attention, queries[row : row + 1], pages, 0, alone)[0], together[row]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shardray.parallel.kernels import jit
 from shardray.parallel.kernels.linear import runs_here
-from shardray.runtime.model.attention import AttentionRow, KVPages, OwnHeads, PagedAttention, StepView
+from shardray.runtime.model.attention import AttentionRow, KVPages, OwnHeads, PagedAttention, StepView, list_rows
 from shardray.runtime.model.kernels import cpu_ops, cpu_prefill
 from shardray.runtime.model.kernels.cpu_ops import CpuOps
 from shardray.runtime.model.kernels.ops import Ops
@@ -66,7 +66,10 @@ class Case:
             first += count
         context_lens = torch.tensor([context_len for _, context_len in sizes], dtype=torch.int32)
         num_decodes = sum(count == 1 for count, _ in sizes)
-        return StepView(NO_IDS, NO_IDS, NO_IDS, num_decodes, self.tables, context_lens, tuple(rows), NO_IDS)
+        return StepView(
+            NO_IDS, NO_IDS, NO_IDS, num_decodes, self.tables, context_lens, tuple(rows), NO_IDS,
+            row_list=list_rows(num_decodes, rows),
+        )  # fmt: skip
 
     def attend(self, ops: Ops) -> torch.Tensor:
         return ops.attend(self.attention, self.queries, self.pages, 0, self.view())

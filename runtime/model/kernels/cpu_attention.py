@@ -75,14 +75,15 @@ def _list_tiles(tiles, tables, first, num_pages, num_kv_heads, kv_head, pages, t
 
 
 def decode(args):
-    """args: D, threads, n, g, d, b, W, queries, row stride, keys, values, block tables, context lengths, groups, out,
-    scale
+    """args: row list, threads, n, g, d, b, W, queries, row stride, keys, values, block tables, context lengths,
+    groups, out, scale
 
-    ``groups`` is (g + 1,) int64: query heads [groups[i], groups[i + 1]) read KV head i. ``scale`` is the address of a
-    float32. Tensors are contiguous but for the rows of ``queries``; out is (D, n, d). b and d are multiples of 16.
+    The row list begins with D, int64. ``groups`` is (g + 1,) int64: query heads [groups[i], groups[i + 1]) read KV
+    head i. ``scale`` is the address of a float32. Tensors are contiguous but for the rows of ``queries``; out is
+    (D, n, d). b and d are multiples of 16.
     """
     a = numba.carray(args, (17,))
-    num_tasks, num_threads, num_heads, num_kv_heads, head_dim = a[1] * a[4], a[2], a[3], a[4], a[5]
+    num_tasks, num_threads, num_heads, num_kv_heads, head_dim = jit.pointer_i64(a[1])[0] * a[4], a[2], a[3], a[4], a[5]
     block_size, num_blocks, queries, row_stride, keys, values = a[6], a[7], a[8], a[9], a[10], a[11]
     tables, context_lens, groups = jit.pointer_i32(a[12]), jit.pointer_i32(a[13]), jit.pointer_i64(a[14])
     out, scale = pointer(a[15]), jit.pointer_f32(a[16])[0]

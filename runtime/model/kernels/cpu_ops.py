@@ -66,7 +66,8 @@ class CpuOps(Ops):
         in_vectors = head_dim % vector.WIDTH == 0 and block_size % vector.WIDTH == 0
         if attention.num_heads == 0 or not (in_vectors and attention.is_plain):
             return super().attend(attention, queries, pages, layer, view)
-        out = empty(queries.shape, queries.dtype)
+        assert view.row_list is not None, "a step for CPUs comes with its list of rows"
+        out, rows = empty(queries.shape, queries.dtype), view.row_list.data_ptr()
         shape = attention.num_heads, num_kv_heads, head_dim, block_size, view.block_tables.shape[1]
         inputs = (
             queries.data_ptr(), queries.stride(0), pages.key_addresses[layer], pages.value_addresses[layer],
@@ -75,17 +76,16 @@ class CpuOps(Ops):
         groups, scale = attention.groups.data_ptr(), _float_address(attention.scale)
         if view.num_decodes:
             self._decode(
-                self._num_threads, view.num_decodes, self._num_threads, *shape, *inputs, view.context_lens.data_ptr(),
+                self._num_threads, rows, self._num_threads, *shape, *inputs, view.context_lens.data_ptr(),
                 groups, out.data_ptr(), scale,
             )  # fmt: skip
         if self._prefill is None:
             attention.attend_prefills(queries, out, pages, layer, view)
         elif view.prefills:
             tokens_a_task = max(1, _PREFILL_ROWS // attention.largest_group)
-            rows, num_tasks = _prefill_rows(view, num_kv_heads, tokens_a_task)
             self._prefill(
-                self._num_threads, num_tasks, len(rows), *shape, *inputs, rows.data_ptr(), groups, out.data_ptr(),
-                scale, tokens_a_task, tokens_a_task * attention.largest_group, attention.causal,
+                self._num_threads, rows, *shape, *inputs, groups, out.data_ptr(), scale, tokens_a_task,
+                tokens_a_task * attention.largest_group, attention.causal,
             )  # fmt: skip
         return out
 
@@ -124,15 +124,6 @@ def _compile_prefill(dtype: torch.dtype) -> Kernel | None:
     """None where torch's own attention over whole prompts does better."""
     variant = variant_for(cpu_features()) if dtype == torch.bfloat16 else None
     return None if variant is None else jit.compile_kernel(cpu_prefill.prefill, cpu_prefill.make_variant(variant))
-
-
-def _prefill_rows(view: StepView, num_kv_heads: int, tokens_a_task: int) -> tuple[Tensor, int]:
-    """What the kernel reads of the rows of several tokens, (rows, 5) int64, and its number of tasks."""
-    rows, num_tasks = [], 0
-    for row in view.prefills:
-        rows.append((row.row, row.first, row.num_tokens, row.context_len, num_tasks))
-        num_tasks += -(-row.num_tokens // tokens_a_task) * num_kv_heads
-    return torch.tensor(rows), num_tasks
 
 
 @functools.cache

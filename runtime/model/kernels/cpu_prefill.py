@@ -108,12 +108,18 @@ def make_variant(name: str) -> Variant:
 
 
 @numba.njit
-def _find(prefills, num_prefills, task):
-    """The row of several tokens that a task belongs to"""
-    row = 0
-    while row + 1 < num_prefills and prefills[(row + 1) * 5 + 4] <= task:
-        row += 1
-    return row * 5
+def _tasks_of(row_list, listed, tokens_a_task, num_kv_heads):
+    return ((row_list[listed * 4 + 2] - 1) // tokens_a_task + 1) * num_kv_heads
+
+
+@numba.njit
+def _find(row_list, tokens_a_task, num_kv_heads, task):
+    """Where the row that a task belongs to is listed, and which one of that row's tasks it is"""
+    listed = 1
+    while task >= _tasks_of(row_list, listed, tokens_a_task, num_kv_heads):
+        task -= _tasks_of(row_list, listed, tokens_a_task, num_kv_heads)
+        listed += 1
+    return listed, task
 
 
 @numba.njit
@@ -125,18 +131,22 @@ def _copy(source, num_words, target):
 
 
 def prefill(args):
-    """args: tasks, prefills, n, g, d, b, W, queries, row stride, keys, values, block tables, prefill rows, groups, out,
-    scale, tokens a task, rows of a task at most, whether causal
+    """args: row list, n, g, d, b, W, queries, row stride, keys, values, block tables, groups, out, scale,
+    tokens a task, rows of a task at most, whether causal
 
-    Prefill rows are (row of the table, first token, tokens, context length, first task), int64. ``groups`` is (g + 1,)
-    int64: query heads [groups[i], groups[i + 1]) read KV head i. ``scale`` is the address of a float32. Tensors are
-    contiguous but for the rows of ``queries``; out is (T, n, d). b and d are multiples of 16.
+    The row list (see runtime/model/attention.py) says how many rows of several tokens there are, and of each its row
+    of the table, first token, tokens and context length. ``groups`` is (g + 1,) int64: query heads
+    [groups[i], groups[i + 1]) read KV head i. ``scale`` is the address of a float32. Tensors are contiguous but for
+    the rows of ``queries``; out is (T, n, d). b and d are multiples of 16.
     """
-    a = numba.carray(args, (20,))
-    num_tasks, num_prefills, num_heads, num_kv_heads, head_dim, block_size = a[1], a[2], a[3], a[4], a[5], a[6]
-    queries, row_stride, keys, values, tables = a[8], a[9], a[10], a[11], jit.pointer_i32(a[12])
-    prefills, groups, out, scale = jit.pointer_i64(a[13]), jit.pointer_i64(a[14]), a[15], jit.pointer_f32(a[16])[0]
-    tokens_a_task, most_rows, is_causal = a[17], a[18], a[19] != 0
+    a = numba.carray(args, (18,))
+    row_list, num_heads, num_kv_heads, head_dim, block_size = jit.pointer_i64(a[1]), a[2], a[3], a[4], a[5]
+    queries, row_stride, keys, values, tables = a[7], a[8], a[9], a[10], jit.pointer_i32(a[11])
+    groups, out, scale = jit.pointer_i64(a[12]), a[13], jit.pointer_f32(a[14])[0]
+    tokens_a_task, most_rows, is_causal = a[15], a[16], a[17] != 0
+    num_tasks = 0
+    for listed in range(1, row_list[1] + 1):
+        num_tasks += _tasks_of(row_list, listed, tokens_a_task, num_kv_heads)
     tile_width, block_width = tile_vectors * WIDTH, _TILES * tile_vectors * WIDTH
     head_vectors, num_pairs, page_bytes = head_dim // WIDTH, head_dim // 2, block_size * head_dim * 2
     # Of each row: its query, its scores and weights of a block, its sums, and what is kept of it
@@ -156,13 +166,13 @@ def prefill(args):
         task = num_tasks - 1 - jit.take_task(args)  # those with the longest contexts first
         if task < 0:
             break
-        at = _find(prefills, num_prefills, task)
-        table, num_new, context_len = prefills[at] * a[7], prefills[at + 2], prefills[at + 3]
-        kv_head, first = (task - prefills[at + 4]) % num_kv_heads, (task - prefills[at + 4]) // num_kv_heads
-        first *= tokens_a_task
+        listed, task = _find(row_list, tokens_a_task, num_kv_heads, task)
+        kv_head, first = task % num_kv_heads, task // num_kv_heads * tokens_a_task
+        at = listed * 4
+        table, num_new, context_len = row_list[at] * a[6], row_list[at + 2], row_list[at + 3]
         num_tokens = min(tokens_a_task, num_new - first)
         first_head, group = groups[kv_head], groups[kv_head + 1] - groups[kv_head]
-        first_token, first_position = prefills[at + 1] + first, context_len - num_new + first
+        first_token, first_position = row_list[at + 1] + first, context_len - num_new + first
         num_rows = num_tokens * group
         if num_rows == 0:
             continue
