@@ -9,11 +9,13 @@ Rank = stage * tp_size + tp_rank. Of a mesh of 2 stages x 3 tensor ranks:
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from shardray.parallel.credentials import Credentials
 from shardray.parallel.tls import TlsFiles
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def _needs(recipe: MeshRecipe, devices: set[str]) -> list[int]:
     config = recipe.config
     served = read_served(Path(recipe.model_dir), config.model.dtype, config.model.max_model_len, config.engine)
     plan = cut_as_configured(served.spec, config.parallel)
-    packs = "cpu" in devices and served.dtype.itemsize == 2  # to ask this machine would not tell of the hosts'
+    packs = "cpu" in devices and served.item_bytes == 2  # to ask this machine would not tell of the hosts'
     ranks = (rank_memory(served, plan, *divmod(rank, plan.tp_size), packs) for rank in range(recipe.size))
     return [
         memory.loaded_bytes + memory.step_bytes + (config.engine.kv_memory_bytes or memory.sequence_bytes)
