@@ -35,7 +35,7 @@ class ServedSpec:
 
     family: Family
     spec: DecoderSpec
-    dtype_name: str  # of weights and activations, as in the settings
+    dtype_name: str  # of weights and activations: "bfloat16"
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
