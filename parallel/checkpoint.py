@@ -1,7 +1,8 @@
 """Reads slices of a safetensors checkpoint: only the headers when opened, then only the bytes that a slice covers.
 
 Format: https://huggingface.co/docs/safetensors: an 8-byte little-endian header length, a JSON header, the bytes.
-Knows nothing of models: a name and a slice go in, a tensor comes out.
+Knows nothing of models: a name and a slice go in, a tensor comes out. torch is imported once a tensor is asked for:
+who only looks at headers, as a driver does, needs none.
 """
 
 from __future__ import annotations
@@ -14,27 +15,28 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+_READABLE = ("F32", "BF16", "F16")
+_DTYPES = {  # in a header, in torch, bytes of an element
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
 _PREFIX_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
@@ -49,10 +51,30 @@ class TensorInfo:
     """One tensor as its header describes it, and where its bytes lie."""
 
     name: str
-    dtype: torch.dtype
+    stored: str  # its dtype as the header has it: "BF16"
     shape: tuple[int, ...]
     path: Path
     offset: int  # of the first byte, from the start of the file
+
+    def __post_init__(self) -> None:
+        """Raises CheckpointError."""
+        if self.stored not in _DTYPES:
+            raise CheckpointError(f"dtype {self.stored} is not known; float32, bfloat16 and float16 are read")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        dtype: torch.dtype = getattr(torch, _DTYPES[self.stored][0])
+        return dtype
+
+    @property
+    def item_bytes(self) -> int:
+        return _DTYPES[self.stored][1]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.item_bytes
 
 
 class Checkpoint:
@@ -77,7 +99,7 @@ class Checkpoint:
         Raises CheckpointError for an unknown name, a dtype that is not a float of 16 or 32 bits, a slice out of range.
         """
         info = self._find(name)
-        if info.dtype not in READABLE_DTYPES:
+        if info.stored not in _READABLE:
             raise CheckpointError(
                 f"{info.path}: {name!r} has dtype {info.dtype}; float32, bfloat16 and float16 are read"
             )
@@ -86,14 +108,16 @@ class Checkpoint:
     def read_bytes(self, name: str, index: tuple[slice, ...] = ()) -> torch.Tensor:
         """As ``read``, of a tensor of uint8: what is packed in it is for the caller to know."""
         info = self._find(name)
-        if info.dtype != torch.uint8:
+        if info.stored != "U8":
             raise CheckpointError(f"{info.path}: {name!r} has dtype {info.dtype} where packed bytes are expected")
         return self._read(info, index)
 
     def _read(self, info: TensorInfo, index: tuple[slice, ...], memory: torch.Tensor | None = None) -> torch.Tensor:
+        import torch
+
         bounds = _bounds(info, index)
         shape = tuple(stop - start for start, stop in bounds)
-        num_bytes = math.prod(shape) * info.dtype.itemsize
+        num_bytes = math.prod(shape) * info.item_bytes
         if memory is None:
             memory = torch.empty(num_bytes, dtype=torch.uint8)
         buffer = memory.view(-1).view(torch.uint8)[:num_bytes]
@@ -123,13 +147,6 @@ class Checkpoint:
             self.bytes_read += done
 
 
-def dtype_of(name: str) -> torch.dtype:
-    """What a header calls ``BF16``, say. Raises CheckpointError."""
-    if name not in _DTYPES:
-        raise CheckpointError(f"dtype {name} is not known; float32, bfloat16 and float16 are read")
-    return _DTYPES[name]
-
-
 def _bounds(info: TensorInfo, index: tuple[slice, ...]) -> list[tuple[int, int]]:
     if len(index) > len(info.shape):
         raise CheckpointError(f"{info.name!r} has shape {info.shape}; it cannot be sliced in {len(index)} dimensions")
@@ -145,13 +162,13 @@ def _bounds(info: TensorInfo, index: tuple[slice, ...]) -> list[tuple[int, int]]
 
 def _byte_runs(info: TensorInfo, bounds: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """(offset from the tensor's start, length) of each contiguous run of bytes, in row-major order."""
-    strides = [math.prod(info.shape[dim + 1 :]) * info.dtype.itemsize for dim in range(len(info.shape))]
+    strides = [math.prod(info.shape[dim + 1 :]) * info.item_bytes for dim in range(len(info.shape))]
     inner = len(bounds)  # the first dimension from which on everything is read
     while inner > 0 and bounds[inner - 1] == (0, info.shape[inner - 1]):
         inner -= 1
     run_dim = max(inner - 1, 0)  # a run covers part of this dimension and all that lies inside it
     start, stop = bounds[run_dim] if bounds else (0, 1)
-    stride = strides[run_dim] if strides else info.dtype.itemsize
+    stride = strides[run_dim] if strides else info.item_bytes
     for outer in itertools.product(*(range(*bound) for bound in bounds[:run_dim])):
         base = sum(i * outer_stride for i, outer_stride in zip(outer, strides[:run_dim], strict=True))
         yield base + start * stride, (stop - start) * stride
@@ -216,12 +233,12 @@ def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
         sizes = [int(size) for size in (*shape, begin, end)]
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: the header entry of {name!r} is malformed") from error
-    dtype = _DTYPES.get(dtype_name)
-    if dtype is None:
+    if dtype_name not in _DTYPES:
         raise CheckpointError(f"{path}: {name!r} has dtype {dtype_name}; float32, bfloat16 and float16 are read")
-    if min(sizes) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+    info = TensorInfo(name, dtype_name, tuple(shape), path, data_start + begin)
+    if min(sizes) < 0 or end - begin != info.num_bytes:
         raise CheckpointError(f"{path}: {name!r} of shape {shape} cannot lie in bytes {begin} to {end}")
-    return TensorInfo(name, dtype, tuple(shape), path, data_start + begin)
+    return info
 
 
 def _check_layout(path: Path, tensors: list[TensorInfo], data_start: int, file_bytes: int) -> None:
@@ -230,7 +247,7 @@ def _check_layout(path: Path, tensors: list[TensorInfo], data_start: int, file_b
     for info in sorted(tensors, key=lambda info: (info.offset, math.prod(info.shape))):
         if info.offset != end:
             raise CheckpointError(f"{path}: {info.name!r} begins at byte {info.offset}, not {end}; the file is damaged")
-        end += math.prod(info.shape) * info.dtype.itemsize
+        end += info.num_bytes
     if end != file_bytes:
         raise CheckpointError(f"{path}: holds {file_bytes} bytes, its header describes {end}; fetch it again")
 

@@ -72,7 +72,7 @@ class StagedFilling:
     def fill(self, target: Tensor, checkpoint: Checkpoint, name: str, index: tuple[slice, ...]) -> None:
         if self._stream is not None:  # the target's memory may have been in use until just now
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        row_bytes = math.prod(target.shape[1:]) * checkpoint.tensors[name].dtype.itemsize
+        row_bytes = math.prod(target.shape[1:]) * checkpoint.tensors[name].item_bytes
         num_rows = max(1, self._buffer_bytes // max(1, row_bytes))
         start = (index[0].start or 0) if index else 0
         for first in range(0, len(target), num_rows):
@@ -93,7 +93,7 @@ class StagedFilling:
     def _bring(self, target: Tensor, checkpoint: Checkpoint, name: str, index: tuple[slice, ...]) -> None:
         buffer = self._buffers.get()
         try:
-            memory = buffer.take(target.numel() * checkpoint.tensors[name].dtype.itemsize)
+            memory = buffer.take(target.numel() * checkpoint.tensors[name].item_bytes)
             buffer.send(checkpoint.read(name, index, memory), target)
         finally:
             self._buffers.put(buffer)

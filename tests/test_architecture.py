@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny_models import save_llama
+
 ROOT = Path(__file__).resolve().parent.parent
 MAX_FILE_LINES = 350
 
@@ -136,9 +138,32 @@ def test_no_generic_module_name_is_imported_anywhere() -> None:
 
 @pytest.mark.parametrize("module", LIGHT)
 def test_planning_and_the_links_load_no_heavy_library_even_indirectly(module: str) -> None:
-    check = f"import sys, shardray.{module}; print([name for name in {NEVER_IN_LIGHT} if name in sys.modules])"
+    assert loaded_by(f"import shardray.{module}", NEVER_IN_LIGHT) == "[]"
+
+
+def test_a_driver_loads_no_torch_for_all_that_it_asks_of_a_model(tmp_path: Path) -> None:
+    """It would take a second of every start."""
+    save_llama(tmp_path)
+    script = f"""
+import shardray.runtime.cli.watchers
+from shardray.runtime.cluster.form import MeshRecipe
+from shardray.runtime.cluster.shapes import smaller_recipes
+from shardray.runtime.config import load_config
+from shardray.runtime.driver.fit import needed_bytes
+from shardray.runtime.model.sources import resolve_model
+config = load_config(None, ["model.source={tmp_path}", "parallel.tensor_parallel_size=2"])
+recipe = MeshRecipe(config, str(resolve_model(config.model.source)))
+assert len(needed_bytes(recipe, {{"cpu"}})) == 2 and smaller_recipes(recipe)
+"""
+    assert loaded_by(script, ("torch", "numba", "gguf", "transformers")) == "[]"
+
+
+def loaded_by(script: str, names: tuple[str, ...]) -> str:
+    """Those of ``names`` that a process has imported after ``script``."""
+    check = f"{script}\nimport sys\nprint([name for name in {names} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+    assert done.stderr == ""
+    return done.stdout.strip()
 
 
 @pytest.mark.parametrize(

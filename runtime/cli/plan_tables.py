@@ -37,8 +37,8 @@ def describe(report: Report) -> Group:
 
 def _model_line(report: Report) -> str:
     served, num = report.served, num_parameters(report)
-    dtype, window = str(served.dtype).removeprefix("torch."), served.max_model_len
-    weights = format_bytes(num * served.dtype.itemsize)
+    dtype, window = served.dtype_name, served.max_model_len
+    weights = format_bytes(num * served.item_bytes)
     size = f"{num / 1e9:.3g} B" if num >= 1e9 else f"{num / 1e6:.4g} M"
     layers = served.spec.num_layers
     return f"{report.model_id}: {size} parameters in {dtype} ({weights}), {layers} layers, window {window:,}"

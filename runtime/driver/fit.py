@@ -23,7 +23,7 @@ _GIB = 1 << 30
 async def check_room(fleet: ReplicaSet, recipe: MeshRecipe, num_replicas: int) -> None:
     """Raises OperationRefusedError with numbers if ``num_replicas`` meshes of ``recipe`` cannot be had."""
     try:
-        needs = _needs(recipe, {host.info.device for replica in fleet.replicas for host in replica.hosts})
+        needs = needed_bytes(recipe, {host.info.device for replica in fleet.replicas for host in replica.hosts})
     except (PlanError, ModelConfigError) as error:
         raise OperationRefusedError(str(error)) from error
     if (reason := await fleet.shortage_of(recipe.size * num_replicas)) is not None:
@@ -62,12 +62,12 @@ def lack_of_memory(needs: list[int], num_replicas: int, offer: Offer) -> str | N
     return None
 
 
-def _needs(recipe: MeshRecipe, devices: set[str]) -> list[int]:
+def needed_bytes(recipe: MeshRecipe, devices: set[str]) -> list[int]:
     """Bytes of each rank: weights, a step, and the pages that are granted or those of one sequence."""
     config = recipe.config
     served = read_served(Path(recipe.model_dir), config.model.dtype, config.model.max_model_len, config.engine)
     plan = cut_as_configured(served.spec, config.parallel)
-    packs = "cpu" in devices and served.dtype.itemsize == 2  # to ask this machine would not tell of the hosts'
+    packs = "cpu" in devices and served.item_bytes == 2  # to ask this machine would not tell of the hosts'
     ranks = (rank_memory(served, plan, *divmod(rank, plan.tp_size), packs) for rank in range(recipe.size))
     return [
         memory.loaded_bytes + memory.step_bytes + (config.engine.kv_memory_bytes or memory.sequence_bytes)

@@ -133,4 +133,4 @@ def _token_cost(served: ServedSpec, plan: ShardPlan, loads: list[StepLoad]) -> T
 
 
 def _cost(served: ServedSpec, plan: ShardPlan, stage: int, tp_rank: int, load: StepLoad) -> StepCost:
-    return step_cost(served.spec, plan, stage, tp_rank, load, served.dtype.itemsize)
+    return step_cost(served.spec, plan, stage, tp_rank, load, served.item_bytes)

@@ -66,7 +66,7 @@ def _measure_speed(served: ServedSpec, num_hosts: int, num_threads: int) -> Spee
     points = []
     for num_tokens in _TOKENS:
         took_s = _time_s([partial(sample.prepare, num_tokens) for sample in samples], num_threads)
-        points.append((2.0 * num_tokens / served.dtype.itemsize, took_s / samples[0].num_bytes))
+        points.append((2.0 * num_tokens / served.item_bytes, took_s / samples[0].num_bytes))
     decodes = AttentionSample(served, [1] * _DECODE_ROWS, _DECODE_LEN)
     prefill = AttentionSample(served, [_PREFILL_LEN], _PREFILL_LEN)
     decode_s, prefill_s = (
@@ -85,7 +85,7 @@ def _measure_sums(served: ServedSpec) -> tuple[float, float]:
         _time_s([partial(sums.prepare, rank, width, served.dtype) for rank in range(2)], 1) / sums.num_sums
         for width in widths
     )
-    sent = ring_sum(2, (widths[1] - widths[0]) * served.dtype.itemsize)
+    sent = ring_sum(2, (widths[1] - widths[0]) * served.item_bytes)
     return few_s / sent.num_messages, sent.num_bytes / max(many_s - few_s, 1e-9)
 
 

@@ -1,7 +1,7 @@
 """What a rank needs of its device's memory, and how many KV pages fit into the rest.
 
 The one place where memory is reckoned: hosts size their pages by it, scales are refused by it, `shardray plan` shows it
-before anything is started.
+before anything is started. What devices have: ``device_memory.py``.
 """
 
 from __future__ import annotations
@@ -11,14 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import torch
 
 from shardray.parallel.plan import ShardPlan
 from shardray.runtime.engine.served import ServedSpec
-from shardray.runtime.model.attention import KVPages
 from shardray.runtime.model.parameters import num_cached_layers, num_copied_elements, num_owned_elements
 
-_GIB = 1 << 30
 _CGROUP_FILES = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
@@ -65,12 +62,12 @@ class RankMemory:
 
 def rank_memory(served: ServedSpec, plan: ShardPlan, stage: int, tp_rank: int, is_packed: bool) -> RankMemory:
     """What the rank of ``stage`` and ``tp_rank`` needs. ``is_packed``: see ``parallel/layers.py``."""
-    spec, item_bytes = served.spec, served.dtype.itemsize
+    spec, item_bytes = served.spec, served.item_bytes
     num_kv_heads, head_dim = len(plan.kv_heads[tp_rank]), spec.attention.head_dim
     num_elements = num_owned_elements(spec, plan, stage, tp_rank)
     if is_packed:
         num_elements += num_copied_elements(spec, plan, stage, tp_rank)
-    one_layer = KVPages.page_bytes(1, served.block_size, num_kv_heads, head_dim, served.dtype)
+    one_layer = 2 * served.block_size * num_kv_heads * head_dim * item_bytes  # of a page: keys and values
     return RankMemory(
         page_bytes=one_layer * num_cached_layers(spec, plan, stage),
         block_size=served.block_size,
@@ -95,7 +92,7 @@ def _step_bytes(served: ServedSpec) -> int:
     spec = served.spec
     widest = 4 * spec.hidden_size + 3 * spec.widest_mlp + 3 * spec.attention.num_heads * spec.attention.head_dim
     logits = 3 * 4 * served.max_num_seqs * spec.vocab_size
-    return int(served.max_num_batched_tokens * widest * max(served.dtype.itemsize, 4)) + logits
+    return int(served.max_num_batched_tokens * widest * max(served.item_bytes, 4)) + logits
 
 
 @dataclass(frozen=True)
@@ -115,41 +112,6 @@ def room_on_gpu(free_bytes: int, total_bytes: int, memory: RankMemory, grant: Me
 def room_on_cpu(available_bytes: int, memory: RankMemory, grant: MemoryGrant) -> int:
     """For pages in memory that ranks share: a part of what is left once all of them have loaded, less a step."""
     return int(available_bytes * grant.memory_utilization) // grant.num_ranks_here - memory.step_bytes
-
-
-def choose_num_pages(memory: RankMemory, grant: MemoryGrant, device: torch.device) -> int:
-    """Pages for one rank. Raises MemoryError if not even one full-length sequence fits, with the numbers."""
-    if memory.page_bytes == 0:
-        return memory.most_pages
-    room_bytes = grant.kv_memory_bytes
-    if room_bytes is None and device.type == "cuda":
-        room_bytes = room_on_gpu(*torch.cuda.mem_get_info(device), memory, grant)
-    elif room_bytes is None:
-        room_bytes = room_on_cpu(available_bytes(), memory, grant)
-    num_pages = memory.num_pages(room_bytes)
-    if num_pages < memory.pages_of_one:
-        raise MemoryError(
-            f"the KV cache of {max(0, room_bytes) / _GIB:.2f} GiB holds {num_pages * memory.block_size} tokens, less "
-            f"than one sequence of max_model_len {memory.max_model_len}{_and_prompt(memory)}; lower "
-            f"model.max_model_len, raise engine.memory_utilization or engine.kv_memory_bytes, or use more shards"
-        )
-    return num_pages
-
-
-def _and_prompt(memory: RankMemory) -> str:
-    return f" and a prompt of {memory.max_prompt_len} tokens" if memory.max_prompt_len else ""
-
-
-def device_bytes(device: torch.device) -> int:
-    """The memory of a GPU, used or not; 0 for a CPU, which has none of its own."""
-    return int(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else 0
-
-
-def held_bytes(device: torch.device) -> int:
-    """What this process holds of a device: what PyTorch has reserved, or on a CPU the process's resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.memory_reserved(device)
-    return int(psutil.Process().memory_info().rss)
 
 
 def trim_heap() -> None:

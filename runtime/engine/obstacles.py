@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
-
 from shardray.runtime.engine.served import ServedSpec
 from shardray.runtime.engine.sizing import HostMemory, PlannedHost, PlannedMesh, fewest_hosts, plan_mesh
 
@@ -50,7 +48,7 @@ def remedies(served: ServedSpec, mesh: PlannedMesh, offer: HostMemory) -> list[s
         found.append("raise engine.memory_utilization to 0.95")
     if (longest := _longest_len(mesh)) > 0:
         found.append(f"lower model.max_model_len to {longest}")
-    if served.dtype == torch.float32 and fits(dataclasses.replace(served, dtype=torch.bfloat16)):
+    if served.dtype_name == "float32" and fits(dataclasses.replace(served, dtype_name="bfloat16")):
         found.append("set model.dtype to bfloat16, which halves weights, keys and values")
     smaller_steps = max(_FEWEST_STEP_TOKENS, 2 * served.max_num_seqs)
     if fits(dataclasses.replace(served, max_num_batched_tokens=smaller_steps)):

@@ -167,7 +167,7 @@ def to_jsonable(report: Report) -> dict[str, Any]:
     served, chosen = report.served, report.chosen
     return {
         "model": report.model_id,
-        "dtype": str(served.dtype).removeprefix("torch."),
+        "dtype": served.dtype_name,
         "num_parameters": num_parameters(report),
         "max_model_len": served.max_model_len,
         "fits": chosen.mesh.fits,

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from shardray.runtime.engine.request import EncoderInfo
 from shardray.runtime.model.families import read_model_config
@@ -14,7 +12,10 @@ from shardray.runtime.model.families.family import Family
 from shardray.runtime.model.folder import read_json, read_max_text_len, read_pooling, read_token_ids
 from shardray.runtime.model.spec import DecoderSpec, ModelConfigError
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    import torch
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class StepBounds(Protocol):
@@ -34,12 +35,21 @@ class ServedSpec:
 
     family: Family
     spec: DecoderSpec
-    dtype: torch.dtype
+    dtype_name: str  # of weights and activations: "bfloat16"
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
     encoder: EncoderInfo | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch_dtype(self.dtype_name)
+
+    @property
+    def item_bytes(self) -> int:
+        """Of one element of that dtype."""
+        return _ITEM_BYTES[self.dtype_name]
 
     @property
     def max_prompt_len(self) -> int:
@@ -53,7 +63,7 @@ def read_served(folder: Path, dtype: str, max_model_len: int | None, bounds: Ste
     return ServedSpec(
         family=family,
         spec=spec,
-        dtype=read_dtype(dtype, folder),
+        dtype_name=read_dtype(dtype, folder),
         max_model_len=_max_model_len(max_model_len, spec),
         max_num_seqs=bounds.max_num_seqs,
         max_num_batched_tokens=bounds.max_num_batched_tokens,
@@ -62,15 +72,23 @@ def read_served(folder: Path, dtype: str, max_model_len: int | None, bounds: Ste
     )
 
 
-def read_dtype(name: str, folder: Path) -> torch.dtype:
-    """``auto`` is what the checkpoint was saved in."""
+def torch_dtype(name: str) -> torch.dtype:
+    """What ``read_dtype`` names. Not kept instead of the name: a driver reckons with bytes, and imports no torch."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def read_dtype(name: str, folder: Path) -> str:
+    """The dtype to serve in; for ``auto`` what the checkpoint was saved in. Raises ModelConfigError."""
     if name == "auto":
         config = read_json(folder / "config.json")
         name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    if name not in _DTYPES:
-        known = ", ".join(_DTYPES)
+    if name not in _ITEM_BYTES:
+        known = ", ".join(_ITEM_BYTES)
         raise ModelConfigError(f"config.json: dtype {name} is not served; set model.dtype to one of {known}")
-    return _DTYPES[name]
+    return name
 
 
 def _max_model_len(wanted: int | None, spec: DecoderSpec) -> int:

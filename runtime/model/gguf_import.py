@@ -18,7 +18,6 @@ from shardray.runtime.model.gguf_file import GgufFile
 from shardray.runtime.model.gguf_tokenizer import write_tokenizer
 from shardray.runtime.model.model_cache import ModelSourceError, Progress, silent
 
-CONVERTER_VERSION = 1  # raised when the result of a conversion changes, so that old results are not reused
 MAX_SHARD_BYTES = 2 * 1024**3  # one shard is held in memory while it is written
 
 _TENSOR_NAMES = {

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from shardray.parallel.checkpoint import Checkpoint, TensorInfo, dtype_of
+from shardray.parallel.checkpoint import Checkpoint, TensorInfo
 from shardray.runtime.model.model_cache import ModelSourceError, Progress
 
 # Formats that are read; pickled weights never reach the disk.
@@ -67,7 +67,7 @@ def fetch_headers(repo_id: str, revision: str | None) -> Checkpoint:
     return Checkpoint(
         folder,
         {
-            name: TensorInfo(name, dtype_of(info.dtype), tuple(info.shape), folder / file_name, info.data_offsets[0])
+            name: TensorInfo(name, info.dtype, tuple(info.shape), folder / file_name, info.data_offsets[0])
             for file_name, header in found.files_metadata.items()
             for name, info in header.tensors.items()
         },

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+CONVERTER_VERSION = 1  # raised when the result of a conversion changes, so that old results are not reused
+
 Progress = Callable[[str, int, int | None], None]
 """``progress(description, done, total)``: bytes or items done; total is None while it is unknown."""
 

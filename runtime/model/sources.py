@@ -15,9 +15,15 @@ from pathlib import Path
 
 from shardray.parallel.checkpoint import Checkpoint, CheckpointError
 from shardray.runtime.model.bundled import BUNDLED_MODELS, BundledModel, fetch_bundled
-from shardray.runtime.model.gguf_import import CONVERTER_VERSION, convert_gguf
 from shardray.runtime.model.hub import fetch_from_hub, fetch_headers, find_in_hub_cache
-from shardray.runtime.model.model_cache import ModelSourceError, Progress, build_folder, default_cache_dir, silent
+from shardray.runtime.model.model_cache import (
+    CONVERTER_VERSION,
+    ModelSourceError,
+    Progress,
+    build_folder,
+    default_cache_dir,
+    silent,
+)
 
 __all__ = ["ModelSourceError", "Progress", "read_headers", "resolve_model"]
 
@@ -91,7 +97,7 @@ def _locate(source: str, revision: str | None, cache_dir: Path | None) -> Path |
     if source and path.is_dir():
         return path.resolve()
     if path.suffix == ".gguf":
-        return _Converted(_gguf_folder(path, models_dir), partial(convert_gguf, path.resolve()))
+        return _Converted(_gguf_folder(path, models_dir), partial(_convert_gguf, path.resolve()))
     if is_hub_id:
         return _HubId()
     raise _unknown_source(source)
@@ -109,6 +115,12 @@ def _gguf_folder(path: Path, models_dir: Path) -> Path:
     key = f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}"  # another file under the same path is another model
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
     return models_dir / f"{path.stem}-{digest}-v{CONVERTER_VERSION}"
+
+
+def _convert_gguf(path: Path, folder: Path, progress: Progress) -> None:
+    from shardray.runtime.model.gguf_import import convert_gguf  # torch and gguf, for those who convert
+
+    convert_gguf(path, folder, progress)
 
 
 def _check_folder(folder: Path) -> Path:

@@ -23,7 +23,7 @@ from shardray.runtime.model.blocks import DecoderLayer, Pending
 from shardray.runtime.model.kernels import choose_recorder
 from shardray.runtime.model.kernels.ops import Angles, NormWeights
 from shardray.runtime.model.positions import Rotary
-from shardray.runtime.model.rotary import rotary_angles
+from shardray.runtime.model.rotary_angles import rotary_angles
 
 if TYPE_CHECKING:
     from shardray.parallel.kernels.program import Program

@@ -9,7 +9,8 @@ import psutil
 import pytest
 import torch
 
-from shardray.runtime.engine.memory import MemoryGrant, RankMemory, available_bytes, choose_num_pages
+from shardray.runtime.engine.device_memory import choose_num_pages
+from shardray.runtime.engine.memory import MemoryGrant, RankMemory, available_bytes
 
 CPU = torch.device("cpu")
 GIB = 1 << 30

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from shardray.parallel.layers import is_packed
 from shardray.runtime.engine.hardware import Hardware
@@ -118,7 +117,7 @@ def test_every_remedy_helps(folder: Path) -> None:
     tokens = int(one(told, r"engine.max_num_batched_tokens to (\d+)"))
     assert plan_mesh(dataclasses.replace(served, max_num_batched_tokens=tokens), plan, offer).fits
     assert one(told, r"set model.dtype to (\w+)") == "bfloat16"
-    assert plan_mesh(dataclasses.replace(served, dtype=torch.bfloat16), plan, offer).fits
+    assert plan_mesh(dataclasses.replace(served, dtype_name="bfloat16"), plan, offer).fits
     num_hosts = int(one(told, r"use (\d+) hosts"))
     assert fewest_hosts(served, offer, False, num_hosts - 1) is None
 

@@ -11,7 +11,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from shardray.runtime.model.positions import LinearScaling, Llama3Scaling, YarnScaling
-from shardray.runtime.model.rotary import read_rotary, rotary_angles
+from shardray.runtime.model.rotary import read_rotary
+from shardray.runtime.model.rotary_angles import rotary_angles
 from shardray.runtime.model.spec import ModelConfigError
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

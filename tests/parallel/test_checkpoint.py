@@ -77,6 +77,19 @@ def test_opening_reads_headers_only(tmp_path: Path) -> None:
     assert checkpoint.tensors["bias"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    ],
+)
+def test_a_header_tells_the_dtype_and_the_bytes_of_an_element(tmp_path: Path, dtype: torch.dtype) -> None:
+    save(tmp_path / "model.safetensors", {"weight": torch.zeros(3, 5, dtype=dtype)})
+    info = Checkpoint(tmp_path).tensors["weight"]
+    assert (info.dtype, info.item_bytes, info.num_bytes) == (dtype, dtype.itemsize, 15 * dtype.itemsize)
+
+
 @pytest.mark.parametrize("dim", [0, 1])
 def test_three_uneven_ranks_together_take_each_byte_from_the_kernel_once(tmp_path: Path, dim: int) -> None:
     weight = torch.randn(512, 1024)
