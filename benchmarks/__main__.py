@@ -69,9 +69,7 @@ def run(
     """Print one JSON line a run (on stdout, and into a file), then the tables and targets on stderr."""
     chosen = _or_exit(_chosen, contestants or (), workloads or (), suite)
     started = new_run_id()
-    setup = RunSetup(
-        model, dtype, threads, rounds or chosen.num_rounds, seed, scale, quiet_timeout_s, run_timeout_s, judge, started
-    )
+    setup = RunSetup(model, dtype, threads, rounds, seed, scale, quiet_timeout_s, run_timeout_s, judge, started)
     target = output or RESULTS_DIR / f"{started}.jsonl"
     emit = emitter(target, {"run_id": started, "seed": seed, "scale": scale})
     succeeded = _or_exit(run_suite, chosen, setup, emit)

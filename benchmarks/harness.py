@@ -27,7 +27,6 @@ class Options:
     model_dir: Path
     dtype: str
     num_threads: int
-    num_rounds: int
     quiet_timeout_s: float
     run_timeout_s: float
     log_dir: Path
@@ -67,10 +66,10 @@ class Harness:
         self._peers: dict[str, dict[str, Record]] = {}  # by workload and label: figures of their first round
         self.outputs = Outputs()
 
-    def run(self, tasks: Sequence[Task]) -> bool:
-        """Whether all went well."""
+    def run(self, tasks: Sequence[Task], rounds: Sequence[int]) -> bool:
+        """Whether all went well. ``rounds``: their numbers."""
         num_failed = 0
-        for round_number in range(self._options.num_rounds):
+        for round_number in rounds:
             wait_until_quiet(self._options.quiet_timeout_s)
             machine = measure_machine(self._options.num_threads)
             limits = {"machine": asdict(machine) | {"floor_tok_s": machine.floor_tok_s(self._weight_bytes)}}

@@ -12,7 +12,7 @@ from benchmarks.emitting import RESULTS_DIR, Emit
 from benchmarks.harness import Harness, Options, Task
 from benchmarks.kinds import parse_label
 from benchmarks.referee import BOUNDS, judge, verdict_record
-from benchmarks.suites import Suite
+from benchmarks.suites import Heat, Suite
 from benchmarks.workloads import MAIN, WORKLOADS, Workload, make_workload
 from shardray.runtime.model.sources import resolve_model
 
@@ -24,7 +24,7 @@ class RunSetup:
     model: str
     dtype: str
     num_threads: int
-    num_rounds: int
+    num_rounds: int | None  # instead of what each heat has
     seed: int
     scale: float
     quiet_timeout_s: float
@@ -39,7 +39,7 @@ def chosen_suite(labels: Sequence[str], workloads: Sequence[str]) -> Suite:
         parse_label(label)
     if unknown := sorted(set(workloads) - set(WORKLOADS)):
         raise ValueError(f"unknown workload {unknown[0]!r}; known: {', '.join(WORKLOADS)}")
-    return Suite("as chosen", ((tuple(labels), tuple(workloads)),))
+    return Suite("as chosen", (Heat(((tuple(labels), tuple(workloads)),)),))
 
 
 def run_suite(suite: Suite, setup: RunSetup, emit: Emit) -> bool:
@@ -49,27 +49,27 @@ def run_suite(suite: Suite, setup: RunSetup, emit: Emit) -> bool:
     vocab_size = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     names = dict.fromkeys(name for _, workloads in suite.tasks for name in workloads)
     made = {name: make_workload(name, vocab_size, setup.seed, setup.scale) for name in names}
-    tasks = _tasks(suite, made)
     harness = Harness(
         Options(
             model_dir=model_dir,
             dtype=setup.dtype,
             num_threads=setup.num_threads,
-            num_rounds=setup.num_rounds,
             quiet_timeout_s=setup.quiet_timeout_s,
             run_timeout_s=setup.run_timeout_s,
             log_dir=RESULTS_DIR / "logs" / setup.run_id,
         ),
         emit,
     )
-    succeeded = harness.run(tasks)
+    succeeded = True
+    for heat, rounds in suite.numbered(setup.num_rounds):
+        succeeded = harness.run(_tasks(heat, made), rounds) and succeeded
     return _judge(harness, setup, model_dir, emit) and succeeded if setup.judges else succeeded
 
 
-def _tasks(suite: Suite, made: dict[str, Workload]) -> list[Task]:
+def _tasks(heat: Heat, made: dict[str, Workload]) -> list[Task]:
     return [
         Task(parse_label(label), [made[name] for name in workloads])
-        for labels, workloads in suite.tasks
+        for labels, workloads in heat.tasks
         for label in labels
     ]
 

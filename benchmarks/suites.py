@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from benchmarks.workloads import ARRIVAL_RATES, BATCH_SIZES, CONTEXT_LENS, MAIN
@@ -12,41 +13,74 @@ _CONTEXTS = tuple(f"context-{prompt_len}" for prompt_len in CONTEXT_LENS)
 _BATCHES = tuple(f"batch-{num_seqs}" for num_seqs in BATCH_SIZES)
 
 
+Tasks = tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]  # labels, and the workloads of each of them
+
+
+@dataclass(frozen=True)
+class Heat:
+    """Who takes turns with whom, and how often. A round should be short, or the machine is another one at its end."""
+
+    tasks: Tasks
+    num_rounds: int = 1
+
+
 @dataclass(frozen=True)
 class Suite:
-    """``tasks``: labels, and the workloads of each of them."""
+    """Heats, one after the other."""
 
     what: str
-    tasks: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
-    num_rounds: int = 1
+    heats: tuple[Heat, ...]
+
+    @property
+    def tasks(self) -> Tasks:
+        return tuple(task for heat in self.heats for task in heat.tasks)
+
+    def numbered(self, num_rounds: int | None = None) -> Iterator[tuple[Heat, range]]:
+        """Each heat with the numbers of its rounds; ``num_rounds`` of them instead of what it has."""
+        first = 0
+        for heat in self.heats:
+            rounds = range(first, first + (num_rounds or heat.num_rounds))
+            yield heat, rounds
+            first = rounds.stop
 
 
 SUITES = {
     "targets": Suite(
         "what the targets ask for",
         (
-            (("shardray",), (*MAIN, "prompt-2048", "long-prompts")),
-            (("served",), ("single", "concurrent")),
-            (("vllm", "openvino", "llama.cpp", "transformers"), (*MAIN, "prompt-2048")),
-            (("transformers-cb",), ("single", "concurrent")),
-            ((_ONE, _TP2, _PP2), ("single", "concurrent")),
+            Heat(
+                (
+                    (("shardray",), (*MAIN, "prompt-2048", "long-prompts")),
+                    (("openvino", "llama.cpp", "vllm", "transformers"), (*MAIN, "prompt-2048")),
+                    (("transformers-cb",), ("single", "concurrent")),
+                ),
+                num_rounds=2,
+            ),
+            Heat(((("shardray", "served", _ONE, _TP2, _PP2), ("single", "concurrent")),), num_rounds=4),
         ),
-        num_rounds=2,
     ),
     "arrivals": Suite(
         "requests that come while others run, and prefixes that they share",
         (
-            (("shardray",), (*_POISSON, "shared-prefix")),
-            (("served",), _POISSON),
-            (("vllm", "openvino"), (*_POISSON, "long-prompts")),
-            (("vllm:prefix=1", "openvino:prefix=1"), ("shared-prefix",)),
+            Heat(
+                (
+                    (("shardray",), (*_POISSON, "shared-prefix")),
+                    (("served",), _POISSON),
+                    (("vllm", "openvino"), (*_POISSON, "long-prompts")),
+                    (("vllm:prefix=1", "openvino:prefix=1"), ("shared-prefix",)),
+                ),
+            ),
         ),
     ),
     "growth": Suite(
         "a step's cost against batch, context and shards",
         (
-            (("shardray",), (*_CONTEXTS, *_BATCHES)),
-            ((_ONE, _TP2, _PP2), ("context-128", "context-2048", *_BATCHES[:-1])),
+            Heat(
+                (
+                    (("shardray",), (*_CONTEXTS, *_BATCHES)),
+                    ((_ONE, _TP2, _PP2), ("context-128", "context-2048", *_BATCHES[:-1])),
+                ),
+            ),
         ),
     ),
 }

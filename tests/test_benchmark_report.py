@@ -16,7 +16,7 @@ from benchmarks.paper import SCALING_PAGE, with_tables
 from benchmarks.protocol import Request, Run, Trace
 from benchmarks.referee import BOUNDS, measure, verdict
 from benchmarks.report import write_report
-from benchmarks.suites import SUITES
+from benchmarks.suites import SUITES, Heat, Suite
 from benchmarks.workloads import WORKLOADS, make_workload
 from tests.tiny_models import save_llama
 
@@ -153,6 +153,13 @@ def test_every_suite_names_what_is_there() -> None:
         for labels, workloads in suite.tasks:
             assert all(parse_label(label) for label in labels)
             assert set(workloads) <= set(WORKLOADS)
+
+
+def test_rounds_are_counted_on_from_heat_to_heat() -> None:
+    suite = Suite("two heats", (Heat(((("a",), ("single",)),), 2), Heat(((("b",), ("mixed",)),), 3)))
+    assert [rounds for _, rounds in suite.numbered()] == [range(2), range(2, 5)]
+    assert [rounds for _, rounds in suite.numbered(1)] == [range(1), range(1, 2)]
+    assert [heat.tasks for heat, _ in suite.numbered()] == [(task,) for task in suite.tasks]
 
 
 def test_the_scaling_page_has_the_tables_of_todays_formulas() -> None:
