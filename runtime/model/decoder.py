@@ -92,7 +92,7 @@ class ShardedDecoder:
             return self.head(encoded, prompts)
         if self.head is not None:
             return self.head(x, delta, view)
-        x = x if delta is None else x + delta
+        x = x.clone() if delta is None else x + delta  # the next step may write over what the layers gave
         return x if encoded is None else torch.cat((x, encoded))
 
     def expert_imbalance(self) -> float:

@@ -54,6 +54,7 @@ class LayerStack:
         self._workspace = Workspace()
         self.spans: Spans | None = None  # while a trace is on
         self._recordings: dict[_Shape, _Recording | None] = {}  # None once such a step has run; the last used last
+        self._room: dict[int, _Inputs] = {}  # of recordings, by number of tokens; one runs at a time
 
     def __call__(self, x: Tensor, pages: KVPages, view: StepView) -> Pending:
         """Hidden states (T, H) to the residual and what is to be added to it. May write into ``x``."""
@@ -90,7 +91,10 @@ class LayerStack:
 
     def _record(self, shape: _Shape, inputs: _Inputs, pages: KVPages) -> Pending:
         assert self._recorder is not None
-        own = inputs.with_room_for(-(-self._max_positions // pages.block_size))
+        size = 1 << (shape.num_tokens - 1).bit_length()
+        if size not in self._room:
+            self._room[size] = inputs.room(size, -(-self._max_positions // pages.block_size))
+        own = inputs.moved_to(self._room[size])
         output, program = self._recorder.record(lambda: self._run(own, pages))
         if program is None:
             self._recorder = None
@@ -138,21 +142,37 @@ class _Inputs:
     angles: dict[Rotary, Angles]
     view: StepView
 
-    def with_room_for(self, max_blocks: int) -> _Inputs:
-        """A copy that stays where it is, with room for as many rows as tokens, their block tables as wide as can be."""
-        view, num_tokens = self.view, self.x.shape[0]
+    def moved_to(self, room: _Inputs) -> _Inputs:
+        """The same in the memory of ``room``, which has some for more tokens, and for as many rows as tokens."""
+        count, there = self.x.shape[0], room.view
+        view = dataclasses.replace(
+            self.view, cache_index=there.cache_index[:count], context_lens=there.context_lens[:count],
+            block_tables=there.block_tables[:count], row_list=there.row_list,
+        )  # fmt: skip
+        angles = {kind: Angles(own.cos[:count], own.sin[:count], own.interleaved) for kind, own in room.angles.items()}
+        moved = _Inputs(room.x[:count], angles, view)
+        moved.fill(self)
+        return moved
+
+    def room(self, num_tokens: int, max_blocks: int) -> _Inputs:
+        """Memory like theirs, block tables as wide as can be."""
+        view = self.view
         assert view.row_list is not None
-        angles = {kind: Angles(own.cos.clone(), own.sin.clone(), own.interleaved) for kind, own in self.angles.items()}
         own = dataclasses.replace(
             view,
-            cache_index=view.cache_index.clone(),
+            cache_index=view.cache_index.new_zeros(num_tokens),
             context_lens=view.context_lens.new_zeros(num_tokens),
             block_tables=view.block_tables.new_zeros(num_tokens, max_blocks),
             row_list=view.row_list.new_zeros(1 + num_tokens // 2, view.row_list.shape[1]),
         )
-        inputs = _Inputs(self.x.clone(), angles, own)
-        inputs.fill(self)
-        return inputs
+        angles = {
+            kind: Angles(
+                own.cos.new_zeros(num_tokens, own.cos.shape[1]), own.sin.new_zeros(num_tokens, own.sin.shape[1]),
+                own.interleaved,
+            )
+            for kind, own in self.angles.items()
+        }  # fmt: skip
+        return _Inputs(self.x.new_zeros(num_tokens, self.x.shape[1]), angles, own)
 
     def fill(self, other: _Inputs) -> None:
         own, view = self.view, other.view
