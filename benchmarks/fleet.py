@@ -79,12 +79,13 @@ async def _measure_shape(setup: FleetSetup, shape: tuple[int, int, int]) -> Reco
         meter, before_s = OthersMeter(), _cpu_by_name()
         await asyncio.sleep(setup.idle_s)
         used = {name: (cpu_s - before_s.get(name, 0.0)) / setup.idle_s for name, cpu_s in _cpu_by_name().items()}
+        busy = meter.cores() > BUSY_CORES  # while what we started is there, or it would count as others'
         memory = _memory([list(replica.shards) for replica in (await client.fleet()).replicas])
     return {
         "shape": "x".join(map(str, shape)),
         "idle_cores": sum(used.values()),
         "idle_cores_by_process": {name: cores for name, cores in used.items() if cores > 0},
-        "busy": meter.cores() > BUSY_CORES,
+        "busy": busy,
         **memory,
     }
 
