@@ -59,7 +59,9 @@ class TensorInfo:
     def __post_init__(self) -> None:
         """Raises CheckpointError."""
         if self.stored not in _DTYPES:
-            raise CheckpointError(f"dtype {self.stored} is not known; float32, bfloat16 and float16 are read")
+            raise CheckpointError(
+                f"{self.path}: {self.name!r} has dtype {self.stored}; float32, bfloat16 and float16 are read"
+            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -233,8 +235,6 @@ def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
         sizes = [int(size) for size in (*shape, begin, end)]
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: the header entry of {name!r} is malformed") from error
-    if dtype_name not in _DTYPES:
-        raise CheckpointError(f"{path}: {name!r} has dtype {dtype_name}; float32, bfloat16 and float16 are read")
     info = TensorInfo(name, dtype_name, tuple(shape), path, data_start + begin)
     if min(sizes) < 0 or end - begin != info.num_bytes:
         raise CheckpointError(f"{path}: {name!r} of shape {shape} cannot lie in bytes {begin} to {end}")

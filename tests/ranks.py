@@ -85,10 +85,8 @@ class RankPool:
         infos = self.call_all(size, "form", places)
         try:
             yield FormedMesh(self, infos)
-        except BaseException:
+        finally:
             self.call_all(size, "close", [None] * size)
-            raise
-        self.call_all(size, "close", [None] * size)
         self.is_sound = True
 
     def call(self, rank: int, method: str, argument: Any = None) -> Any:

@@ -40,15 +40,12 @@ def measure_hardware(served: ServedSpec, num_hosts: int, num_threads: int) -> Ha
     at_once = max(1, min(num_hosts, len(os.sched_getaffinity(0)) // num_threads))
     message_s, link_bytes_per_s = _measure_sums(served)
     decode_launches, prefill_launches = measure_launches(num_threads)
-    rounds = [
-        (
-            _measure_speed(served, 1, num_threads),
-            None if num_hosts == 1 else _measure_speed(served, at_once, num_threads),
-        )
-        for _ in range(_NUM_ROUNDS)
-    ]
-    alone = [speed for speed, _ in rounds]
-    together = [speed for _, speed in rounds if speed is not None]
+    alone: list[Speed] = []
+    together: list[Speed] = []  # stays empty for one host
+    for _ in range(_NUM_ROUNDS):
+        alone.append(_measure_speed(served, 1, num_threads))
+        if num_hosts > 1:
+            together.append(_measure_speed(served, at_once, num_threads))
     return Hardware(
         Speed.median(alone),
         link_bytes_per_s,
