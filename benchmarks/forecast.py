@@ -66,7 +66,7 @@ def measure(setup: ForecastSetup) -> Iterator[Foretold]:
         folder, dtype=setup.dtype, device="cpu", tensor_parallel_size=setup.tp_size,
         pipeline_parallel_size=setup.pp_size, num_threads=setup.num_threads, max_num_seqs=_MAX_SEQS,
         max_num_batched_tokens=_MAX_TOKENS, max_prefill_beside_decodes=_MAX_TOKENS, kv_memory_bytes=_KV_BYTES,
-        skip_tokenizer_init=True,
+        prefix_caching=False, skip_tokenizer_init=True,
     ) as llm:  # fmt: skip
         for num_seqs, context_len in setup.decodes:
             prompts = [_prompt(context_len, seed) for seed in range(num_seqs)]

@@ -160,7 +160,8 @@ def _open(setup: GpuSetup, name: str, record_steps: bool | None = None) -> LLM:
     options: dict[str, Any] = {"kv_memory_bytes": 64 << 20} if setup.device == "cpu" else {}
     return LLM(
         folder_of(name, Path(setup.root)), device=setup.device, max_model_len=min(16384, longest), max_num_seqs=most,
-        max_num_batched_tokens=max(8192, longest), record_steps=record_steps, **options,
+        max_num_batched_tokens=max(8192, longest), record_steps=record_steps, prefix_caching=False,
+        **options,
     )  # fmt: skip
 
 

@@ -65,8 +65,8 @@ _OPENVINO = ("openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0", "o
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("shardray", "in_process", options=("tp", "pp")),
-        Kind("served", "served", options=("tp", "pp")),
+        Kind("shardray", "in_process", options=("tp", "pp", "prefix")),
+        Kind("served", "served", options=("tp", "pp", "prefix")),
         Kind(
             "transformers", "hf_generate", _TRANSFORMERS, ("cache",),
             pinned=_TRANSFORMERS, takes_arrivals=False, may_share=True,

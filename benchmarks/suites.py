@@ -64,10 +64,10 @@ SUITES = {
         (
             Heat(
                 (
-                    (("shardray",), (*_POISSON, "shared-prefix")),
+                    (("shardray",), _POISSON),
                     (("served",), _POISSON),
                     (("vllm", "openvino"), (*_POISSON, "long-prompts")),
-                    (("vllm:prefix=1", "openvino:prefix=1"), ("shared-prefix",)),
+                    (("shardray:prefix=1", "vllm:prefix=1", "openvino:prefix=1"), ("shared-prefix",)),
                 ),
             ),
         ),

@@ -44,8 +44,15 @@ async def serve(config: Config, model_dir: Path, watcher: Watcher, stop: asyncio
     observation = Observation(config)
     tokenizer = Tokenizer.load_optional(model_dir)
     journal = open_journal(config)
+    auth = config.grpc.auth
     driver = Driver(
-        config.model.source, tokenizer, config.limits, config.engine.max_num_seqs, journal, observation.requests
+        config.model.source,
+        tokenizer,
+        config.limits,
+        config.engine.max_num_seqs,
+        journal,
+        observation.requests,
+        shares_between_callers=auth is not None and auth.share_prefixes,
     )
     driver.restore()  # before the clients of these requests can ask for them
     controller = FleetController(config, driver, watcher.on_loading)

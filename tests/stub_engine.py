@@ -63,6 +63,7 @@ class StubEngine:
         self._stopping = threading.Event()
         self._num_steps = 0
         self._num_output_tokens = 0
+        self.num_forgotten = 0  # times that it was told to forget prefixes
 
     def submit(self, request: EngineRequest) -> None:
         request.check(self.info)
@@ -74,6 +75,9 @@ class StubEngine:
         with self._news:
             self._cancelled.append(request_id)
             self._news.notify()
+
+    def forget_prefixes(self) -> None:
+        self.num_forgotten += 1
 
     def stop(self) -> None:
         self._stopping.set()

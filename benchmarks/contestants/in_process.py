@@ -14,7 +14,10 @@ from shardray.runtime.engine.request import SamplingParams
 
 
 class InProcess:
-    """Options of the label: ``tp`` and ``pp``, the shard counts; all shards but one are in processes of their own."""
+    """Options of the label: ``tp`` and ``pp``, the shard counts; all shards but one are in processes of their own.
+
+    ``prefix=1`` keeps prefixes; otherwise the same prompt is computed in every pass.
+    """
 
     def __init__(self, setup: Setup) -> None:
         self.details: dict[str, Any] = {"versions": {name: version(name) for name in ("shardray", "torch")}}
@@ -26,6 +29,7 @@ class InProcess:
             max_num_seqs=setup.max_num_seqs,
             kv_memory_bytes=KV_MEMORY_BYTES,
             num_threads=setup.num_threads,
+            prefix_caching=setup.options.get("prefix") == "1",
             skip_tokenizer_init=True,
         )
 

@@ -19,7 +19,10 @@ _STOP_TIMEOUT_S = 60.0
 
 
 class Served:
-    """Options of the label: ``tp`` and ``pp``, the shard counts; each host has the contestant's number of threads."""
+    """Options of the label: ``tp`` and ``pp``, the shard counts; each host has the contestant's number of threads.
+
+    ``prefix=1`` keeps prefixes; otherwise the same prompt is computed in every pass.
+    """
 
     def __init__(self, setup: Setup) -> None:
         self._server = subprocess.Popen(
@@ -104,6 +107,7 @@ def _settings(setup: Setup) -> list[str]:
         "engine.threads_per_host": setup.num_threads,
         "engine.max_num_seqs": setup.max_num_seqs,
         "engine.kv_memory_bytes": KV_MEMORY_BYTES,
+        "engine.prefix_caching": str(setup.options.get("prefix") == "1").lower(),
         "grpc.listen": "127.0.0.1:0",
     }
     return [argument for key, value in settings.items() for argument in ("--set", f"{key}={value}")]

@@ -96,6 +96,8 @@ def _load_line(replica: control_pb2.Replica) -> str:
         f"{stats.num_waiting} waiting",
         f"step {1000 * stats.step_time_s:.1f} ms",
     ]
+    if stats.num_prefix_hits:
+        parts.append(f"{stats.num_prefix_hits / stats.num_prefix_queries:.0%} of prompts found computed")
     if stats.expert_imbalance:
         parts.append(f"busiest expert {stats.expert_imbalance:.1f}x the mean")
     return " · ".join(parts)

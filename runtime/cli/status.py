@@ -103,6 +103,8 @@ def _replica_line(replica: control_pb2.Replica) -> str:
             f"({stats.num_full_sequences:.1f} full-length sequences), {stats.kv_waste:.1%} of it wasted, "
             f"step {1000 * stats.step_time_s:.1f} ms"
         )
+        if stats.num_prefix_hits:
+            line += f", {stats.prefix_hit_rate:.0%} of prompts found computed"
         if stats.expert_imbalance:
             line += f", busiest expert {stats.expert_imbalance:.1f}x the mean"
     return line

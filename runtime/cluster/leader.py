@@ -20,7 +20,7 @@ from shardray.parallel.errors import MeshError
 from shardray.parallel.greeting import Door
 from shardray.parallel.link import Link
 from shardray.parallel.place import Member
-from shardray.runtime.cluster.messages import DRIVER_RANK, Cancel, Command, Events, Rejection, Submit
+from shardray.runtime.cluster.messages import DRIVER_RANK, Cancel, Command, Events, ForgetPrefixes, Rejection, Submit
 from shardray.runtime.engine.request import EngineRequest, EngineStats, FieldError, ServedModel, TokenOutput
 
 STATS_INTERVAL_S = 0.5
@@ -37,6 +37,7 @@ class LinkedEngine(Protocol):
     def info(self) -> ServedModel: ...
     def submit(self, request: EngineRequest) -> None: ...
     def cancel(self, request_id: str) -> None: ...
+    def forget_prefixes(self) -> None: ...
     def stats(self) -> EngineStats: ...
 
 
@@ -118,6 +119,8 @@ class LeaderServer:
                         self._submit(request, driver)
                     case Cancel(request_id):
                         self._engine.cancel(request_id)
+                    case ForgetPrefixes():
+                        self._engine.forget_prefixes()
         except MeshError as error:
             _log.debug("a driver is gone: %s", error)
         except msgspec.MsgspecError as error:

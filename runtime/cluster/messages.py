@@ -1,6 +1,6 @@
 """What driver and leader tell each other, as MessagePack frames over one connection.
 
-driver → leader    Submit | Cancel, ...
+driver → leader    Submit | Cancel | ForgetPrefixes, ...
 leader → driver    ServedModel, then Events, ...
 """
 
@@ -25,7 +25,11 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
     request_id: str
 
 
-Command = Submit | Cancel
+class ForgetPrefixes(msgspec.Struct, frozen=True, tag=True):
+    """Requests to come share nothing with those before."""
+
+
+Command = Submit | Cancel | ForgetPrefixes
 
 
 class Rejection(msgspec.Struct, frozen=True):

@@ -99,6 +99,7 @@ def _serves(place: ShardAssignment, recipe: MeshRecipe) -> bool:
         (place.max_num_seqs, engine.max_num_seqs),
         (place.max_num_batched_tokens, engine.max_num_batched_tokens),
         (place.max_prefill_beside_decodes, engine.max_prefill_beside_decodes),
+        (place.prefix_caching, engine.prefix_caching),
         (place.block_size, engine.block_size),
         (place.kv_memory_bytes, engine.kv_memory_bytes),
         (place.step_timeout_s, engine.step_timeout_s),

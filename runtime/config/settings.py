@@ -104,6 +104,8 @@ class EngineSettings:
     """Tokens of one step, prefill chunks and decodes together."""
     max_prefill_beside_decodes: Count | None = None
     """Tokens of prompts in a step in which others decode; null: 64 on CPUs, 512 on GPUs. Fewer keep streams steady."""
+    prefix_caching: Flag = True
+    """Whether requests that begin with the same tokens share what was computed of them, as long as pages are left."""
     memory_utilization: Fraction = 0.9
     """Share of each device's memory that weights, activations and KV pages may take."""
     kv_memory_bytes: Bytes | None = None
@@ -138,6 +140,8 @@ class GrpcAuthSettings:
 
     tokens: Text
     """File with a line for each token: name, roles, token, limits (docs/security.md); read again when it changes."""
+    share_prefixes: Flag = False
+    """Whether prompts of different callers share what was computed of them; each can then learn how others' begin."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)

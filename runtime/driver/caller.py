@@ -24,6 +24,11 @@ class Caller:
         return f"{self.name}{_SEPARATOR}{request_id}"
 
 
+def caller_name(request_id: str) -> str:
+    """Of whoever showed a token; else empty."""
+    return request_id.partition(_SEPARATOR)[0] if _SEPARATOR in request_id else ""
+
+
 def public_id(request_id: str) -> str:
     """The id that the caller chose."""
     return request_id.rpartition(_SEPARATOR)[2]

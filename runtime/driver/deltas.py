@@ -17,6 +17,7 @@ class Usage:
 
     num_prompt_tokens: int
     num_output_tokens: int
+    num_cached_prompt_tokens: int = 0  # of the prompt's, those that were computed for other requests
 
 
 @dataclasses.dataclass(frozen=True)

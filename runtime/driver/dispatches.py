@@ -13,15 +13,17 @@ import secrets
 from shardray.runtime.driver.fleet import Fleet, ReplicaStatus
 from shardray.runtime.driver.link import ReplicaLink
 from shardray.runtime.driver.live import LiveRequest
+from shardray.runtime.driver.router import Router
 
 
 class Dispatches:
     """Requests that are with a replica. Use it in one asyncio loop."""
 
-    def __init__(self, fleet: Fleet, max_num_seqs: int) -> None:
+    def __init__(self, fleet: Fleet, router: Router, max_num_seqs: int) -> None:
         self.links: dict[int, ReplicaLink] = {}  # by replica id, of those that are up
         self.by_id: dict[str, LiveRequest] = {}  # by dispatch id
         self._fleet = fleet
+        self._router = router
         # A replica gets a few more than it can run, so that a freed place is taken in its next step.
         self._capacity = max_num_seqs + max(1, max_num_seqs // 8)
         self._driver_id = secrets.token_hex(4)
@@ -39,8 +41,11 @@ class Dispatches:
         live.num_dispatched_with = len(live.entry.sent_ids)
         self.by_id[live.dispatch_id] = live
         self._fleet.add_live(replica_id, +1)
+        self._router.add(live.entry, replica_id)
         live.stream.mark_dispatched()
-        self.links[replica_id].submit(live.entry.as_engine_request(live.dispatch_id, live.is_traced))
+        self.links[replica_id].submit(
+            live.entry.as_engine_request(live.dispatch_id, live.is_traced, self._router.prefix_scope(live.entry))
+        )
 
     def cancel(self, live: LiveRequest) -> None:
         """Tell its replica, if it has one that is up, to stop it."""
@@ -52,6 +57,7 @@ class Dispatches:
         if live.replica_id is not None:
             del self.by_id[live.dispatch_id]
             self._fleet.add_live(live.replica_id, -1)
+            self._router.add(live.entry, live.replica_id)
             live.replica_id = None
 
     def withdraw_all(self, replica_id: int, link: ReplicaLink | None) -> list[LiveRequest]:

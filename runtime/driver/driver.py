@@ -32,7 +32,7 @@ from shardray.runtime.driver.live import LiveRequest
 from shardray.runtime.driver.observer import RequestObserver
 from shardray.runtime.driver.queue import WaitingQueue
 from shardray.runtime.driver.register import Register
-from shardray.runtime.driver.router import pick_replica
+from shardray.runtime.driver.router import Router
 from shardray.runtime.driver.stream import RequestStream
 from shardray.runtime.driver.trials import Trials
 from shardray.runtime.engine.assignment import ShardInfo
@@ -61,13 +61,15 @@ class Driver:
         max_num_seqs: int,
         journal: Journal | None = None,
         observer: RequestObserver | None = None,
+        shares_between_callers: bool = False,
     ) -> None:
         self.fleet = Fleet(model_id)
         self.tokenizer = tokenizer
         self.limits = limits
         self.model: ServedModel | None = None  # known once the first replica is ready
         self.journal: Journal = journal if journal is not None else MemoryJournal()
-        self._dispatches = Dispatches(self.fleet, max_num_seqs)
+        self._router = Router(shares_between_callers)
+        self._dispatches = Dispatches(self.fleet, self._router, max_num_seqs)
         self._models: dict[int, ServedModel] = {}  # by replica id
         self._waiting = WaitingQueue()
         self._trials = Trials()
@@ -146,6 +148,7 @@ class Driver:
         self._take_back(replica_id, before)
         self._dispatches.links[replica_id] = link
         self._models[replica_id] = model
+        self._router.attach(replica_id, model)
         # Memory may differ from one replica to the next: promise what fits on any.
         smallest = min(model.num_kv_tokens for model in self._models.values())
         self.model = dataclasses.replace(model, num_kv_tokens=smallest)
@@ -159,6 +162,7 @@ class Driver:
     def suspend(self, replica_id: int, reason: str) -> None:
         """A replica is gone for now: what it ran waits, for it or for another one."""
         link = self._dispatches.links.pop(replica_id, None)
+        self._router.detach(replica_id)
         self.fleet.set_recovering(replica_id, reason)
         if link is not None:
             lost = self._take_back(replica_id, None)
@@ -174,6 +178,7 @@ class Driver:
         link = self._dispatches.links.pop(replica_id, None)
         self._take_back(replica_id, link)
         self._models.pop(replica_id, None)
+        self._router.detach(replica_id)
         self.fleet.remove(replica_id)
         self._dispatch()
         if link is not None:
@@ -188,6 +193,12 @@ class Driver:
             for live in list(self._live.values()):
                 live.stream.fail(UnavailableError(f"replica {replica_id} failed: {reason}"))
                 self._end(live)
+
+    def forget_prefixes(self) -> None:
+        """What replicas have computed so far is shared with no request to come."""
+        for replica_id, link in self._dispatches.links.items():
+            self._router.attach(replica_id, self._models[replica_id])
+            link.forget_prefixes()
 
     def refuse_new(self, reason: str) -> None:
         """Take no more requests; those in flight go on."""
@@ -223,7 +234,7 @@ class Driver:
             self._try_suspect()
         while self._waiting and (candidates := self._candidates()):
             live = self._live[self._waiting.pop()]
-            self._dispatches.send(live, pick_replica(live.entry, candidates).replica_id)
+            self._dispatches.send(live, self._router.pick(live.entry, candidates).replica_id)
         self.admission.pace.observe(len(self._waiting))
         self.fleet.set_requests(len(self._waiting), len(self._live))
 
@@ -231,7 +242,7 @@ class Driver:
         """Clear the least loaded replica for a request that has to run alone."""
         if replicas := self.fleet.ready_replicas():
             live = self._trials.begin()
-            replica_id = pick_replica(live.entry, replicas).replica_id
+            replica_id = self._router.pick(live.entry, replicas).replica_id
             self._take_back(replica_id, self._dispatches.links[replica_id])
             self._dispatches.send(live, replica_id)
 

@@ -60,7 +60,7 @@ class JournalEntry:
             outputs.append(msgspec.structs.replace(last, finish_reason=self.end.reason))
         return outputs
 
-    def as_engine_request(self, dispatch_id: str, is_traced: bool = False) -> EngineRequest:
+    def as_engine_request(self, dispatch_id: str, is_traced: bool = False, prefix_scope: str = "") -> EngineRequest:
         """What a replica is handed, now or after another one was lost."""
         return EngineRequest(
             request_id=dispatch_id,
@@ -70,6 +70,7 @@ class JournalEntry:
             priority=self.priority,
             pooling=self.pooling,
             is_traced=is_traced,
+            prefix_scope=prefix_scope,
         )
 
     def to_bytes(self) -> bytes:

@@ -15,7 +15,7 @@ from shardray.parallel.frames import FrameReader, framed
 from shardray.parallel.greeting import hello
 from shardray.parallel.link import set_options
 from shardray.parallel.tls import NAME, TlsError, reason_of
-from shardray.runtime.cluster.messages import DRIVER_RANK, Cancel, Command, Events, Rejection, Submit
+from shardray.runtime.cluster.messages import DRIVER_RANK, Cancel, Command, Events, ForgetPrefixes, Rejection, Submit
 from shardray.runtime.engine.request import EngineRequest, EngineStats, ServedModel, TokenOutput
 
 
@@ -66,6 +66,9 @@ class ReplicaLink(asyncio.Protocol):
 
     def cancel(self, request_id: str) -> None:
         self._send(Cancel(request_id))
+
+    def forget_prefixes(self) -> None:
+        self._send(ForgetPrefixes())
 
     async def close(self) -> None:
         """End the connection; the leader cancels what is left. Idempotent."""

@@ -35,6 +35,7 @@ class RequestStream:
         self._num_logprobs = entry.params.logprobs
         self._text = OutputText(tokenizer, entry.params, entry.prompt_ids)
         self._num_output_tokens = 0
+        self._num_cached_prompt_tokens = 0
         self._num_tokens_to_skip = num_seen_tokens
         self._num_chars_to_skip = num_seen_chars
         self._pending = Delta()
@@ -105,6 +106,7 @@ class RequestStream:
         if self.entry.first_token_s is None:
             self.entry.first_token_s = time.monotonic()
         self._num_output_tokens += 1
+        self._num_cached_prompt_tokens += output.num_cached_prompt_tokens
         if self._num_tokens_to_skip > 0:
             self._num_tokens_to_skip -= 1
             return
@@ -119,7 +121,7 @@ class RequestStream:
             entry.ended_s = time.monotonic()
         first_s = entry.first_token_s
         self._pending.finish_reason = reason
-        self._pending.usage = Usage(len(entry.prompt_ids), self._num_output_tokens)
+        self._pending.usage = Usage(len(entry.prompt_ids), self._num_output_tokens, self._num_cached_prompt_tokens)
         self._pending.timing = Timing(
             queue_s=(entry.dispatched_s or entry.ended_s) - entry.accepted_s,
             time_to_first_token_s=None if first_s is None else first_s - entry.accepted_s,

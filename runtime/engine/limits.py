@@ -21,6 +21,7 @@ class SchedulerLimits:
     num_pages: int
     max_in_flight: int = 1  # plans made and not yet committed: one, two to overlap planning with running, one a stage
     lookahead: int = 0  # unresolved tokens a sequence may have when it is planned: 0, or 1 with a single stage
+    prefix_caching: bool = True  # whether requests that begin alike share pages
     eos_token_ids: frozenset[int] = frozenset()
     encoder: EncoderInfo | None = None
 
@@ -43,6 +44,11 @@ class SchedulerLimits:
     def num_lanes(self) -> int:
         """Plans among which the running sequences are divided. With lookahead every sequence can be in every plan."""
         return 1 if self.lookahead else self.max_in_flight
+
+    @property
+    def prefix_block_size(self) -> int:
+        """See ServedModel. What a decoder makes of its tokens depends on what it attends to of an encoder's prompt."""
+        return self.block_size if self.prefix_caching and self.encoder is None else 0
 
     def prefill_budget(self, num_decodes: int) -> int:
         """Tokens of prompts in a plan beside its decodes: what they leave of a lane's share, and never none.

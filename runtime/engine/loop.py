@@ -42,6 +42,13 @@ class _Cancel:
     request_id: str
 
 
+class _ForgetPrefixes:
+    pass
+
+
+_Message = EngineRequest | _Cancel | _ForgetPrefixes | None
+
+
 class Engine:
     """Continuous batching over one mesh. ``run`` belongs to one thread; everything else is safe from any."""
 
@@ -53,7 +60,7 @@ class Engine:
         self._limits = limits
         self._scheduler = Scheduler(limits)
         self._executor = executor
-        self._inbox: queue.SimpleQueue[EngineRequest | _Cancel | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._num_in_flight = 0
         self._stats = self._scheduler.stats()
         self._step_time_s = self._plan_time_s = 0.0
@@ -70,6 +77,10 @@ class Engine:
     def cancel(self, request_id: str) -> None:
         """End a request before its next step; its end is published if it was live."""
         self._inbox.put(_Cancel(request_id))
+
+    def forget_prefixes(self) -> None:
+        """Requests whose first step is yet to come share nothing with those before."""
+        self._inbox.put(_ForgetPrefixes())
 
     def stop(self) -> None:
         """Make ``run`` return after the step at hand; live requests wait until it is called again."""
@@ -113,7 +124,7 @@ class Engine:
                 outputs.append(output)
         return outputs
 
-    def _take(self, message: EngineRequest | _Cancel | None) -> TokenOutput | None:
+    def _take(self, message: _Message) -> TokenOutput | None:
         match message:
             case EngineRequest():
                 try:
@@ -122,8 +133,9 @@ class Engine:
                     return TokenOutput(message.request_id, finish_reason=FinishReason.ERROR, error=str(error))
             case _Cancel(request_id):
                 return self._scheduler.cancel(request_id)
-            case None:
-                return None
+            case _ForgetPrefixes():
+                self._scheduler.forget_prefixes()
+        return None
 
     def _launch(self) -> None:
         while (plan := self._scheduler.plan()) is not None:

@@ -120,6 +120,7 @@ class ServedModel:
     eos_token_ids: tuple[int, ...]
     num_kv_tokens: int  # that the cache holds
     encoder: EncoderInfo | None = None
+    prefix_block_size: int = 0  # requests share what was computed of their first tokens, in blocks of so many; 0: never
 
     @property
     def max_request_len(self) -> int:
@@ -151,6 +152,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0  # lower runs first; first come, first served within one priority
     pooling: Pooling | None = None  # for an embedding of the prompt, instead of tokens
     is_traced: bool = False  # its outputs tell what their steps took
+    prefix_scope: str = ""  # what was computed of it is shared with requests of the same scope only
 
     def given_ids(self, encoder: EncoderInfo | None) -> tuple[int, ...]:
         """What stands before the generated tokens in the decoder."""
@@ -203,6 +205,7 @@ class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     error: str | None = None
     embedding: bytes | None = None
     steps: tuple[TracedStep, ...] = ()  # of a traced request: those since its output before
+    num_cached_prompt_tokens: int = 0  # with the first token: those of the prompt that others had computed
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -219,6 +222,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_preemptions: int = 0
     num_prompt_tokens: int = 0  # since start
     num_output_tokens: int = 0
+    num_prefix_queries: int = 0  # tokens of requests that started (again)
+    num_prefix_hits: int = 0  # those of them whose keys and values were there
     step_time_s: float = 0.0  # smoothed
     plan_time_s: float = 0.0  # smoothed: scheduler, commit and publish, per step
     expert_imbalance: float = 0.0  # tokens of the busiest expert over the mean, in the leader's layers; 0: no experts
@@ -227,6 +232,11 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     def num_full_sequences(self) -> float:
         """Sequences as long as the context window that the pages hold."""
         return self.num_pages * self.block_size / self.max_model_len if self.max_model_len else 0.0
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        """Share of the tokens of requests that started whose keys and values were there."""
+        return self.num_prefix_hits / self.num_prefix_queries if self.num_prefix_queries else 0.0
 
     @property
     def kv_waste(self) -> float:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import msgspec
 
 from shardray.runtime.engine.limits import SchedulerLimits
-from shardray.runtime.engine.pages import PagePool
 from shardray.runtime.engine.request import EngineRequest, EngineStats, FieldError, FinishReason, TokenOutput
 from shardray.runtime.engine.sequence import Sequence, SequenceQueue
+from shardray.runtime.engine.sequence_pages import SequencePages
 from shardray.runtime.engine.step import EncoderRow, PageGrant, Row, SlotStart, StepPlan, StepResult
 from shardray.runtime.engine.traced import TracedStep
 
@@ -41,13 +41,17 @@ class _Draft:
     def num_tokens(self) -> int:
         return sum(row.num_tokens for row in self.rows) + sum(len(row.token_ids) for row in self.encoder_rows)
 
+    def add_grant(self, grant: PageGrant | None) -> None:
+        if grant is not None:
+            self.grants.append(grant)
+
 
 class Scheduler:
     """Turns requests into step plans, and step results into published tokens. Not thread-safe."""
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self._limits = limits
-        self._pool = PagePool(limits.num_pages, limits.block_size)
+        self._pages = SequencePages(limits)
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self._live: dict[str, Sequence] = {}  # by request id; each is either waiting or running
         self._waiting = SequenceQueue()
@@ -83,7 +87,7 @@ class Scheduler:
             num_given=len(given_ids),
             encoder_ids=encoder_ids,
             is_plain=params.is_plain,
-            num_prompt_blocks=0 if request.pooling is not None else self._pool.pages_for(len(encoder_ids)),
+            num_prompt_blocks=0 if request.pooling is not None else self._pages.pool.pages_for(len(encoder_ids)),
         )
         if request.pooling is None and (reason := sequence.finish_reason()):
             return TokenOutput(request.request_id, finish_reason=reason)
@@ -99,6 +103,10 @@ class Scheduler:
             return None
         self._finish(sequence)
         return TokenOutput(request_id, finish_reason=FinishReason.ABORTED)
+
+    def forget_prefixes(self) -> None:
+        """What was computed so far is shared with no request to come."""
+        self._pages.pool.forget_prefixes()
 
     def plan(self) -> StepPlan | None:
         """The next step, or None when nothing can run before a plan in flight is committed or a request arrives."""
@@ -138,14 +146,21 @@ class Scheduler:
                 continue
             sequence.token_ids.append(sampled.token_id)
             self._num_output_tokens += 1
+            num_found = 0
             if sequence.num_generated == 1:
                 self._num_prompt_tokens += len(sequence.request.prompt_ids)
+                num_found = sequence.num_found
             reason = sequence.finish_reason()
             if reason is not None:
                 self._finish(sequence)
             outputs.append(
                 TokenOutput(
-                    sequence.request.request_id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason
+                    sequence.request.request_id,
+                    sampled.token_id,
+                    sampled.logprob,
+                    sampled.top_logprobs,
+                    reason,
+                    num_cached_prompt_tokens=num_found,
                 )
             )
         outputs += self._commit_embeddings(draft, result)
@@ -164,23 +179,26 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         """A snapshot; times are the step loop's to add."""
+        pages = self._pages
         return EngineStats(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
-            num_pages=self._pool.num_pages,
-            num_used_pages=self._pool.num_used,
-            num_cached_tokens=sum(sequence.num_cached for sequence in self._running),
-            block_size=self._pool.block_size,
+            num_pages=pages.pool.num_pages,
+            num_used_pages=pages.pool.num_used,
+            num_cached_tokens=pages.num_held_tokens(self._running),
+            block_size=pages.pool.block_size,
             max_model_len=self._limits.max_model_len,
             num_steps=self._num_steps,
             num_preemptions=self._num_preemptions,
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=self._num_output_tokens,
+            num_prefix_queries=pages.num_prefix_queries,
+            num_prefix_hits=pages.num_prefix_hits,
         )
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless every page and every slot has exactly the holders it is counted to have."""
-        self._pool.check_integrity(page for sequence in self._running for page in sequence.pages)
+        self._pages.pool.check_integrity(page for sequence in self._running for page in sequence.pages)
         slots = sorted([*self._free_slots, *(sequence.slot for sequence in self._running if sequence.slot is not None)])
         if slots != list(range(self._limits.max_num_seqs)):
             raise RuntimeError(f"slots free or held: {slots}, expected 0 to {self._limits.max_num_seqs - 1} once each")
@@ -201,7 +219,7 @@ class Scheduler:
     def _choose_decodes(self) -> list[Sequence]:
         """Sequences to decode; with several lanes an equal share of the running ones, those that waited longest."""
         ready = [sequence for sequence in self._running if sequence.can_decode(self._limits.lookahead)]
-        if ready and ready[-1] is self._running.last and not self._room(ready[-1]):
+        if ready and ready[-1] is self._running.last and not self._pages.room(ready[-1]):
             ready.pop()  # it has nobody to preempt, and must not take the place of one that can run
         share = -(-len(self._running) // self._limits.num_lanes)
         if len(ready) > share:
@@ -210,19 +228,20 @@ class Scheduler:
 
     def _admit(self, draft: _Draft, budget: int) -> None:
         """Start waiting sequences in their order, as far as slots, budget and pages go. Never preempts."""
-        num_spare = self._num_spare_pages() if self._waiting and self._free_slots else 0
+        num_spare = self._pages.num_spare(self._running) if self._waiting and self._free_slots else 0
         room = self._limits.max_num_batched_tokens - draft.num_tokens if self._limits.encoder is not None else 0
         while budget > 0 and self._waiting and self._free_slots:
             sequence = self._waiting.first
-            num_pages = self._num_pages_for(sequence, len(sequence.token_ids))
-            if sequence.num_unresolved or num_pages > num_spare:
+            if sequence.num_unresolved or len(sequence.encoder_ids) > room:
                 return
-            if len(sequence.encoder_ids) > room:
+            start = self._pages.find(sequence)
+            if start.num_pages > num_spare:
                 return
             self._waiting.remove(sequence)
             self._running.add(sequence)
             draft.starts.append(sequence.start(self._free_slots.pop()))
-            num_spare -= num_pages + 1
+            num_spare -= start.num_pages + 1
+            draft.add_grant(self._pages.adopt(sequence, start))
             if sequence.encoder_ids:
                 self._encode(draft, sequence)
                 room -= len(sequence.encoder_ids)
@@ -234,8 +253,7 @@ class Scheduler:
 
     def _encode(self, draft: _Draft, sequence: Sequence) -> None:
         """Put a prompt for the encoder into the plan, with its pages. The decoder's tokens follow in the next ones."""
-        if sequence.num_prompt_blocks:
-            draft.grants.append(sequence.grant(self._pool.allocate(sequence.num_prompt_blocks)))
+        draft.add_grant(self._pages.take(sequence, 0))
         draft.encoder_rows.append(sequence.encode())
         sequence.last_step = draft.step
         if sequence.request.is_traced:
@@ -243,33 +261,13 @@ class Scheduler:
         if sequence.request.pooling is not None:
             draft.pooling.append(sequence)
 
-    def _num_spare_pages(self) -> int:
-        """Free pages, less those that running sequences need for the tokens they have and for one more page each.
-
-        Admitting on less would preempt the newcomer within a few steps and compute its prompt twice.
-        """
-        num_owed = sum(
-            max(0, self._num_pages_for(sequence, len(sequence.token_ids)) - len(sequence.pages))
-            for sequence in self._running
-        )
-        return self._pool.num_free - num_owed - len(self._running)
-
-    def _room(self, sequence: Sequence) -> int:
-        """How many more tokens fit into the pages that a sequence holds and those that are free."""
-        num_pages = len(sequence.pages) - sequence.num_prompt_blocks + self._pool.num_free
-        return num_pages * self._pool.block_size - sequence.num_computed
-
-    def _num_pages_for(self, sequence: Sequence, num_tokens: int) -> int:
-        """Pages of a sequence with that many tokens."""
-        return sequence.num_prompt_blocks + self._pool.pages_for(num_tokens)
-
     def _make_room(self, sequence: Sequence) -> int:
         """Room for a running sequence; while it has none, the least urgent one is preempted.
 
         If that is this one itself, it keeps what it has and sits the step out. So the most urgent one always runs, and
         nobody is preempted for a less urgent one.
         """
-        while not (num_tokens := self._room(sequence)) and self._running.last is not sequence:
+        while not (num_tokens := self._pages.room(sequence)) and self._running.last is not sequence:
             self._preempt(self._running.last)
         return num_tokens
 
@@ -277,10 +275,9 @@ class Scheduler:
         """Put a sequence's next tokens into the plan, with the pages they fill."""
         if num_tokens == 0:
             return
-        num_missing = self._num_pages_for(sequence, sequence.num_computed + num_tokens) - len(sequence.pages)
-        if num_missing > 0:
-            draft.grants.append(sequence.grant(self._pool.allocate(num_missing)))
+        draft.add_grant(self._pages.take(sequence, num_tokens))
         row = sequence.advance(num_tokens)
+        self._pages.add_prefix(sequence)
         sequence.last_step = draft.step
         draft.rows.append(row)
         if sequence.request.is_traced:
@@ -308,8 +305,7 @@ class Scheduler:
         assert sequence.slot is not None
         self._running.remove(sequence)
         self._free_slots.append(sequence.slot)
-        for page in reversed(sequence.pages):  # so that they are handed out in this order again
-            self._pool.release(page)
+        self._pages.give_back(sequence)
         sequence.reset()
 
 

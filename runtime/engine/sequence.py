@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 
+from shardray.runtime.engine.prefixes import UNKNOWN, Prefix
 from shardray.runtime.engine.request import EngineRequest, FinishReason
 from shardray.runtime.engine.step import EncoderRow, PageGrant, Row, SlotStart
 from shardray.runtime.engine.traced import TracedStep
@@ -37,6 +38,8 @@ class Sequence:
     num_unresolved: int = 0
     slot: int | None = None  # held while running
     pages: list[int] = field(default_factory=list)
+    prefix: Prefix = UNKNOWN  # of it, what others can find
+    num_found: int = 0  # tokens that were found computed when it started first
     last_step: int = -1  # the last plan it was in
     finished: bool = False
     untold_steps: list[TracedStep] = field(default_factory=list)  # of a traced request, since its last output
@@ -85,6 +88,13 @@ class Sequence:
         self.pages += pages
         return PageGrant(self.slot, first_block, tuple(pages))
 
+    def adopt(self, prefix: Prefix, pages: list[int], num_tokens: int) -> PageGrant | None:
+        """Begin behind the ``num_tokens`` tokens of a prefix, computed by others."""
+        if self.num_generated == 0:
+            self.num_found = num_tokens
+        self.prefix, self.num_computed = prefix, num_tokens
+        return self.grant(pages) if pages else None
+
     def advance(self, num_tokens: int) -> Row:
         """The next ``num_tokens`` tokens as a row; it samples if they are all there is to compute."""
         assert self.slot is not None
@@ -99,6 +109,7 @@ class Sequence:
         """Give up the slot and all that was computed. Tokens in flight stay due."""
         self.slot = None
         self.pages = []
+        self.prefix = UNKNOWN
         self.num_computed = 0
         self.is_encoded = False
 

@@ -102,6 +102,7 @@ class Shard:
             eos_token_ids=tuple(sorted(limits.eos_token_ids)),
             num_kv_tokens=limits.num_pages * limits.block_size,
             encoder=limits.encoder,
+            prefix_block_size=limits.prefix_block_size,
         )
         return Engine(limits, self._executor, info, self._runner.expert_imbalance)
 
@@ -209,6 +210,7 @@ def _assemble(
         max_model_len=served.max_model_len,
         block_size=served.block_size,
         num_pages=num_pages,
+        prefix_caching=assignment.prefix_caching,
         max_in_flight=place.pp_size if place.pp_size > 1 else 2,
         lookahead=0 if place.pp_size > 1 else 1,
         eos_token_ids=frozenset(eos_token_ids),

@@ -39,7 +39,12 @@ METRICS = (
     ),
     Metric("vllm:kv_cache_usage_perc", "gauge", ENGINE, "0 to 1", "share of the pages of the KV cache in use"),
     Metric("vllm:num_preemptions", "counter", ENGINE, "times", "a request gave up its pages, to be computed again"),
-    Metric("vllm:prompt_tokens", "counter", ENGINE, "tokens", "prompt tokens computed"),
+    Metric("vllm:prompt_tokens", "counter", ENGINE, "tokens", "prompt tokens read"),
+    Metric(
+        "vllm:prefix_cache_queries", "counter", ENGINE, "tokens",
+        "tokens of requests that started, those that started again included",
+    ),
+    Metric("vllm:prefix_cache_hits", "counter", ENGINE, "tokens", "those of them that had been computed before"),
     Metric("vllm:generation_tokens", "counter", ENGINE, "tokens", "tokens generated"),
     Metric(
         "vllm:cache_config_info", "gauge", (*ENGINE, "block_size", "num_gpu_blocks"), "1",

@@ -98,6 +98,8 @@ def _add_engine(samples: _Samples, model: str, replica: ReplicaStatus) -> None:
     samples.add("vllm:kv_cache_usage_perc", stats.num_used_pages / num_pages if num_pages else 0.0, *engine)
     samples.add("vllm:num_preemptions", stats.num_preemptions, *engine)
     samples.add("vllm:prompt_tokens", stats.num_prompt_tokens, *engine)
+    samples.add("vllm:prefix_cache_queries", stats.num_prefix_queries, *engine)
+    samples.add("vllm:prefix_cache_hits", stats.num_prefix_hits, *engine)
     samples.add("vllm:generation_tokens", stats.num_output_tokens, *engine)
     samples.add("vllm:cache_config_info", 1, *engine, stats.block_size, num_pages)
     samples.add("shardray:recoveries", replica.num_recoveries, *engine)

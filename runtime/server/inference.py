@@ -169,6 +169,7 @@ def _response(request_id: str, delta: Delta, seed: int | None) -> inference_pb2.
     if delta.usage is not None:
         response.usage.num_prompt_tokens = delta.usage.num_prompt_tokens
         response.usage.num_output_tokens = delta.usage.num_output_tokens
+        response.usage.num_cached_prompt_tokens = delta.usage.num_cached_prompt_tokens
     if delta.timing is not None:
         response.timing.queue_s = delta.timing.queue_s
         response.timing.total_s = delta.timing.total_s

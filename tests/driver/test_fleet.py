@@ -8,10 +8,8 @@ import msgspec
 import pytest
 
 from shardray.runtime.driver.fleet import FailureStatus, Fleet, FleetState
-from shardray.runtime.driver.journal_entry import JournalEntry
-from shardray.runtime.driver.router import pick_replica
 from shardray.runtime.engine.assignment import ShardLoad
-from shardray.runtime.engine.request import EngineStats, SamplingParams
+from shardray.runtime.engine.request import EngineStats
 from tests.serving import SHARD
 
 pytestmark = pytest.mark.asyncio
@@ -100,18 +98,6 @@ async def test_the_output_rate_starts_anew_with_another_mesh() -> None:
     await asyncio.sleep(0.01)
     fleet.set_stats(0, EngineStats(num_running=1, num_output_tokens=9))
     assert fleet.snapshot().replicas[0].output_tokens_per_s > 0
-
-
-async def test_a_request_goes_to_the_least_loaded_replica_then_to_the_emptier_one() -> None:
-    fleet = Fleet("m")
-    entry = JournalEntry("a", (1,), SamplingParams())
-    for replica_id in (0, 1, 2):
-        fleet.set_ready(replica_id, [])
-    fleet.add_live(0, +1)
-    fleet.set_stats(1, EngineStats(num_pages=10, num_used_pages=5))
-    assert pick_replica(entry, fleet.ready_replicas()).replica_id == 2
-    fleet.add_live(2, +1)
-    assert pick_replica(entry, fleet.ready_replicas()).replica_id == 1
 
 
 async def test_a_recovering_replica_is_told_with_its_reason_unless_another_one_is_ready() -> None:

@@ -60,7 +60,8 @@ def test_the_loop_that_the_server_runs_on_speaks_with_leaders(has_tls: bool, tmp
         link = ReplicaLink(lambda new, rejections: outputs.extend(new))
         assert await link.connect(address, known) == engine.info
         link.submit(EngineRequest(request_id="r", prompt_ids=(7, 8), params=SamplingParams(max_tokens=3)))
-        await eventually(lambda: len(outputs) == 3)
+        link.forget_prefixes()
+        await eventually(lambda: len(outputs) == 3 and engine.num_forgotten == 1)
         threading.Thread(target=server.stop, args=("over",)).start()
         assert await link.closed == "over"
         return [output.token_id for output in outputs]

@@ -13,6 +13,7 @@ LIMITS = SchedulerLimits(
     max_model_len=256,
     block_size=4,
     num_pages=64,
+    prefix_caching=False,  # prompts of one length are the same, and each is to be computed
     eos_token_ids=frozenset({EOS_ID}),
 )
 
@@ -26,6 +27,7 @@ def add(
     generated_ids: tuple[int, ...] = (),
     max_tokens: int = 20,
     params: SamplingParams | None = None,
+    prefix_scope: str = "",
 ) -> TokenOutput | None:
     return scheduler.add(
         EngineRequest(
@@ -34,6 +36,7 @@ def add(
             generated_ids=generated_ids,
             params=params or SamplingParams(max_tokens=max_tokens),
             priority=priority,
+            prefix_scope=prefix_scope,
         )
     )
 

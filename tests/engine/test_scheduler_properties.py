@@ -16,6 +16,7 @@ from tests.engine.toy_mesh import EOS_ID, VOCAB_SIZE, ToyService, undisturbed_ru
 
 NUM_KV_TOKENS = 48  # at least; a request of any_request needs at most this many, and a few of them do not fit together
 token_ids = st.integers(0, VOCAB_SIZE - 1)
+STEM = tuple(range(1, 9)) * 2  # what many prompts begin with
 
 
 @st.composite
@@ -30,6 +31,7 @@ def any_limits(draw: st.DrawFn) -> SchedulerLimits:
         num_pages=-(-NUM_KV_TOKENS // block_size) + draw(st.integers(0, 8)),
         max_in_flight=draw(st.integers(1, 4)),
         lookahead=draw(st.integers(0, 1)),
+        prefix_caching=draw(st.booleans()),
         eos_token_ids=frozenset({EOS_ID}),
     )
 
@@ -45,9 +47,16 @@ def any_request(draw: st.DrawFn) -> EngineRequest:
         stop_token_ids=tuple(draw(st.sets(token_ids, max_size=1))),
         repetition_penalty=draw(st.sampled_from([1.0, 1.1])),
     )
-    prompt_ids = draw(st.lists(token_ids, min_size=1, max_size=24))
+    stem = STEM[: draw(st.sampled_from([0, 4, 7, 16]))]
+    own_ids = draw(st.lists(token_ids, min_size=1, max_size=24 - len(stem)))
     priority = draw(st.integers(-1, 1))
-    return EngineRequest(request_id="", prompt_ids=tuple(prompt_ids), params=params, priority=priority)
+    return EngineRequest(
+        request_id="",
+        prompt_ids=(*stem, *own_ids),
+        params=params,
+        priority=priority,
+        prefix_scope=draw(st.sampled_from(["", "", "a"])),
+    )
 
 
 def resumed(request: EngineRequest, num_generated: int, max_model_len: int) -> EngineRequest:

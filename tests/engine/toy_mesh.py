@@ -79,6 +79,9 @@ class ToyMesh:
 
     def _write(self, row: Row) -> list[tuple[int, int]]:
         slot = self.slots[row.slot]
+        if not slot.kv_len:  # what its first pages hold already
+            assert row.start % self.block_size == 0
+            slot.kv_len = row.start
         assert row.start == slot.kv_len
         token_ids = row.token_ids or (slot.sampled_ids[-1],)
         slot.kv_len += len(token_ids)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import grpc.aio
 import openai
 import pytest
 import pytest_asyncio
+from smg_grpc_proto import vllm_engine_pb2_grpc
+from smg_grpc_proto.generated import common_pb2
 
 from shardray.runtime.client import AsyncClient
 from shardray.runtime.config import GatewaySettings
@@ -15,7 +18,7 @@ from shardray.runtime.model.sources import resolve_model
 from shardray.runtime.model.tokenizer import Tokenizer
 from tests.gateway.conftest import Smg, until_served
 from tests.real_replica import RealReplica
-from tests.serving import serving
+from tests.serving import Serving, serving
 from tests.stub_replica import SECRET
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -32,11 +35,16 @@ def replica() -> Iterator[RealReplica]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def native(smg: Smg, replica: RealReplica) -> AsyncIterator[AsyncClient]:
+async def up(smg: Smg, replica: RealReplica) -> AsyncIterator[Serving]:
     gateway = GatewaySettings(listen="127.0.0.1:0", model_name=MODEL, discovery_file=smg.discovery_file)
     async with serving(Tokenizer.load(resolve_model(MODEL)), num_replicas=0, gateway=gateway) as up:
         await up.driver.attach(0, replica.address, SECRET, [])
-        yield up.client
+        yield up
+
+
+@pytest.fixture(scope="module")
+def native(up: Serving) -> AsyncClient:
+    return up.client
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -102,3 +110,35 @@ async def test_langchain_gets_the_same_answer_whole_and_in_parts(
     chat = ChatOpenAI(model=MODEL, base_url=smg.base_url, api_key="none", temperature=0, max_completion_tokens=8)
     assert (await chat.ainvoke(MESSAGES)).content == expected.text
     assert "".join([str(part.content) async for part in chat.astream(MESSAGES)]) == expected.text
+
+
+async def test_tokens_of_a_prompt_that_were_computed_before_are_told(
+    client: openai.AsyncOpenAI, native: AsyncClient
+) -> None:
+    prompt = "Once upon a time there was a river, and by the river there stood a mill; " * 3
+    options: Any = {"model": MODEL, "prompt": prompt, "max_tokens": 4, "temperature": 0}
+    first = await client.completions.create(**options)
+    again = await native.generate(prompt, max_tokens=4, temperature=0)
+    assert first.usage is not None
+    num_blocks = (first.usage.prompt_tokens - 1) // 16
+    assert num_blocks > 2
+    assert again.usage.num_cached_prompt_tokens == 16 * num_blocks
+    assert again.text == first.choices[0].text
+    chat: Any = {"model": MODEL, "messages": [{"role": "user", "content": prompt}], "max_tokens": 4}
+    answers = [await client.chat.completions.create(**chat, temperature=0) for _ in range(2)]
+    assert answers[1].usage is not None
+    assert answers[1].usage.prompt_tokens_details is not None
+    assert (answers[1].usage.prompt_tokens_details.cached_tokens or 0) >= 16 * num_blocks
+
+
+async def test_a_gateway_can_have_what_was_computed_forgotten(up: Serving) -> None:
+    prompt = "The sun rose over the hills, and the hills were as they had been; " * 3
+    found = []
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{up.server.gateway_port}") as channel:
+        engine = vllm_engine_pb2_grpc.VllmEngineStub(channel)
+        for forgets in (False, False, True):
+            if forgets:
+                assert (await engine.FlushCache(common_pb2.FlushCacheRequest())).success
+            found.append((await up.client.generate(prompt, max_tokens=2)).usage.num_cached_prompt_tokens)
+    assert (found[0], found[2]) == (0, 0)
+    assert found[1] > 32

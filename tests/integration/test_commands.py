@@ -62,7 +62,11 @@ def test_generate_gives_the_tokens_of_transformers(address: str, model_folder: P
     assert all(len(position["top"]) == 2 for position in positions)
     last = lines[-1]
     assert last["finish_reason"] == "length"
-    assert last["usage"] == {"num_prompt_tokens": len(prompt_ids), "num_output_tokens": NUM_TOKENS}
+    assert last["usage"] == {
+        "num_prompt_tokens": len(prompt_ids),
+        "num_output_tokens": NUM_TOKENS,
+        "num_cached_prompt_tokens": 0,
+    }
     assert last["timing"]["total_s"] > 0
     assert "seed" in lines[0]
 

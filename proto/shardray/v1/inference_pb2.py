@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from shardray.v1 import common_pb2 as shardray_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bshardray/v1/inference.proto\x12\x0bshardray.v1\x1a\x18shardray/v1/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\":\n\x0c\x43hatMessages\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.shardray.v1.ChatMessage\"\xaa\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.shardray.v1.TokenIdsH\x00\x12)\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x19.shardray.v1.ChatMessagesH\x00\x12\x31\n\x08sampling\x18\x05 \x01(\x0b\x32\x1f.shardray.v1.SamplingParameters\x12\x10\n\x08priority\x18\x06 \x01(\x11\x12\x13\n\x0bresumable_s\x18\x07 \x01(\x01\x12-\n\x06resume\x18\x08 \x01(\x0b\x32\x18.shardray.v1.ResumePointH\x01\x88\x01\x01\x42\x08\n\x06promptB\t\n\x07_resume\"4\n\x0bResumePoint\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x11\n\tnum_chars\x18\x02 \x01(\r\"\x8b\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.shardray.v1.TokenLogprobs\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.shardray.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.shardray.v1.Usage\x12#\n\x06timing\x18\x07 \x01(\x0b\x32\x13.shardray.v1.Timing\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"b\n\rTokenLogprobs\x12)\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x19.shardray.v1.TokenLogprob\x12&\n\x03top\x18\x02 \x03(\x0b\x32\x19.shardray.v1.TokenLogprob\"=\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11num_output_tokens\x18\x02 \x01(\r\"h\n\x06Timing\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\"\n\x15time_to_first_token_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\x42\x18\n\x16_time_to_first_token_s\"\x93\x01\n\x0c\x45mbedRequest\x12\'\n\x06inputs\x18\x01 \x03(\x0b\x32\x17.shardray.v1.EmbedInput\x12*\n\x07pooling\x18\x02 \x01(\x0b\x32\x14.shardray.v1.PoolingH\x00\x88\x01\x01\x12\x10\n\x08truncate\x18\x03 \x01(\x08\x12\x10\n\x08priority\x18\x04 \x01(\x11\x42\n\n\x08_pooling\"Q\n\nEmbedInput\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.shardray.v1.TokenIdsH\x00\x42\x07\n\x05input\"^\n\rEmbedResponse\x12*\n\nembeddings\x18\x01 \x03(\x0b\x32\x16.shardray.v1.Embedding\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.shardray.v1.Usage\"\x1b\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02\"V\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12)\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x19.shardray.v1.ChatMessagesH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0fGetModelRequest\"\xd1\x01\n\x10GetModelResponse\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\x12\x15\n\rnum_kv_tokens\x18\x05 \x01(\x04\x12\x12\n\ntakes_text\x18\x06 \x01(\x08\x12\x12\n\ntakes_chat\x18\x07 \x01(\x08\x12*\n\x07\x65ncoder\x18\x08 \x01(\x0b\x32\x19.shardray.v1.EncoderModel\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"!\n\rAbortResponse\x12\x10\n\x08was_live\x18\x01 \x01(\x08\x32\xbe\x03\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.shardray.v1.GenerateRequest\x1a\x1d.shardray.v1.GenerateResponse0\x01\x12>\n\x05\x45mbed\x12\x19.shardray.v1.EmbedRequest\x1a\x1a.shardray.v1.EmbedResponse\x12G\n\x08Tokenize\x12\x1c.shardray.v1.TokenizeRequest\x1a\x1d.shardray.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.shardray.v1.DetokenizeRequest\x1a\x1f.shardray.v1.DetokenizeResponse\x12G\n\x08GetModel\x12\x1c.shardray.v1.GetModelRequest\x1a\x1d.shardray.v1.GetModelResponse\x12>\n\x05\x41\x62ort\x12\x19.shardray.v1.AbortRequest\x1a\x1a.shardray.v1.AbortResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bshardray/v1/inference.proto\x12\x0bshardray.v1\x1a\x18shardray/v1/common.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\":\n\x0c\x43hatMessages\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.shardray.v1.ChatMessage\"\xaa\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.shardray.v1.TokenIdsH\x00\x12)\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x19.shardray.v1.ChatMessagesH\x00\x12\x31\n\x08sampling\x18\x05 \x01(\x0b\x32\x1f.shardray.v1.SamplingParameters\x12\x10\n\x08priority\x18\x06 \x01(\x11\x12\x13\n\x0bresumable_s\x18\x07 \x01(\x01\x12-\n\x06resume\x18\x08 \x01(\x0b\x32\x18.shardray.v1.ResumePointH\x01\x88\x01\x01\x42\x08\n\x06promptB\t\n\x07_resume\"4\n\x0bResumePoint\x12\x12\n\nnum_tokens\x18\x01 \x01(\r\x12\x11\n\tnum_chars\x18\x02 \x01(\r\"\x8b\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.shardray.v1.TokenLogprobs\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.shardray.v1.FinishReason\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.shardray.v1.Usage\x12#\n\x06timing\x18\x07 \x01(\x0b\x32\x13.shardray.v1.Timing\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"b\n\rTokenLogprobs\x12)\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x19.shardray.v1.TokenLogprob\x12&\n\x03top\x18\x02 \x03(\x0b\x32\x19.shardray.v1.TokenLogprob\"_\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11num_output_tokens\x18\x02 \x01(\r\x12 \n\x18num_cached_prompt_tokens\x18\x03 \x01(\r\"h\n\x06Timing\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\"\n\x15time_to_first_token_s\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\x42\x18\n\x16_time_to_first_token_s\"\x93\x01\n\x0c\x45mbedRequest\x12\'\n\x06inputs\x18\x01 \x03(\x0b\x32\x17.shardray.v1.EmbedInput\x12*\n\x07pooling\x18\x02 \x01(\x0b\x32\x14.shardray.v1.PoolingH\x00\x88\x01\x01\x12\x10\n\x08truncate\x18\x03 \x01(\x08\x12\x10\n\x08priority\x18\x04 \x01(\x11\x42\n\n\x08_pooling\"Q\n\nEmbedInput\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.shardray.v1.TokenIdsH\x00\x42\x07\n\x05input\"^\n\rEmbedResponse\x12*\n\nembeddings\x18\x01 \x03(\x0b\x32\x16.shardray.v1.Embedding\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.shardray.v1.Usage\"\x1b\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02\"V\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12)\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x19.shardray.v1.ChatMessagesH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0fGetModelRequest\"\xd1\x01\n\x10GetModelResponse\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\x12\x15\n\rnum_kv_tokens\x18\x05 \x01(\x04\x12\x12\n\ntakes_text\x18\x06 \x01(\x08\x12\x12\n\ntakes_chat\x18\x07 \x01(\x08\x12*\n\x07\x65ncoder\x18\x08 \x01(\x0b\x32\x19.shardray.v1.EncoderModel\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"!\n\rAbortResponse\x12\x10\n\x08was_live\x18\x01 \x01(\x08\x32\xbe\x03\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.shardray.v1.GenerateRequest\x1a\x1d.shardray.v1.GenerateResponse0\x01\x12>\n\x05\x45mbed\x12\x19.shardray.v1.EmbedRequest\x1a\x1a.shardray.v1.EmbedResponse\x12G\n\x08Tokenize\x12\x1c.shardray.v1.TokenizeRequest\x1a\x1d.shardray.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.shardray.v1.DetokenizeRequest\x1a\x1f.shardray.v1.DetokenizeResponse\x12G\n\x08GetModel\x12\x1c.shardray.v1.GetModelRequest\x1a\x1d.shardray.v1.GetModelResponse\x12>\n\x05\x41\x62ort\x12\x19.shardray.v1.AbortRequest\x1a\x1a.shardray.v1.AbortResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,33 +45,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENLOGPROBS']._serialized_start=801
   _globals['_TOKENLOGPROBS']._serialized_end=899
   _globals['_USAGE']._serialized_start=901
-  _globals['_USAGE']._serialized_end=962
-  _globals['_TIMING']._serialized_start=964
-  _globals['_TIMING']._serialized_end=1068
-  _globals['_EMBEDREQUEST']._serialized_start=1071
-  _globals['_EMBEDREQUEST']._serialized_end=1218
-  _globals['_EMBEDINPUT']._serialized_start=1220
-  _globals['_EMBEDINPUT']._serialized_end=1301
-  _globals['_EMBEDRESPONSE']._serialized_start=1303
-  _globals['_EMBEDRESPONSE']._serialized_end=1397
-  _globals['_EMBEDDING']._serialized_start=1399
-  _globals['_EMBEDDING']._serialized_end=1426
-  _globals['_TOKENIZEREQUEST']._serialized_start=1428
-  _globals['_TOKENIZEREQUEST']._serialized_end=1514
-  _globals['_TOKENIZERESPONSE']._serialized_start=1516
-  _globals['_TOKENIZERESPONSE']._serialized_end=1553
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1555
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1593
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1595
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1629
-  _globals['_GETMODELREQUEST']._serialized_start=1631
-  _globals['_GETMODELREQUEST']._serialized_end=1648
-  _globals['_GETMODELRESPONSE']._serialized_start=1651
-  _globals['_GETMODELRESPONSE']._serialized_end=1860
-  _globals['_ABORTREQUEST']._serialized_start=1862
-  _globals['_ABORTREQUEST']._serialized_end=1896
-  _globals['_ABORTRESPONSE']._serialized_start=1898
-  _globals['_ABORTRESPONSE']._serialized_end=1931
-  _globals['_INFERENCESERVICE']._serialized_start=1934
-  _globals['_INFERENCESERVICE']._serialized_end=2380
+  _globals['_USAGE']._serialized_end=996
+  _globals['_TIMING']._serialized_start=998
+  _globals['_TIMING']._serialized_end=1102
+  _globals['_EMBEDREQUEST']._serialized_start=1105
+  _globals['_EMBEDREQUEST']._serialized_end=1252
+  _globals['_EMBEDINPUT']._serialized_start=1254
+  _globals['_EMBEDINPUT']._serialized_end=1335
+  _globals['_EMBEDRESPONSE']._serialized_start=1337
+  _globals['_EMBEDRESPONSE']._serialized_end=1431
+  _globals['_EMBEDDING']._serialized_start=1433
+  _globals['_EMBEDDING']._serialized_end=1460
+  _globals['_TOKENIZEREQUEST']._serialized_start=1462
+  _globals['_TOKENIZEREQUEST']._serialized_end=1548
+  _globals['_TOKENIZERESPONSE']._serialized_start=1550
+  _globals['_TOKENIZERESPONSE']._serialized_end=1587
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1589
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1627
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1629
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1663
+  _globals['_GETMODELREQUEST']._serialized_start=1665
+  _globals['_GETMODELREQUEST']._serialized_end=1682
+  _globals['_GETMODELRESPONSE']._serialized_start=1685
+  _globals['_GETMODELRESPONSE']._serialized_end=1894
+  _globals['_ABORTREQUEST']._serialized_start=1896
+  _globals['_ABORTREQUEST']._serialized_end=1930
+  _globals['_ABORTRESPONSE']._serialized_start=1932
+  _globals['_ABORTRESPONSE']._serialized_end=1965
+  _globals['_INFERENCESERVICE']._serialized_start=1968
+  _globals['_INFERENCESERVICE']._serialized_end=2414
 # @@protoc_insertion_point(module_scope)

@@ -54,6 +54,7 @@ class Choice:
             finish_reason=_FINISHES[response.finish_reason],
             prompt_tokens=response.usage.num_prompt_tokens,
             completion_tokens=response.usage.num_output_tokens,
+            cached_tokens=response.usage.num_cached_prompt_tokens,
             output_logprobs=_logprobs(self._logprobs),
             index=self._index,
         )

@@ -130,13 +130,14 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignor
     async def SubscribeKvEvents(
         self, request: common_pb2.SubscribeKvEventsRequest, context: _Context
     ) -> AsyncIterator[common_pb2.KvEventBatch]:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "requests share no pages; there is nothing to tell")
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "what the replicas hold is not told")
         yield common_pb2.KvEventBatch()  # makes it the stream that the method is
 
     async def FlushCache(
         self, request: common_pb2.FlushCacheRequest, context: _Context
     ) -> common_pb2.FlushCacheResponse:
-        return common_pb2.FlushCacheResponse(success=True, message="there is no prefix cache")
+        self._driver.forget_prefixes()
+        return common_pb2.FlushCacheResponse(success=True, message="what was computed so far is shared no more")
 
     async def StartProfile(
         self, request: common_pb2.StartProfileRequest, context: _Context
