@@ -1,9 +1,14 @@
-"""Rounds: every contestant in turn, each in a process of its own, and again, so that drift falls on all alike."""
+"""Rounds: every contestant in turn, each in a process of its own, and again, so that drift falls on all alike.
+
+All of them are loaded before the first has its turn, and idle while another has its own: a machine that is shared
+changes its speed within minutes, and what is compared has to be seconds apart.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -41,6 +46,16 @@ class Task:
 
 
 @dataclass
+class _Loaded:
+    """A contestant whose process waits for its turn."""
+
+    task: Task
+    worker: Worker
+    startup: Record
+    failed: bool = False
+
+
+@dataclass
 class Outputs:
     """Tokens that came out, once for each contestant and workload."""
 
@@ -63,28 +78,38 @@ class Harness:
         self._options = options
         self._emit = emit
         self._weight_bytes = sum(file.stat().st_size for file in options.model_dir.glob("*.safetensors"))
+        self._num_failed = 0
         self._peers: dict[str, dict[str, Record]] = {}  # by workload and label: figures of their first round
         self.outputs = Outputs()
 
     def run(self, tasks: Sequence[Task], rounds: Sequence[int]) -> bool:
         """Whether all went well. ``rounds``: their numbers."""
-        num_failed = 0
-        for round_number in rounds:
-            wait_until_quiet(self._options.quiet_timeout_s)
-            machine = measure_machine(self._options.num_threads)
-            limits = {"machine": asdict(machine) | {"floor_tok_s": machine.floor_tok_s(self._weight_bytes)}}
-            for task in tasks:
-                workloads = [one for one in task.workloads if self._takes_part(task.contestant, one)]
-                if not workloads:
-                    continue
-                head = limits | self._head(task.contestant, round_number)
-                try:
-                    for record in self._run_contestant(task.contestant, workloads):
-                        self._emit(head | record)
-                except (ContestantError, ValueError) as error:
-                    num_failed += 1
-                    self._emit(head | {"error": str(error)})
-        return num_failed == 0
+        self._num_failed = 0
+        with contextlib.ExitStack() as workers:
+            present = [one for task in tasks if (one := self._load(task, workers)) is not None]
+            for workload in {one.name: one for task in tasks for one in task.workloads}.values():
+                for number in rounds:
+                    self._round(number, workload, [one for one in present if workload in one.task.workloads])
+        return self._num_failed == 0
+
+    def _round(self, number: int, workload: Workload, present: Sequence[_Loaded]) -> None:
+        taking_part = [one for one in present if not one.failed and self._takes_part(one.task.contestant, workload)]
+        if not taking_part:
+            return
+        wait_until_quiet(self._options.quiet_timeout_s)
+        machine = measure_machine(self._options.num_threads)
+        limits = {"machine": asdict(machine) | {"floor_tok_s": machine.floor_tok_s(self._weight_bytes)}}
+        for one in taking_part:
+            head = limits | self._head(one.task.contestant) | {"round": number}
+            try:
+                self._emit(head | one.startup | self._run_workload(one, workload))
+            except (ContestantError, ValueError) as error:
+                one.failed = True
+                self._fail(head, error)
+
+    def _fail(self, head: Record, error: Exception) -> None:
+        self._num_failed += 1
+        self._emit(head | {"error": str(error)})
 
     def _takes_part(self, contestant: Contestant, workload: Workload) -> bool:
         """A peer that fell far behind the best in rate and in time to first token is spared the further rounds."""
@@ -97,21 +122,28 @@ class Harness:
         is_late = SITS_OUT * own["ttft_s"] > min(peer["ttft_s"] for peer in peers.values())
         return not (is_slow and is_late)
 
-    def _run_contestant(self, contestant: Contestant, workloads: Sequence[Workload]) -> Iterator[Record]:
-        python = contestant.kind.python()
+    def _load(self, task: Task, workers: contextlib.ExitStack) -> _Loaded | None:
+        """None for one that fails to."""
+        try:
+            return self._start(task, workers)
+        except (ContestantError, ValueError) as error:
+            self._fail(self._head(task.contestant), error)
+            return None
+
+    def _start(self, task: Task, workers: contextlib.ExitStack) -> _Loaded:
+        contestant, python = task.contestant, task.contestant.kind.python()
         if python is None:
             variable = contestant.kind.environment_variable
             raise ContestantError(f"{contestant.label} has no environment: make bench-peers, or set {variable}")
         options = options_for(contestant, python, self._options.model_dir, self._options.dtype)
         log_path = self._options.log_dir / f"{contestant.label.replace(':', '-')}.log"
         wait_until_quiet(self._options.quiet_timeout_s)
-        meter = OthersMeter()
-        with start_worker(contestant, python, log_path, self._options.run_timeout_s) as worker:
-            ready = worker.load(self._setup(contestant, workloads, options, worker.spawned_s))
-            common: Record = {"startup_s": ready.startup_s, "startup_busy": meter.cores() > BUSY_CORES}
-            common["runtime"] = ready.details
-            for workload in workloads:
-                yield common | self._run_workload(contestant, worker, workload)
+        worker = workers.enter_context(start_worker(contestant, python, log_path, self._options.run_timeout_s))
+        meter = OthersMeter([worker.pid])
+        ready = worker.load(self._setup(contestant, task.workloads, options, worker.spawned_s))
+        busy = meter.cores() > BUSY_CORES
+        startup = {"startup_s": ready.startup_s, "startup_busy": busy, "runtime": ready.details}
+        return _Loaded(task, worker, startup)
 
     def _setup(
         self, contestant: Contestant, workloads: Sequence[Workload], options: dict[str, str], spawned_s: float
@@ -127,10 +159,11 @@ class Harness:
             options=options,
         )
 
-    def _run_workload(self, contestant: Contestant, worker: Worker, workload: Workload) -> Record:
+    def _run_workload(self, one: _Loaded, workload: Workload) -> Record:
+        contestant = one.task.contestant
         others_before = wait_until_quiet(self._options.quiet_timeout_s)
-        meter = OthersMeter()
-        ran = worker.run(Run(list(workload.requests), workload.num_passes))
+        meter = OthersMeter([one.worker.pid])
+        ran = one.worker.run(Run(list(workload.requests), workload.num_passes))
         others_during = meter.cores()
         figures = figures_of(ran, workload)
         if contestant.kind.is_peer:
@@ -145,12 +178,11 @@ class Harness:
             "busy": max(others_before, others_during) > BUSY_CORES,
         }
 
-    def _head(self, contestant: Contestant, round_number: int) -> Record:
+    def _head(self, contestant: Contestant) -> Record:
         return {
             "kind": "run",
             "contestant": contestant.label,
             "is_peer": contestant.kind.is_peer,
-            "round": round_number,
             "model": self._options.model_dir.name,
             "dtype": self._options.dtype,
             "num_threads": contestant.num_threads(self._options.num_threads),

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from benchmarks import processes
@@ -41,9 +42,13 @@ def measure_machine(num_threads: int) -> Machine:
 
 
 class OthersMeter:
-    """CPU time that processes other than ours and our descendants use, from its making to each reading."""
+    """CPU time that others use, from its making to each reading.
 
-    def __init__(self) -> None:
+    Others are all processes but this one, and ``roots`` with their descendants; ours, unless others are given.
+    """
+
+    def __init__(self, roots: Sequence[int] | None = None) -> None:
+        self._roots = [os.getpid()] if roots is None else roots
         self._began_s = time.perf_counter()
         self._others_s = self._read_others_s()
 
@@ -52,20 +57,20 @@ class OthersMeter:
         took_s = time.perf_counter() - self._began_s
         return max(0.0, (self._read_others_s() - self._others_s) / took_s)
 
-    @staticmethod
-    def _read_others_s() -> float:
-        return processes.machine_cpu_seconds() - processes.cpu_seconds(processes.process_tree(os.getpid()))
+    def _read_others_s(self) -> float:
+        own = {os.getpid(), *(pid for root in self._roots for pid in processes.process_tree(root))}
+        return processes.machine_cpu_seconds() - processes.cpu_seconds([*own])
 
 
 def wait_until_quiet(timeout_s: float, window_s: float = 0.5) -> float:
-    """Cores in use by others over the last window: below BUSY_CORES, unless ``timeout_s`` ran out first.
+    """Cores in use over the last window, by whatever we started too: below BUSY_CORES, or ``timeout_s`` ran out.
 
     A window is never longer than ``timeout_s``, but for the shortest that says anything.
     """
     deadline_s = time.perf_counter() + timeout_s
     window_s = max(_SHORTEST_LOOK_S, min(window_s, timeout_s))
     while True:
-        meter = OthersMeter()
+        meter = OthersMeter(())
         time.sleep(window_s)
         cores = meter.cores()
         if cores < BUSY_CORES or time.perf_counter() >= deadline_s:

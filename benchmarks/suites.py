@@ -18,7 +18,7 @@ Tasks = tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]  # labels, and the w
 
 @dataclass(frozen=True)
 class Heat:
-    """Who takes turns with whom, and how often. A round should be short, or the machine is another one at its end."""
+    """Who takes turns with whom, and how often; all of them are loaded at once."""
 
     tasks: Tasks
     num_rounds: int = 1
@@ -54,7 +54,7 @@ SUITES = {
                     (("openvino", "llama.cpp", "vllm", "transformers"), (*MAIN, "prompt-2048")),
                     (("transformers-cb",), ("single", "concurrent")),
                 ),
-                num_rounds=2,
+                num_rounds=4,
             ),
             Heat(((("shardray", "served", _ONE, _TP2, _PP2), ("single", "concurrent")),), num_rounds=4),
         ),

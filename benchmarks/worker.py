@@ -35,6 +35,10 @@ class Worker:
         self._log = log
         self._timeout_s = timeout_s
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def load(self, setup: Setup) -> Ready:
         return Ready(**self._ask(asdict(setup)))
 
