@@ -15,7 +15,10 @@ from shardray.runtime.engine.served import ServedSpec, read_served
 from shardray.runtime.engine.shapes import cut
 from shardray.runtime.model.sources import resolve_model
 
-DECODES = ((1, 128), (1, 2048), (4, 1024), (8, 512), (16, 512), (32, 128), (32, 256), (64, 128), (64, 256))
+DECODES = (
+    (1, 128), (1, 2048), (4, 1024), (4, 2048), (8, 512), (8, 2048), (16, 512), (32, 128), (32, 256), (32, 1024),
+    (64, 128), (64, 256),
+)  # fmt: skip
 PROMPTS = (128, 512, 2048)
 TOLERANCE = 0.2
 _NUM_TOKENS, _NUM_PROMPTS = 28, 4

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.compare import table
-from shardray.runtime.engine.forecast import stage_times_s
+from shardray.runtime.engine.forecast import decode_round_s, prompt_steps, stage_times_s, through_stages_s
 from shardray.runtime.engine.hardware import Hardware
 from shardray.runtime.engine.served import ServedSpec, read_served
 from shardray.runtime.engine.shapes import cut
@@ -138,12 +138,13 @@ def decode_rate(model: str, shape: Shape, num_seqs: int) -> float:
     """Of one replica: as ``forecast.decode_tokens_per_s``, with a link of its own for what stages hand over."""
     num_lanes = min(shape.pp_size, num_seqs)
     times = stage_times(model, shape, StepLoad(-(-num_seqs // num_lanes), 1, _CONTEXT_LEN))
-    return num_seqs / max(sum(map(sum, times)), num_lanes * max(computing_s for computing_s, _ in times))
+    return num_seqs / decode_round_s(times, num_lanes)
 
 
 def first_token_s(model: str, shape: Shape) -> float:
-    """Of one prompt alone, read in one step."""
-    return sum(map(sum, stage_times(model, shape, StepLoad(1, _PROMPT_LEN, 0))))
+    """Of one prompt alone."""
+    loads = prompt_steps(served(model), _PROMPT_LEN, shape.pp_size)
+    return through_stages_s([stage_times(model, shape, load) for load in loads])
 
 
 def stage_times(model: str, shape: Shape, load: StepLoad) -> list[tuple[float, float]]:

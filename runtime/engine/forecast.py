@@ -68,27 +68,42 @@ def decode_tokens_per_s(
     num_lanes = min(plan.pp_size, num_seqs)
     load = StepLoad(-(-num_seqs // num_lanes), 1, context_len, min(context_len, served.max_prompt_len))
     times = stage_times_s(served, plan, load, hardware.beside(num_lanes * plan.tp_size))
-    round_s = max(sum(map(sum, times)), num_lanes * max(computing_s for computing_s, _ in times))
-    return num_seqs / round_s
+    return num_seqs / decode_round_s(times, num_lanes)
+
+
+def decode_round_s(times: list[tuple[float, float]], num_lanes: int) -> float:
+    """Until each sequence has its token: (computing, handing over) of each stage, and so many steps in flight."""
+    return max(sum(map(sum, times)), num_lanes * max(computing_s for computing_s, _ in times))
 
 
 def prefill_rates(served: ServedSpec, plan: ShardPlan, prompt_len: int, hardware: Hardware) -> tuple[float, float]:
     """(tokens a second with every stage busy, seconds to the first token of a prompt alone)."""
-    loads = prompt_steps(served, prompt_len)
-    together, alone = hardware.beside(plan.pp_size * plan.tp_size), hardware.beside(plan.tp_size)
+    loads = prompt_steps(served, prompt_len, plan.pp_size)
+    together = hardware.beside(plan.pp_size * plan.tp_size)
+    alone = hardware.beside(min(plan.pp_size, len(loads)) * plan.tp_size)
     of_stages = [0.0] * plan.pp_size
     for load in loads:
         for stage, (computing_s, _) in enumerate(stage_times_s(served, plan, load, together)):
             of_stages[stage] += computing_s
-    alone_s = sum(sum(map(sum, stage_times_s(served, plan, load, alone))) for load in loads)
-    return prompt_len / max(of_stages), alone_s
+    return prompt_len / max(of_stages), through_stages_s([stage_times_s(served, plan, load, alone) for load in loads])
 
 
-def prompt_steps(served: ServedSpec, prompt_len: int) -> list[StepLoad]:
-    """The steps in which a prompt is read: chunks of a full step, or whole where an encoder reads it."""
+def through_stages_s(steps: list[list[tuple[float, float]]]) -> float:
+    """Until the last of some steps has left the last stage, each begun as soon as the stage and its input are there."""
+    free_s = [0.0] * len(steps[0])
+    for step in steps:
+        arrived_s = 0.0
+        for stage, (computing_s, handing_s) in enumerate(step):
+            free_s[stage] = max(free_s[stage], arrived_s) + computing_s
+            arrived_s = free_s[stage] + handing_s
+    return arrived_s
+
+
+def prompt_steps(served: ServedSpec, prompt_len: int, num_stages: int) -> list[StepLoad]:
+    """The steps in which a prompt is read: chunks of a stage's share of a full step, or whole by an encoder."""
     if served.encoder is not None:
         return [StepLoad(1, prompt_len, 0, is_encoding=True)]
-    most = served.max_num_batched_tokens
+    most = -(-served.max_num_batched_tokens // num_stages)
     return [StepLoad(1, min(most, prompt_len - done), done) for done in range(0, prompt_len, most)]
 
 
@@ -113,7 +128,7 @@ def decode_cost(served: ServedSpec, plan: ShardPlan, num_seqs: int, context_len:
 
 def prompt_cost(served: ServedSpec, plan: ShardPlan, prompt_len: int) -> TokenCost:
     """Of one token of a prompt."""
-    return _token_cost(served, plan, prompt_steps(served, prompt_len))
+    return _token_cost(served, plan, prompt_steps(served, prompt_len, plan.pp_size))
 
 
 def _token_cost(served: ServedSpec, plan: ShardPlan, loads: list[StepLoad]) -> TokenCost:

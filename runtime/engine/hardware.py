@@ -27,6 +27,17 @@ class Roofline:
         """Whichever is slower of the two."""
         return cls(((flops_per_s / bytes_per_s, 1 / bytes_per_s),))
 
+    @classmethod
+    def median(cls, rooflines: Sequence[Roofline]) -> Roofline:
+        """Point by point, of some that were measured at the same ones."""
+        by_point = zip(*(one.points for one in rooflines), strict=True)
+        return cls(tuple((at[0][0], median(byte_s for _, byte_s in at)) for at in by_point))
+
+    def at_most(self, other: Roofline, share: float) -> Roofline:
+        """The slower of this one and a share of ``other``, which was measured at the same points."""
+        pairs = zip(self.points, other.points, strict=True)
+        return Roofline(tuple((intensity, max(byte_s, other_s / share)) for (intensity, byte_s), (_, other_s) in pairs))
+
     def time_s(self, work: Work) -> float:
         return work.num_bytes * self._byte_s(work.flops / work.num_bytes) if work.num_bytes else 0.0
 
@@ -45,22 +56,22 @@ class Speed:
     """Of one host's kernels."""
 
     products: Roofline
-    memory_bytes_per_s: float  # at which keys, values and activations are read
-    decode_flops_per_s: float  # of attention, where a sequence has one new token
+    memory_bytes_per_s: float  # at which activations are read, and keys and values for many tokens
+    decode_attention: Roofline  # where a sequence has one new token
     prefill_flops_per_s: float  # of attention, where it has many
 
     @classmethod
     def of(cls, bytes_per_s: float, flops_per_s: float) -> Speed:
-        return cls(Roofline.of(bytes_per_s, flops_per_s), bytes_per_s, flops_per_s, flops_per_s)
+        roofline = Roofline.of(bytes_per_s, flops_per_s)
+        return cls(roofline, bytes_per_s, roofline, flops_per_s)
 
     @classmethod
     def median(cls, speeds: Sequence[Speed]) -> Speed:
         """Figure by figure, of some that were measured at the same points."""
-        by_point = zip(*(speed.products.points for speed in speeds), strict=True)
         return cls(
-            Roofline(tuple((at[0][0], median(byte_s for _, byte_s in at)) for at in by_point)),
+            Roofline.median([speed.products for speed in speeds]),
             median(speed.memory_bytes_per_s for speed in speeds),
-            median(speed.decode_flops_per_s for speed in speeds),
+            Roofline.median([speed.decode_attention for speed in speeds]),
             median(speed.prefill_flops_per_s for speed in speeds),
         )
 
@@ -72,17 +83,16 @@ class Speed:
         return max(max(few) / min(few), max(many) / min(many))
 
     def attention_time_s(self, work: Work, is_decode: bool) -> float:
-        flops_per_s = self.decode_flops_per_s if is_decode else self.prefill_flops_per_s
-        return max(work.flops / flops_per_s, work.num_bytes / self.memory_bytes_per_s)
+        if is_decode:
+            return self.decode_attention.time_s(work)
+        return max(work.flops / self.prefill_flops_per_s, work.num_bytes / self.memory_bytes_per_s)
 
     def at_most(self, other: Speed, share: float) -> Speed:
         """The slower of this one and a share of ``other``, which was measured at the same points."""
-        pairs = zip(self.products.points, other.products.points, strict=True)
-        points = tuple((intensity, max(byte_s, other_s / share)) for (intensity, byte_s), (_, other_s) in pairs)
         return Speed(
-            Roofline(points),
+            self.products.at_most(other.products, share),
             min(self.memory_bytes_per_s, share * other.memory_bytes_per_s),
-            min(self.decode_flops_per_s, share * other.decode_flops_per_s),
+            self.decode_attention.at_most(other.decode_attention, share),
             min(self.prefill_flops_per_s, share * other.prefill_flops_per_s),
         )
 

@@ -64,12 +64,25 @@ def _measure_speed(served: ServedSpec, num_hosts: int, num_threads: int) -> Spee
     for num_tokens in _TOKENS:
         took_s = _time_s([partial(sample.prepare, num_tokens) for sample in samples], num_threads)
         points.append((2.0 * num_tokens / served.item_bytes, took_s / samples[0].num_bytes))
-    decodes = AttentionSample(served, [1] * _DECODE_ROWS, _DECODE_LEN)
+    # Reading is the limit with the model's groups of heads; with one group of all heads it is arithmetic.
+    decodes = [
+        AttentionSample(served, [1] * _DECODE_ROWS, _DECODE_LEN, num_kv_heads)
+        for num_kv_heads in {served.spec.attention.num_kv_heads, 1}
+    ]
     prefill = AttentionSample(served, [_PREFILL_LEN], _PREFILL_LEN)
-    decode_s, prefill_s = (
-        _time_s([partial(one.prepare, num_threads)] * num_hosts, num_threads) for one in (decodes, prefill)
+    *decode_s, prefill_s = (
+        _time_s([partial(one.prepare, num_threads)] * num_hosts, num_threads) for one in (*decodes, prefill)
     )
-    return Speed(Roofline(tuple(points)), 1 / points[0][1], decodes.flops / decode_s, prefill.flops / prefill_s)
+    of_decodes = (
+        (one.work.flops / one.work.num_bytes, took_s / one.work.num_bytes)
+        for one, took_s in zip(decodes, decode_s, strict=True)
+    )
+    return Speed(
+        Roofline(tuple(points)),
+        1 / points[0][1],
+        Roofline(tuple(sorted(of_decodes))),
+        prefill.work.flops / prefill_s,
+    )
 
 
 def _measure_sums(served: ServedSpec) -> tuple[float, float]:

@@ -9,6 +9,7 @@ import mmap
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from shardray.parallel.waiting import Waiter
 from shardray.parallel.workspace import Workspace
 from shardray.runtime.engine.served import ServedSpec
 from shardray.runtime.model.attention import AttentionRow, KVPages, OwnHeads, PagedAttention, StepView, list_rows
-from shardray.runtime.model.costs import matrices, seen_tokens
+from shardray.runtime.model.costs import Work, matrices, seen_tokens
 from shardray.runtime.model.kernels import choose_ops, choose_recorder
 from shardray.runtime.model.parameters import kind_parameters
 from shardray.runtime.model.spec import DecoderSpec
@@ -70,17 +71,24 @@ def _product_shapes(spec: DecoderSpec) -> list[tuple[int, int]]:
 
 
 class AttentionSample:
-    """Attention of all heads over pages: rows of the first layer's kind, again and again with other pages."""
+    """Attention of all heads over pages: rows of the first layer's kind, again and again with other pages.
 
-    def __init__(self, served: ServedSpec, counts: Sequence[int], context_len: int) -> None:
-        """``counts``: new tokens of each row; all have the same context, the new ones included."""
+    ``counts``: new tokens of each row; all have the same context, the new ones included. ``num_kv_heads``: instead of
+    the model's, shared evenly by its heads.
+    """
+
+    def __init__(
+        self, served: ServedSpec, counts: Sequence[int], context_len: int, num_kv_heads: int | None = None
+    ) -> None:
         self._served, self._counts, self._context_len = served, counts, context_len
         spec = served.spec.attention
+        self._spec = replace(spec, num_kv_heads=num_kv_heads or spec.num_kv_heads)
         seen = sum(seen_tokens(spec, count, context_len - count) for count in counts)
-        self.flops = 4.0 * spec.head_dim * spec.num_heads * seen * _NUM_LAYERS
+        read = 2.0 * spec.head_dim * self._spec.num_kv_heads * served.item_bytes * len(counts) * context_len
+        self.work = _NUM_LAYERS * Work(4.0 * spec.head_dim * spec.num_heads * seen, read)
 
     def prepare(self, num_threads: int) -> Run:
-        spec, dtype, block_size = self._served.spec.attention, self._served.dtype, self._served.block_size
+        spec, dtype, block_size = self._spec, self._served.dtype, self._served.block_size
         kv_of_head = tuple(head * spec.num_kv_heads // spec.num_heads for head in range(spec.num_heads))
         attention = PagedAttention(spec, OwnHeads(kv_of_head, 0, spec.num_heads), _CPU)
         num_blocks = -(-self._context_len // block_size)

@@ -62,11 +62,23 @@ def test_messages_take_time_even_when_they_carry_little(served: ServedSpec) -> N
 
 
 def test_a_long_prompt_is_read_in_chunks_of_a_step(served: ServedSpec) -> None:
-    assert [(load.context_len, load.num_new) for load in prompt_steps(served, 150)] == [(0, 64), (64, 64), (128, 22)]
+    chunks = [(load.context_len, load.num_new) for load in prompt_steps(served, 150, 1)]
+    assert chunks == [(0, 64), (64, 64), (128, 22)]
     plan = cut(served.spec, 1, 1, False)
     rate, first_token_s = prefill_rates(served, plan, 150, MULTIPLIES)
     assert rate == pytest.approx(1e9 / prompt_cost(served, plan, 150).flops)
     assert first_token_s == pytest.approx(150 / rate)
+
+
+def test_stages_read_the_chunks_of_a_prompt_side_by_side(served: ServedSpec) -> None:
+    """Each takes a second for each of its layers and chunks; the second stage has a chunk when the first is through."""
+    launched = dataclasses.replace(READS, prefill_launches=Launches(0.0, 1.0))
+    plan = cut(served.spec, 1, 2, False)
+    first, second = map(len, plan.stages)
+    chunks = [(load.context_len, load.num_new) for load in prompt_steps(served, 90, 2)]
+    assert chunks == [(0, 32), (32, 32), (64, 26)]
+    expected_s = first + 2 * max(first, second) + second
+    assert prefill_rates(served, plan, 90, launched)[1] == pytest.approx(expected_s, rel=1e-2)
 
 
 def test_an_encoder_generates_nothing(tmp_path: Path) -> None:

@@ -32,17 +32,19 @@ def test_nothing_to_read_takes_no_time() -> None:
 
 
 def test_a_host_among_busy_ones_has_its_share_of_the_machine_and_no_more_than_alone() -> None:
-    own, full = Speed(MEASURED, 20.0, 6.0, 8.0), Speed(MEASURED, 15.0, 6.0, 7.0)
+    decodes = Roofline(((2.0, 3e-9),))
+    own, full = Speed(MEASURED, 20.0, decodes, 8.0), Speed(MEASURED, 15.0, decodes, 7.0)
     hardware = dataclasses.replace(Hardware.of(1, 1, 1, 0), speed=own, machine=Machine(2, full))
     assert hardware.beside(1).speed == own
     assert hardware.beside(2).speed == full
     crowded = hardware.beside(4).speed
-    assert (crowded.memory_bytes_per_s, crowded.decode_flops_per_s, crowded.prefill_flops_per_s) == (7.5, 3.0, 3.5)
+    assert (crowded.memory_bytes_per_s, crowded.prefill_flops_per_s) == (7.5, 3.5)
+    assert crowded.attention_time_s(Work(4, 2), is_decode=True) == pytest.approx(12e-9)
     assert crowded.products.time_s(Work(16, 1)) == pytest.approx(4e-9)
 
 
 def test_replicas_are_busy_whatever_the_ranks_of_one_do() -> None:
-    speed = Speed(MEASURED, 20.0, 6.0, 8.0)
+    speed = Speed(MEASURED, 20.0, MEASURED, 8.0)
     hardware = dataclasses.replace(Hardware.of(1, 1, 1, 0), speed=speed, machine=Machine(2, speed))
     assert hardware.among(4).beside(1).speed.memory_bytes_per_s == 10.0
     assert hardware.among(2).beside(2).speed.memory_bytes_per_s == 10.0
