@@ -29,11 +29,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shardray.parallel import huge_pages
+
 _log = logging.getLogger(__name__)
 _F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h, since 5.1: no new mapping may write
-_MADV_POPULATE_READ = 22  # asm-generic/mman-common.h, since 5.14
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23  # asm-generic/mman-common.h, since 5.14
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _F_SEAL_FUTURE_WRITE
 _ALIGNMENT = 64  # of each tensor, as torch's own
+_HUGE_BYTES = 2 << 20  # of a huge page
 _POLL_S = 0.1
 _PATIENCE_S = 60.0  # with one who makes the memory and does not get on
 
@@ -51,8 +54,10 @@ class Segment:
         self.is_filled = is_filled
         # The mapping has a descriptor of its own, by which others find the memory for as long as it is in use here.
         self._memory = mmap.mmap(fd, capacity, flags=mmap.MAP_PRIVATE if is_filled else mmap.MAP_SHARED)
+        huge_pages.advise(self._memory)
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
         self._end = 0
+        self._room = 0  # bytes that there are, if it is to be filled
         self._is_spoilt = False
         if is_filled:
             self._forbid_writes()
@@ -114,12 +119,24 @@ class Segment:
                 raise RuntimeError(f"shared weights end after {len(self._memory)} bytes, {end} are needed")
         elif not self._is_spoilt:
             try:
-                if end > len(self._memory):
-                    raise OSError(errno.ENOSPC, "more than was reckoned with")
-                os.posix_fallocate(self._fd, self._end, end - self._end)
+                if end > self._room:
+                    self._grow(end)
             except OSError as error:
                 self.spoil(f"no room after {self._end} bytes ({error})")
         return not self._is_spoilt
+
+    def _grow(self, room: int) -> None:
+        """Raises OSError."""
+        if huge_pages.can_be_shared():
+            room = -(-room // _HUGE_BYTES) * _HUGE_BYTES
+        if room > len(self._memory):
+            raise OSError(errno.ENOSPC, "more than was reckoned with")
+        if huge_pages.can_be_shared():  # what is taken by way of the descriptor comes in small pages
+            os.ftruncate(self._fd, room)
+            self._memory.madvise(_MADV_POPULATE_WRITE, self._room, room - self._room)
+        else:
+            os.posix_fallocate(self._fd, self._room, room - self._room)
+        self._room = room
 
     def _forbid_writes(self) -> None:
         """A stray write is to end here rather than in the results of others. Raises OSError."""
@@ -130,7 +147,7 @@ class Segment:
 
 def own_tensor(shape: Sequence[int], dtype: torch.dtype, fill: Fill) -> Tensor:
     """One of this process alone."""
-    tensor = torch.empty(*shape, dtype=dtype)
+    tensor = huge_pages.empty(shape, dtype)
     fill(tensor)
     return tensor
 

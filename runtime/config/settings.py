@@ -118,8 +118,8 @@ class EngineSettings:
     """Where the shards run; auto takes cuda if the host has it."""
     threads_per_host: Count | None = None
     """CPU threads of each host; null divides the machine's cores among its hosts."""
-    share_weights: Flag = True
-    """Whether hosts on the CPUs of one machine keep weights once that several of them hold, replicas say."""
+    share_weights: Flag | None = None
+    """Whether replicas on one machine's CPUs keep weights once; null: where Linux gives shared memory huge pages."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)

@@ -39,7 +39,7 @@ class ShardAssignment(msgspec.Struct, frozen=True, kw_only=True):
     tensor_split: tuple[float, ...] | None = None
     stage_layers: tuple[int, ...] | None = None
     expert_parallel: bool = False
-    share_weights: bool = False  # with other processes of this machine, on a CPU
+    share_weights: bool | None = False  # with others of this machine, on CPUs; None: where that costs no speed
     record_steps: bool | None = None  # None: where that makes decode steps faster
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from shardray.parallel.checkpoint import Checkpoint
-from shardray.parallel.layers import can_share, is_packed
+from shardray.parallel.layers import is_packed
 from shardray.runtime.config import Config
 from shardray.runtime.engine.forecast import TokenCost, decode_cost, prompt_cost
 from shardray.runtime.engine.hardware import USUAL_LINK_BYTES_PER_S, USUAL_MESSAGE_S, Hardware
@@ -18,6 +18,7 @@ from shardray.runtime.engine.memory import available_bytes
 from shardray.runtime.engine.obstacles import remedies, shortage
 from shardray.runtime.engine.served import ServedSpec, read_served
 from shardray.runtime.engine.shapes import cut, cut_as_configured
+from shardray.runtime.engine.shared_weights import shares
 from shardray.runtime.engine.sizing import Candidate, HostMemory, Load, PlannedHost, candidates, try_shape
 from shardray.runtime.model.load import ParameterLoader
 from shardray.runtime.model.parameters import num_owned_elements
@@ -115,10 +116,9 @@ def _offer(config: Config, served: ServedSpec, wishes: Wishes) -> HostMemory:
         num_bytes = int(torch.cuda.mem_get_info()[1])
     elif num_bytes is None:
         num_bytes, is_shared = available_bytes(), True
-    shares = is_shared and engine.share_weights and can_share(kind, served.dtype)
     return HostMemory(
         kind, num_bytes, is_shared, is_packed(kind, served.dtype), engine.memory_utilization, engine.kv_memory_bytes,
-        shares,
+        is_shared and shares(engine.share_weights, kind, served.dtype),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from shardray.parallel.checkpoint import Checkpoint
+from shardray.parallel.huge_pages import can_be_shared
 from shardray.parallel.kept import keeping_in
 from shardray.parallel.layers import can_share, is_packed
 from shardray.parallel.plan import ShardPlan
@@ -30,12 +31,12 @@ def keep_weights(
     plan: ShardPlan,
     progress: Callable[[str, float], None],
 ) -> Iterator[int]:
-    """Weights that are loaded meanwhile are shared, if the assignment says so and they can be.
+    """Weights that are loaded meanwhile are shared, if ``shares`` says so.
 
     Gives the bytes of those that another process loaded, which are all or none.
     """
     device_type = torch.device(assignment.device).type
-    if not assignment.share_weights or not can_share(device_type, served.dtype):
+    if not shares(assignment.share_weights, device_type, served.dtype):
         yield 0
         return
     stage, tp_rank = divmod(assignment.rank, assignment.tp_size)
@@ -53,6 +54,11 @@ def keep_weights(
         yield 0 if segment is None else segment.num_borrowed_bytes
         if segment is not None and not segment.is_filled and name() != named:
             segment.spoil("the checkpoint was changed while it was read")
+
+
+def shares(wanted: bool | None, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether processes of one machine hold weights once. ``wanted`` None: where that makes them no slower to read."""
+    return (can_be_shared() if wanted is None else wanted) and can_share(device_type, dtype)
 
 
 def _memory_nodes() -> str:

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shardray.parallel import huge_pages
 from shardray.parallel.kernels.triton_launch import runs_triton
 from shardray.parallel.plan import ShardPlan
 from shardray.runtime.model.relative import bias_by_distance
@@ -107,8 +108,8 @@ class KVPages:
         shape = (num_layers, num_pages, num_kv_heads)
         self.keys_by_token = device.type == "cuda" or runs_triton(device)
         tile = (block_size, head_dim) if self.keys_by_token else (head_dim, block_size)
-        self.keys = torch.empty((*shape, *tile), dtype=dtype, device=device)
-        self.values = torch.empty((*shape, block_size, head_dim), dtype=dtype, device=device)
+        self.keys = _empty((*shape, *tile), dtype, device)
+        self.values = _empty((*shape, block_size, head_dim), dtype, device)
         self.num_pages = num_pages
         self.block_size = block_size
         self.key_addresses = [layer.data_ptr() for layer in self.keys]
@@ -131,6 +132,12 @@ class KVPages:
     def _keys_as_columns(self, layer: int) -> Tensor:
         """(P, g, d, b), however they lie"""
         return self.keys[layer].transpose(2, 3) if self.keys_by_token else self.keys[layer]
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return huge_pages.empty(shape, dtype)
+    return torch.empty(*shape, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)

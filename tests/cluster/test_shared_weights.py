@@ -25,7 +25,7 @@ def weights_of(pid: int) -> set[int]:
 async def test_replicas_map_the_same_weights_and_so_does_a_host_that_replaces_one(
     local_ray: RaySession, tiny_llama: Path
 ) -> None:
-    async with running(fleet_config(tiny_llama, tp_size=2, replicas=2)) as (fleet, outlet):
+    async with running(fleet_config(tiny_llama, tp_size=2, replicas=2, share_weights=True)) as (fleet, outlet):
         pids = [[shard.pid for shard in outlet.meshes[replica_id].shards] for replica_id in (0, 1)]
         held = [weights_of(pid) for pid in pids[0]]
         assert [len(inodes) for inodes in held] == [1, 1]

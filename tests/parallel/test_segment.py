@@ -23,8 +23,8 @@ from shardray.parallel import segment as segments
 from shardray.parallel.kept import is_there_already, keep, keeping_in
 from shardray.parallel.segment import open_segment
 
-SIZE = 1 << 20  # elements of one tensor; int16, so 2 MiB
-CAPACITY = 16 << 20
+SIZE = 8 << 20  # elements of one tensor; int16, so 16 MiB
+CAPACITY = 64 << 20
 Body = Callable[[Connection, str], None]
 
 
