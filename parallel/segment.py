@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shardray.parallel import huge_pages
+from shardray.parallel import arena, huge_pages
 
 _log = logging.getLogger(__name__)
 _F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h, since 5.1: no new mapping may write
@@ -147,7 +147,7 @@ class Segment:
 
 def own_tensor(shape: Sequence[int], dtype: torch.dtype, fill: Fill) -> Tensor:
     """One of this process alone."""
-    tensor = huge_pages.empty(shape, dtype)
+    tensor = arena.empty(shape, dtype)
     fill(tensor)
     return tensor
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from shardray.parallel import huge_pages
 from shardray.runtime.cli import machine_checks, model_checks, software_checks
 from shardray.runtime.cli.doctor import checks
 from shardray.runtime.cli.finding import Status
@@ -139,3 +140,27 @@ def test_a_check_that_breaks_is_a_failure_and_not_the_end(monkeypatch: pytest.Mo
     finding = _run(broken, config_of())  # type: ignore[arg-type]
     assert finding.status == Status.FAIL
     assert finding.what == "ImportError: libsomething.so: cannot open shared object file"
+
+
+@pytest.mark.parametrize(
+    ("own", "shared", "replicas", "status"),
+    [
+        ("always [madvise] never", "always [never]", 1, Status.OK),
+        ("always [madvise] never", "always [never]", 2, Status.WARN),
+        ("always [madvise] never", "[advise] never", 2, Status.OK),
+        ("always madvise [never]", "[advise] never", 1, Status.WARN),
+    ],
+)
+def test_huge_pages_are_asked_for_where_weights_would_be_read_faster(
+    own: str, shared: str, replicas: int, status: Status, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in (("_OWN_MEMORY", own), ("_SHARED_MEMORY", shared)):
+        (tmp_path / name).write_text(text)
+        monkeypatch.setattr(huge_pages, name, tmp_path / name)
+    huge_pages.can_be_shared.cache_clear()
+    try:
+        found = machine_checks.check_huge_pages(config_of(parallel=ParallelSettings(replicas=replicas)))
+    finally:
+        huge_pages.can_be_shared.cache_clear()
+    assert found.status is status
+    assert bool(found.fix) == (status is Status.WARN)

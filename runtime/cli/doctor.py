@@ -71,6 +71,7 @@ def checks(knows_model: bool) -> dict[str, Check]:
         "certificates": software_checks.check_certificates,
         "ports": machine_checks.check_ports,
         "shared memory": machine_checks.check_shared_memory,
+        "huge pages": machine_checks.check_huge_pages,
         "open files": machine_checks.check_files,
         "processor": machine_checks.check_processor,
         "cores": machine_checks.check_cores,

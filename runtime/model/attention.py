@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shardray.parallel import huge_pages
+from shardray.parallel import arena
 from shardray.parallel.kernels.triton_launch import runs_triton
 from shardray.parallel.plan import ShardPlan
 from shardray.runtime.model.relative import bias_by_distance
@@ -136,7 +136,7 @@ class KVPages:
 
 def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type == "cpu":
-        return huge_pages.empty(shape, dtype)
+        return arena.empty(shape, dtype)
     return torch.empty(*shape, dtype=dtype, device=device)
 
 

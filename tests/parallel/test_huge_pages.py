@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardray.parallel import huge_pages
+from shardray.parallel import arena, huge_pages
 
 CHOICE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 MANY_BYTES = 96 << 20
@@ -20,19 +20,19 @@ def own_kib(field: str) -> int:
 
 
 def test_tensors_are_contiguous_aligned_and_do_not_overlap() -> None:
-    tensors = [huge_pages.empty((3, size), torch.bfloat16) for size in (1, 40, 700, 1 << 20)]
+    tensors = [arena.empty((3, size), torch.bfloat16) for size in (1, 40, 700, 1 << 20)]
     for number, tensor in enumerate(tensors):
         assert tensor.is_contiguous()
         assert tensor.data_ptr() % 64 == 0
         tensor.fill_(number)
     assert [{*tensor.flatten().tolist()} for tensor in tensors] == [{0.0}, {1.0}, {2.0}, {3.0}]
-    assert huge_pages.empty((0, 4), torch.float32).shape == (0, 4)
+    assert arena.empty((0, 4), torch.float32).shape == (0, 4)
 
 
 @pytest.mark.parametrize("num_tensors", [1, 6], ids=["larger than a chunk", "of several chunks"])
 def test_memory_goes_with_the_last_tensor_in_it(num_tensors: int) -> None:
     before = own_kib("Rss")
-    tensors = [huge_pages.empty((MANY_BYTES // num_tensors,), torch.uint8).fill_(1) for _ in range(num_tensors)]
+    tensors = [arena.empty((MANY_BYTES // num_tensors,), torch.uint8).fill_(1) for _ in range(num_tensors)]
     assert own_kib("Rss") - before > 0.9 * MANY_BYTES / 1024
     tensors.clear()
     gc.collect()
@@ -42,7 +42,7 @@ def test_memory_goes_with_the_last_tensor_in_it(num_tensors: int) -> None:
 @pytest.mark.skipif(not CHOICE.exists() or "[never]" in CHOICE.read_text(), reason="the system gives no huge pages")
 def test_it_comes_in_huge_pages() -> None:
     before = own_kib("AnonHugePages")
-    tensor = huge_pages.empty((MANY_BYTES,), torch.uint8).fill_(1)
+    tensor = arena.empty((MANY_BYTES,), torch.uint8).fill_(1)
     assert own_kib("AnonHugePages") - before > tensor.numel() // 1024 // 2
 
 
