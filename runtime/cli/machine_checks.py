@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shardray.parallel import huge_pages
 from shardray.runtime.cli.finding import Finding, fail, ok, warn
 from shardray.runtime.cli.shard_table import format_bytes
 from shardray.runtime.config import Config
@@ -71,10 +70,12 @@ def check_huge_pages(config: Config) -> Finding:
     """Weights on CPUs are read faster out of them."""
     if config.engine.device == "cuda":
         return ok("not needed on GPUs")
-    if not huge_pages.are_there():
+    from shardray.runtime.engine.memory import has_huge_pages
+
+    if not has_huge_pages(is_shared=False):
         fix = "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
         return warn("Linux gives none: CPUs read weights at two thirds of their rate", fix)
-    if config.parallel.replicas > 1 and not huge_pages.can_be_shared():
+    if config.parallel.replicas > 1 and not has_huge_pages(is_shared=True):
         fix = "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled, or engine.share_weights: true, slower"
         return warn("none for memory that processes share: each replica on CPUs has weights of its own", fix)
     return ok("there are some")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from shardray.parallel import huge_pages
 from shardray.parallel.plan import ShardPlan
 from shardray.runtime.engine.served import ServedSpec
 from shardray.runtime.model.parameters import num_cached_layers, num_copied_elements, num_owned_elements
@@ -119,6 +120,11 @@ def trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
     if trim is not None:
         trim(0)
+
+
+def has_huge_pages(is_shared: bool) -> bool:
+    """Whether Linux has them for memory of one process, or for memory that several share."""
+    return huge_pages.can_be_shared() if is_shared else huge_pages.are_there()
 
 
 def available_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
