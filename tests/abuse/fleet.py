@@ -30,6 +30,7 @@ class AbusedFleet(Served):
                 "model.dtype=float32",
                 f"parallel.tensor_parallel_size={num_hosts}",
                 "engine.kv_memory_bytes=48MiB",
+                "engine.prefix_caching=false",  # callers send one prompt, and each is to be computed
                 f"engine.max_num_seqs={MAX_NUM_SEQS}",
                 f"limits.max_queued_requests={MAX_QUEUED}",
                 f"limits.default_deadline_s={DEADLINE_S}",
