@@ -134,6 +134,7 @@ def _settings(setup: FleetSetup, shape: tuple[int, int, int]) -> dict[str, Any]:
         "parallel.replicas": shape[2],
         "engine.threads_per_host": setup.num_threads,
         "engine.kv_memory_bytes": _KV_BYTES,
+        "engine.share_weights": "true",  # whatever the system has for shared memory
     }
 
 
