@@ -127,11 +127,12 @@ class Segment:
 
     def _grow(self, room: int) -> None:
         """Raises OSError."""
-        if huge_pages.can_be_shared():
+        comes_huge = huge_pages.can_be_shared()
+        if comes_huge:
             room = -(-room // _HUGE_BYTES) * _HUGE_BYTES
         if room > len(self._memory):
             raise OSError(errno.ENOSPC, "more than was reckoned with")
-        if huge_pages.can_be_shared():  # what is taken by way of the descriptor comes in small pages
+        if comes_huge:  # what is taken by way of the descriptor comes in small pages
             os.ftruncate(self._fd, room)
             self._memory.madvise(_MADV_POPULATE_WRITE, self._room, room - self._room)
         else:

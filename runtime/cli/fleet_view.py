@@ -89,7 +89,9 @@ def _kv_bar(stats: common_pb2.EngineStats) -> Table:
 
 
 def _load_line(replica: control_pb2.Replica) -> str:
-    stats = replica.stats
+    from shardray.runtime.server.messages import stats_from_proto
+
+    stats = stats_from_proto(replica.stats)
     parts = [
         f"{replica.output_tokens_per_s:,.0f} tokens/s",
         f"{stats.num_running} running",
@@ -97,7 +99,7 @@ def _load_line(replica: control_pb2.Replica) -> str:
         f"step {1000 * stats.step_time_s:.1f} ms",
     ]
     if stats.num_prefix_hits:
-        parts.append(f"{stats.num_prefix_hits / stats.num_prefix_queries:.0%} of prompts found computed")
+        parts.append(f"{stats.prefix_hit_rate:.0%} of prompts found computed")
     if stats.expert_imbalance:
         parts.append(f"busiest expert {stats.expert_imbalance:.1f}x the mean")
     return " · ".join(parts)

@@ -11,7 +11,6 @@ import torch
 
 from shardray.parallel import arena, huge_pages
 
-CHOICE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 MANY_BYTES = 96 << 20
 
 
@@ -39,7 +38,7 @@ def test_memory_goes_with_the_last_tensor_in_it(num_tensors: int) -> None:
     assert own_kib("Rss") - before < 0.75 * MANY_BYTES / 1024  # what the last chunk has is there for the next tensor
 
 
-@pytest.mark.skipif(not CHOICE.exists() or "[never]" in CHOICE.read_text(), reason="the system gives no huge pages")
+@pytest.mark.skipif(not huge_pages.are_there(), reason="the system gives no huge pages")
 def test_it_comes_in_huge_pages() -> None:
     before = own_kib("AnonHugePages")
     tensor = arena.empty((MANY_BYTES,), torch.uint8).fill_(1)
