@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from shardray.runtime.engine.request import EncoderInfo, EngineRequest, FieldError
 
 _STEP_UNIT = 16  # tokens
+_MOST_READERS_PER_STREAM = 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,7 +16,7 @@ class SchedulerLimits:
 
     max_num_seqs: int
     max_num_batched_tokens: int
-    max_prefill_beside_decodes: int | None = None  # tokens of prompts in a plan with decodes; None: as many as fit
+    max_prefill_beside_decodes: int | None = None  # see prefill_budget; None: as many as fit
     max_model_len: int
     block_size: int
     num_pages: int
@@ -50,16 +51,18 @@ class SchedulerLimits:
         """See ServedModel. What a decoder makes of its tokens depends on what it attends to of an encoder's prompt."""
         return self.block_size if self.prefix_caching and self.encoder is None else 0
 
-    def prefill_budget(self, num_decodes: int) -> int:
+    def prefill_budget(self, num_decodes: int, readers_per_stream: float = 1.0) -> int:
         """Tokens of prompts in a plan beside its decodes: what they leave of a lane's share, and never none.
 
-        Not more than would make the decodes wait long, if there are any. Such steps mostly have a multiple of 16 tokens
-        in all, so that few kinds of them are recorded.
+        Not more than would make the decodes wait long, if there are any: ``max_prefill_beside_decodes``, or up to four
+        times as much where that many more requests wait to be read than streams wait for the step. Such steps mostly
+        have a multiple of 16 tokens in all, so that few kinds of them are recorded.
         """
         budget = max(1, -(-self.max_num_batched_tokens // self.num_lanes) - num_decodes)
         if num_decodes == 0 or self.max_prefill_beside_decodes is None:
             return budget
-        most = self.max_prefill_beside_decodes
+        factor = min(max(1.0, readers_per_stream), _MOST_READERS_PER_STREAM)
+        most = int(self.max_prefill_beside_decodes * factor)
         over = (num_decodes + most) % _STEP_UNIT
         return min(budget, most - over if most > over else most)
 

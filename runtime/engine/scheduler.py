@@ -207,9 +207,11 @@ class Scheduler:
         """(sequence, tokens) for what runs on, the most urgent first, and the prefill budget that is left."""
         decodes = self._choose_decodes()
         chosen = [(sequence, 1) for sequence in decodes]
-        budget = self._limits.prefill_budget(len(decodes))
-        for sequence in self._running:
-            if budget and sequence.num_uncomputed > 1:
+        reading = [sequence for sequence in self._running if sequence.num_uncomputed > 1]
+        num_readers = len(reading) + min(len(self._waiting), len(self._free_slots))
+        budget = self._limits.prefill_budget(len(decodes), num_readers / max(1, len(self._running) - len(reading)))
+        for sequence in reading:
+            if budget:
                 num_tokens = min(sequence.num_uncomputed, budget)
                 budget -= num_tokens
                 chosen.append((sequence, num_tokens))

@@ -109,6 +109,34 @@ def test_steps_of_decodes_and_prompts_mostly_have_a_multiple_of_16_tokens() -> N
     assert replace(limits, max_prefill_beside_decodes=1).prefill_budget(15) == 1
 
 
+@pytest.mark.parametrize(("num_waiting", "expected"), [(1, 64), (2, 64), (3, 96), (5, 160), (8, 256), (20, 256)])
+def test_the_more_requests_wait_for_each_stream_the_more_is_read_beside_it(num_waiting: int, expected: int) -> None:
+    limits = replace(
+        LIMITS, max_num_batched_tokens=512, max_prefill_beside_decodes=64, max_num_seqs=32, num_pages=512,
+        max_model_len=256,
+    )  # fmt: skip
+    scheduler = Scheduler(limits)
+    for name in "ab":
+        add(scheduler, name, prompt_len=4)
+    committed(scheduler, planned(scheduler))
+    for i in range(num_waiting):
+        add(scheduler, f"r{i}", prompt_len=200)
+    lens = row_lens(planned(scheduler))
+    assert lens[:2] == [1, 1]
+    assert sum(lens[2:]) == expected - 2  # whole steps are multiples of 16
+
+
+def test_requests_that_have_no_slot_do_not_count_as_waiting_to_be_read() -> None:
+    limits = replace(LIMITS, max_num_batched_tokens=512, max_prefill_beside_decodes=8, max_num_seqs=3, num_pages=512)
+    scheduler = Scheduler(limits)
+    for name in "ab":
+        add(scheduler, name, prompt_len=4)
+    committed(scheduler, planned(scheduler))
+    for i in range(20):
+        add(scheduler, f"r{i}", prompt_len=16)
+    assert row_lens(planned(scheduler)) == [1, 1, 8]
+
+
 # Pipelines: several plans in flight, no lookahead
 
 
