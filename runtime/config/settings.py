@@ -103,8 +103,8 @@ class EngineSettings:
     max_num_batched_tokens: Count = 2048
     """Tokens of one step, prefill chunks and decodes together."""
     max_prefill_beside_decodes: Count | None = None
-    """Tokens of prompts in a step in which others decode; null: 64 on CPUs, 512 on GPUs. Fewer keep streams steady. Up to
-    four times as many are read while that many more requests wait than run."""
+    """Tokens of prompts in a step in which others decode; null: 64 on CPUs, 512 on GPUs. Fewer keep streams steady.
+    Up to four times as many are read while that many more requests wait than run."""
     prefix_caching: Flag = True
     """Whether requests that begin with the same tokens share what was computed of them, as long as pages are left."""
     memory_utilization: Fraction = 0.9
