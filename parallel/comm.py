@@ -34,6 +34,9 @@ class Comm(Protocol):
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over ranks of ``x`` (any shape, same on all ranks); may reuse ``x``."""
 
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Every rank's ``x`` (any shape of a few KiB, same on all ranks), (size, ...)."""
+
     def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor | None:
         """Concatenate (rows, widths[rank]) blocks along the last dimension on rank 0; None elsewhere."""
 
@@ -82,6 +85,9 @@ class SoloComm:
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
 
+    def all_gather(self, x: Tensor) -> Tensor:
+        return x[None]
+
     def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor | None:
         return x
 
@@ -117,6 +123,11 @@ class NcclComm:
         x = x.contiguous()
         self._run("all_reduce", lambda: self._group.allreduce([x], self._sum))
         return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        out = x.new_empty(self.size, *x.shape)
+        self._run("all_gather", lambda: self._group._allgather_base(out, x.contiguous(), self._gather))
+        return out
 
     def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor | None:
         widest = max(widths)

@@ -9,8 +9,8 @@ rank is ever more than one operation ahead of another, whatever the mix of opera
 
 An exchange is this rank's part of one operation, described by a block of numbers (see ``block``). When the others are
 not there yet, it waits in a function that it is given, which looks after aborts and deadlines. The compiled exchange in
-``kernels/collective.py`` polls for a while before that, without the interpreter lock, and sums. What is here does
-neither, and runs where numba is not installed.
+``kernels/collective.py`` polls for a while before that, without the interpreter lock, and writes what comes of it. What
+is here does neither, and runs where numba is not installed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from array import array
 from collections.abc import Callable
 
 BEGUN, ARRIVED, DONE = 0, 1, 2  # how far an exchange came: nowhere; its bytes are there for the others; to its end
-NO_SUM, SUM_FLOAT32, SUM_BFLOAT16 = 0, 1, 2
+NOTHING, SUM_FLOAT32, SUM_BFLOAT16, ALL_SLOTS = 0, 1, 2, 3  # what an exchange writes
 LINE_BYTES = 64  # between counters, so that they share no cache line
 
 Wait = Callable[[int], None]  # (how far it came): returns once there is hope that it comes further
@@ -41,13 +41,14 @@ def block(
     capacity: int,  # bytes of a slot
     source: int,  # address of what this rank brings
     num_bytes: int,
-    sum_kind: int,  # whether ``source`` becomes the sum over the slots, and of what dtype
+    outcome: int,  # what is written to ``out``: nothing, the sum over the slots in some dtype, or all slots
+    out: int,  # address
 ) -> array[int]:
     """The numbers of an exchange; the first of them says how far it came."""
     return array(
         "q",
         (BEGUN, finished, counters, rank, size, first, end, num_spins, num_cycles, buffers, capacity, source, num_bytes,
-         sum_kind),
+         outcome, out),
     )  # fmt: skip
 
 
@@ -60,7 +61,7 @@ def exchange(block: array[int], wait: Wait) -> None:
 
 def _go_on(
     progress: int, finished: int, counters: int, rank: int, size: int, first: int, end: int, num_spins: int,
-    num_cycles: int, buffers: int, capacity: int, source: int, num_bytes: int, sum_kind: int,
+    num_cycles: int, buffers: int, capacity: int, source: int, num_bytes: int, outcome: int, out: int,
 ) -> int:  # fmt: skip
     count = ctypes.c_int64.from_address(finished)
     step = count.value + 1
@@ -76,7 +77,7 @@ def _go_on(
 
 
 def choose_exchange() -> tuple[Exchange, bool]:
-    """The fastest exchange there is, and whether it is the compiled one: that it polls, and sums."""
+    """The fastest exchange there is, and whether it is the compiled one: that it polls, and writes."""
     if importlib.util.find_spec("numba") is None:
         return exchange, False
     from shardray.parallel.kernels import collective

@@ -65,6 +65,12 @@ class GlooComm:
             self._exchange("all_reduce", [chunks[self.rank]] * self.size, chunks)
         return flat.view(x.shape)
 
+    def all_gather(self, x: Tensor) -> Tensor:
+        out = x.new_empty(self.size, *x.shape)
+        out[self.rank] = x
+        self._exchange("all_gather", [x.contiguous()] * self.size, out)
+        return out
+
     def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor | None:
         if self.rank != 0:
             x = x.contiguous()
@@ -112,7 +118,7 @@ class GlooComm:
         self._exchange(operation, outgoing, parts)
         sum_in_rank_order(parts, out)
 
-    def _exchange(self, operation: str, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> None:
+    def _exchange(self, operation: str, outgoing: Sequence[Tensor], incoming: Sequence[Tensor] | Tensor) -> None:
         """Send one tensor to each of the other ranks and receive one from each."""
         sends = [work for peer in self._peers for work in self._start_send(outgoing[peer], peer)]
         receives = [work for peer in self._peers for work in self._start_recv(incoming[peer], peer)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shardray.parallel.comm import Comm
 from shardray.parallel.kernels.triton_launch import runs_triton
-from shardray.parallel.rows import join_rows
+from shardray.parallel.rows import best_columns, join_rows, pick_best, take_rows
 
 _ONEDNN = "onednn"
 
@@ -136,25 +136,28 @@ class VocabParallelEmbedding:
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """(T,) int64 -> (T, H)"""
-        if self._comm.size == 1:
-            return F.embedding(token_ids, self._weight)
-        local = token_ids - self._first_row
-        foreign = (local < 0) | (local >= self._weight.shape[0])
-        if self._weight.shape[0] == 0:
-            x = self._weight.new_zeros(token_ids.shape[0], self._weight.shape[1])
-        else:
-            x = F.embedding(local.masked_fill(foreign, 0), self._weight).masked_fill_(foreign[:, None], 0.0)
-        return self._comm.all_reduce(x)
+        return self._comm.all_reduce(take_rows(self._weight, token_ids, self._first_row))
 
 
 class VocabParallelHead:
-    """Each rank makes the logits of its vocabulary rows; rank 0 gathers them."""
+    """Each rank makes the logits of its vocabulary rows, and they stay there until somebody needs them all."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, widths: Sequence[int], comm: Comm) -> None:
+        """``widths``: rows of every rank."""
         self._linear = Linear(weight, bias)
         self._widths = list(widths)
         self._comm = comm
+        self._first_row = sum(widths[: comm.rank])
+        self.device = self._linear.device
 
-    def __call__(self, x: Tensor) -> Tensor | None:
-        """(T, H) -> (T, V) float32 on rank 0 of the group, None elsewhere"""
-        return self._comm.gather(self._linear(x, torch.float32), self._widths)
+    def __call__(self, x: Tensor) -> Tensor:
+        """(T, H) -> (T, v) float32 of this rank's rows"""
+        return self._linear(x, torch.float32)
+
+    def gather(self, block: Tensor) -> Tensor | None:
+        """(T, V) on rank 0 of the group, None elsewhere"""
+        return self._comm.gather(block, self._widths)
+
+    def best(self, block: Tensor) -> Tensor:
+        """The token of the highest logit of each row, the first among equals, on every rank: (T,) int64"""
+        return pick_best(self._comm.all_gather(best_columns(block, self._first_row)))

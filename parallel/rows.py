@@ -1,11 +1,22 @@
-"""Matrices whose rows follow one another."""
+"""Rows of matrices: joined, taken and filled in, and the best column of each. On CPUs compiled, where numba is there.
+
+Legend: T rows that are asked for, V columns.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from shardray.parallel.workspace import empty
+
+if TYPE_CHECKING:
+    from shardray.parallel.kernels.rows import Kernels
 
 
 def join_rows(parts: Sequence[Tensor]) -> Tensor:
@@ -18,3 +29,82 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
             return torch.cat(list(parts))
         end += part.numel()
     return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+
+
+def take_rows(table: Tensor, index: Tensor, first: int = 0) -> Tensor:
+    """``table[index - first]``, (T, ...): of a table whose rows are numbered from ``first`` on; zeros of other rows."""
+    kernels = _kernels(table.device)
+    if kernels is not None and table.is_contiguous() and table.element_size() > 1:
+        out = empty((len(index), *table.shape[1:]), table.dtype)
+        row_bytes = table[:1].nbytes if len(table) else out[:1].nbytes
+        addresses = table.data_ptr(), out.data_ptr()
+        kernels.take_rows(1, len(index), row_bytes, index.data_ptr(), first, len(table), *addresses)
+        return out
+    if len(table) == 0:
+        return table.new_zeros(len(index), *table.shape[1:])
+    local = index - first
+    foreign = (local < 0) | (local >= len(table))
+    taken = table[local.masked_fill(foreign, 0)]
+    return taken.masked_fill_(foreign.view(-1, *[1] * (taken.dim() - 1)), 0.0)
+
+
+def put_words(table: Tensor, index: Tensor, values: Tensor) -> None:
+    """``table[index] = values``, all int64 and (T,); no row twice."""
+    kernels = _kernels(table.device)
+    if kernels is None:
+        table.index_copy_(0, index, values)
+    else:
+        kernels.put_words(1, len(index), index.data_ptr(), values.data_ptr(), table.data_ptr())
+
+
+def fill_in(values: Tensor, missing: int, table: Tensor, index: Tensor) -> Tensor:
+    """``values``, and where they are ``missing`` those of ``table[index]``; all int64 and (T,)."""
+    kernels = _kernels(table.device)
+    if kernels is None:
+        return torch.where(values == missing, table.index_select(0, index), values)
+    out = torch.empty_like(values)
+    addresses = values.data_ptr(), index.data_ptr(), table.data_ptr(), out.data_ptr()
+    kernels.fill_in(1, len(values), missing, *addresses)
+    return out
+
+
+def best_columns(scores: Tensor, first: int) -> Tensor:
+    """(T, V) float32 -> (T, 2) float64: the highest score of each row, and its column, numbered from ``first`` on.
+
+    Of equal ones the first column; without columns minus infinity.
+    """
+    num_rows, num_columns = scores.shape
+    kernels = _kernels(scores.device)
+    if kernels is not None:
+        scores, out = scores.contiguous(), torch.empty((num_rows, 2), dtype=torch.float64)
+        kernels.best_columns(1, num_rows, num_columns, first, scores.data_ptr(), out.data_ptr())
+        return out
+    if num_columns == 0:
+        return torch.tensor([-torch.inf, first], dtype=torch.float64, device=scores.device).expand(num_rows, 2)
+    columns = scores.argmax(dim=1, keepdim=True)
+    return torch.cat((scores.gather(1, columns).double(), (columns + first).double()), dim=1)
+
+
+def pick_best(pairs: Tensor) -> Tensor:
+    """(ranks, T, 2) of ``best_columns`` -> (T,) int64: the column of the highest score, of equal ones the first."""
+    num_ranks, num_rows, _ = pairs.shape
+    kernels = _kernels(pairs.device)
+    if kernels is not None:
+        pairs, out = pairs.contiguous(), torch.empty(num_rows, dtype=torch.int64)
+        kernels.pick_best(1, num_ranks, num_rows, pairs.data_ptr(), out.data_ptr())
+        return out
+    best = pairs[:, :, 0].argmax(dim=0)
+    return pairs[best, torch.arange(num_rows, device=pairs.device), 1].long()
+
+
+def _kernels(device: torch.device) -> Kernels | None:
+    return _compiled() if device.type == "cpu" else None
+
+
+@functools.cache
+def _compiled() -> Kernels | None:
+    if importlib.util.find_spec("numba") is None:
+        return None
+    from shardray.parallel.kernels.rows import compile_rows
+
+    return compile_rows()

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from shardray.parallel.comm import sum_in_rank_order
 from shardray.parallel.exchange import (
+    ALL_SLOTS,
     BEGUN,
     LINE_BYTES,
-    NO_SUM,
+    NOTHING,
     SUM_BFLOAT16,
     SUM_FLOAT32,
     block,
@@ -44,6 +45,7 @@ class ShmComm:
         self._counters = memoryview(memory)[: size * LINE_BYTES].cast("q")[:: LINE_BYTES // 8]
         self._capacity = capacity_bytes
         self._exchange, compiled = choose_exchange()
+        self._is_compiled = compiled
         self._sums = _COMPILED_SUMS if compiled else {}
         self._wait = waiter.wait_long if compiled else waiter.wait
         self._finished = ctypes.c_int64(0)  # operations
@@ -54,12 +56,22 @@ class ShmComm:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        sum_kind = self._sums.get(x.dtype, NO_SUM)
+        outcome = self._sums.get(x.dtype, NOTHING)
         for piece in self._pieces(x):
-            slots = self._run("all_reduce", piece, range(self.size), sum_kind)
-            if sum_kind == NO_SUM:
+            slots = self._run("all_reduce", piece, range(self.size), outcome, piece)
+            if outcome == NOTHING:
                 sum_in_rank_order(_as(piece, slots).unbind(), piece.view(-1))
         return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        if x.nbytes > self._capacity:
+            raise ValueError(f"{self._name} all_gather: {x.nbytes} bytes exceed the slot of {self._capacity}")
+        x, out = x.contiguous(), torch.empty((self.size, *x.shape), dtype=x.dtype)
+        if x.numel():
+            slots = self._run("all_gather", x, range(self.size), ALL_SLOTS if self._is_compiled else NOTHING, out)
+            if not self._is_compiled:
+                out.view(self.size, -1).copy_(_as(x, slots))
+        return out
 
     def gather(self, x: Tensor, widths: Sequence[int]) -> Tensor | None:
         rows, row_bytes = x.shape[0], max(widths) * x.element_size()
@@ -110,14 +122,20 @@ class ShmComm:
             block.copy_(slots[rank, : block.nbytes].view(out.dtype).view(block.shape))
             column += widths[rank]
 
-    def _run(self, operation: str, own: Tensor | None, awaited: range, sum_kind: int = NO_SUM) -> Tensor:
-        """This rank's part of the next operation: brings ``own``, contiguous. Returns all slots, (size, capacity) of
-        bytes, of which those ``awaited`` are filled; they hold until the next operation."""
+    def _run(
+        self, operation: str, own: Tensor | None, awaited: range, outcome: int = NOTHING, out: Tensor | None = None
+    ) -> Tensor:
+        """This rank's part of the next operation: brings ``own``, contiguous, and writes ``outcome`` to ``out``.
+
+        Returns all slots, (size, capacity) of bytes, of which those ``awaited`` are filled; they hold until the next
+        operation.
+        """
         slots = self._slots  # keeps the memory, whoever closes this
         address, num_bytes = (0, 0) if own is None else (own.data_ptr(), own.nbytes)
         numbers = block(
             ctypes.addressof(self._finished), self._segment.data_ptr(), self.rank, self.size, awaited.start,
-            awaited.stop, _NUM_SPINS, _NUM_CYCLES, slots.data_ptr(), self._capacity, address, num_bytes, sum_kind,
+            awaited.stop, _NUM_SPINS, _NUM_CYCLES, slots.data_ptr(), self._capacity, address, num_bytes, outcome,
+            0 if out is None else out.data_ptr(),
         )  # fmt: skip
         self._exchange(numbers, lambda progress: self._wait_for(operation, progress, awaited))
         return slots[self._finished.value & 1]

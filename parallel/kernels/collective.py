@@ -12,26 +12,12 @@ import functools
 
 import numba
 import numpy as np
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
-from shardray.parallel.exchange import ARRIVED, BEGUN, DONE, LINE_BYTES, NO_SUM, SUM_FLOAT32, Exchange
+from shardray.parallel.exchange import ALL_SLOTS, ARRIVED, BEGUN, DONE, LINE_BYTES, NOTHING, SUM_FLOAT32, Exchange
 from shardray.parallel.kernels import atomics, jit
+from shardray.parallel.kernels.vector import copy_bytes
 
 _BLOCK = 512  # elements summed at a time, in the first-level cache
-
-
-@intrinsic
-def _copy(typing_context, target, source, num_bytes):
-    """memcpy between two addresses"""
-
-    def generate(context, builder, signature, operands):
-        target, source = (builder.inttoptr(operand, cgutils.voidptr_t) for operand in operands[:2])
-        cgutils.raw_memcpy(builder, target, source, operands[2], 1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), generate
 
 
 @numba.njit(inline="always", error_model="numpy")
@@ -78,21 +64,24 @@ def _sum(slots, capacity, size, out, num_bytes, sum_kind):
 
 def _exchange(args):
     """args: see ``block`` in parallel/exchange.py"""
-    a = numba.carray(args, (14,))
+    a = numba.carray(args, (15,))
     finished, counters, rank, size, buffers, capacity = jit.pointer_i64(a[1]), a[2], a[3], a[4], a[9], a[10]
-    num_spins, num_cycles, source, num_bytes, sum_kind = a[7], a[8], a[11], a[12], a[13]
+    num_spins, num_cycles, source, num_bytes, outcome, out = a[7], a[8], a[11], a[12], a[13], a[14]
     step = finished[0] + 1
     slots = buffers + (step & 1) * size * capacity
     if a[0] == BEGUN:
         if not _reached(counters, step - 1, 0, size, num_spins, num_cycles):
             return
-        _copy(slots + rank * capacity, source, num_bytes)
+        copy_bytes(slots + rank * capacity, source, num_bytes)
         atomics.store_release(counters + rank * LINE_BYTES, step)
         a[0] = ARRIVED
     if not _reached(counters, step, a[5], a[6], num_spins, num_cycles):
         return
-    if sum_kind != NO_SUM:
-        _sum(slots, capacity, size, source, num_bytes, sum_kind)
+    if outcome == ALL_SLOTS:
+        for other in range(size):
+            copy_bytes(out + other * num_bytes, slots + other * capacity, num_bytes)
+    elif outcome != NOTHING:
+        _sum(slots, capacity, size, out, num_bytes, outcome)
     finished[0] = step
     a[0] = DONE
 

@@ -72,6 +72,7 @@ def _pointer_intrinsic(element: Any) -> Any:
 pointer_u16 = _pointer_intrinsic(types.uint16)
 pointer_u32 = _pointer_intrinsic(types.uint32)
 pointer_f32 = _pointer_intrinsic(types.float32)
+pointer_f64 = _pointer_intrinsic(types.float64)
 pointer_i32 = _pointer_intrinsic(types.int32)
 pointer_i64 = _pointer_intrinsic(types.int64)
 

@@ -142,3 +142,15 @@ def address_of(typing_context: Any, array: Any) -> Any:
         return builder.ptrtoint(data, I64)
 
     return types.int64(array), generate
+
+
+@intrinsic
+def copy_bytes(typing_context: Any, target: Any, source: Any, num_bytes: Any) -> Any:
+    """memcpy between two addresses"""
+
+    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
+        target, source = (builder.inttoptr(operand, cgutils.voidptr_t) for operand in operands[:2])
+        cgutils.raw_memcpy(builder, target, source, operands[2], 1)  # type: ignore[no-untyped-call]
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate

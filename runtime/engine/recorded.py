@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 class StepOutput(NamedTuple):
     """What a step leaves on the device. S sampling rows."""
 
-    out: Tensor | None  # hidden states for the next stage, logits (S, V) on the rank that samples, or embeddings
+    out: Tensor | None  # hidden states for the next stage, this rank's logits (S, v), or embeddings
     tokens: Tensor | None = None  # (S,) int64, where the highest logit is all that matters
 
     def first(self, num_rows: int) -> StepOutput:

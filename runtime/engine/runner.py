@@ -106,11 +106,11 @@ class ShardRunner:
         """The layers of this stage; behind the last one the tokens, if the highest logit is all that matters. All on
         the device, and all that a recording holds."""
         out = self._decoder(hidden, self._pages, view)
-        if not is_greedy or self._mesh.downstream is not None or len(slots) == 0:
+        if out is None or not is_greedy or self._mesh.downstream is not None or len(slots) == 0:
             return StepOutput(out)
-        sampler = self._sampler
-        tokens = torch.zeros_like(slots) if sampler is None or out is None else sampler.best(out)
-        return StepOutput(out, self._share(tokens, slots))
+        tokens = self._decoder.best(out)
+        self._remember(tokens, slots)
+        return StepOutput(out, tokens)
 
     def _launch(self, plan: StepPlan, began_s: float) -> ComingResult:
         self._slots.start(plan.starts)
@@ -143,19 +143,18 @@ class ShardRunner:
         if plan.is_greedy and output.tokens is not None:
             return Draw(output.tokens)
         sampling, draw = [row for row in plan.rows if row.samples], Draw(torch.zeros_like(slots))
-        if self._sampler is not None and output.out is not None:
+        logits = None if output.out is None else self._decoder.gather(output.out)
+        if self._sampler is not None and logits is not None:
             positions = [row.start + row.num_tokens for row in sampling]
-            draw = self._sampler.draw(output.out, [row.slot for row in sampling], positions)
-        if sampling:
-            self._share(draw.tokens, slots)
+            draw = self._sampler.draw(logits, [row.slot for row in sampling], positions)
+        if sampling and self._mesh.spec.pp_size == 1:
+            self._remember(self._mesh.tp.broadcast(draw.tokens), slots)
         return draw
 
-    def _share(self, tokens: Tensor, slots: Tensor) -> Tensor:
-        """Let all tensor ranks know what the slots have sampled; with more stages the next plan carries it."""
+    def _remember(self, tokens: Tensor, slots: Tensor) -> None:
+        """What the slots have sampled, on every tensor rank; with more stages the next plan carries it."""
         if self._mesh.spec.pp_size == 1:
-            tokens = self._mesh.tp.broadcast(tokens)
             self._slots.set_last_tokens(slots, tokens)
-        return tokens
 
     def _coming(self, plan: StepPlan, began_s: float, tensors: Sequence[Tensor], read: _Read) -> ComingResult:
         self.num_steps += 1

@@ -84,14 +84,10 @@ class Draw(NamedTuple):
 class Sampler:
     """Samples one token for each row of logits.
 
-    ``eos_token_ids`` are the ids that ``min_tokens`` bars besides a request's own stop ids; ``suppressed_ids`` are
-    never chosen.
+    ``eos_token_ids`` are the ids that ``min_tokens`` bars besides a request's own stop ids.
     """
 
-    def __init__(
-        self, vocab_size: int, eos_token_ids: Collection[int], device: torch.device, suppressed_ids: Sequence[int] = ()
-    ) -> None:
-        self._suppressed_ids = torch.tensor(suppressed_ids, dtype=torch.int64, device=device)
+    def __init__(self, vocab_size: int, eos_token_ids: Collection[int], device: torch.device) -> None:
         self._eos_token_ids = eos_token_ids
         self._device = device
         self._slots: dict[int, _Slot] = {}
@@ -104,13 +100,6 @@ class Sampler:
         if start.params.penalizes:
             self._seen.start(start.slot, start.prompt_ids, start.generated_ids)
 
-    def best(self, logits: torch.Tensor) -> torch.Tensor:
-        """The tokens of rows of which the highest logit is all that matters (``StepPlan.is_greedy``). (num_rows,) int64
-
-        ``logits``: as in ``draw``. Takes no notice of the slots, so that a graph can hold it.
-        """
-        return _argmax(self._suppress(logits))
-
     def draw(self, logits: torch.Tensor, slots: Sequence[int], positions: Sequence[int]) -> Draw:
         """Draw a token for each row; does not wait for the device.
 
@@ -118,18 +107,13 @@ class Sampler:
         new token of row i in its prompt + output. No slot may appear twice.
         """
         states = [self._slots[slot] for slot in slots]
-        self._process(self._suppress(logits), states)
+        self._process(logits, states)
         choices = self._choose(logits, states, positions)
         tokens = torch.empty(len(states), dtype=torch.int64, device=self._device)
         for choice in choices:
             tokens[self._index(choice.rows)] = choice.tokens
         self._advance(states, tokens)
         return Draw(tokens, [found for choice in choices if (found := self._logprobs(choice, states))])
-
-    def _suppress(self, logits: torch.Tensor) -> torch.Tensor:
-        if self._suppressed_ids.numel():
-            logits.index_fill_(1, self._suppressed_ids, -torch.inf)
-        return logits
 
     def _process(self, logits: torch.Tensor, states: Sequence[_Slot]) -> None:
         """Logit bias, penalties and min_tokens, in place."""

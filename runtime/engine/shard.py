@@ -171,6 +171,7 @@ def form_shard(
             decoder = ShardedDecoder(
                 spec, plan, place.stage, place.tp_rank, mesh.tp, ops, loader, device, served.max_model_len,
                 _encoder_pages(served, plan, place.tp_rank, device),
+                read_suppressed_token_ids(Path(assignment.model_dir)),
                 lambda fraction: progress("loading", fraction),
             )  # fmt: skip
         trim_heap()
@@ -196,8 +197,7 @@ def _assemble(
     samples = place.stage == place.pp_size - 1 and place.tp_rank == 0
     sampler: Sampler | None = None
     if samples:
-        suppressed_ids = read_suppressed_token_ids(Path(assignment.model_dir))
-        sampler = Sampler(spec.vocab_size, eos_token_ids, device, suppressed_ids)
+        sampler = Sampler(spec.vocab_size, eos_token_ids, device)
     slots = SlotTable(
         served.max_num_seqs, served.max_model_len, served.block_size, device,
         None if served.encoder is None else served.max_prompt_len,

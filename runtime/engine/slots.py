@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shardray.parallel.kernels.triton_launch import runs_triton
+from shardray.parallel.rows import fill_in, put_words
 from shardray.runtime.engine.inputs import LAST_TOKEN, Array, StepInputs, to_device, upload
 from shardray.runtime.engine.step import EncoderRow, PageGrant, Row, SlotStart, StepPlan
 from shardray.runtime.model.attention import AttentionRow, AttentionTasks, PromptsView, StepView, list_rows
@@ -62,7 +63,7 @@ class SlotTable:
             self._prompt_blocks[start.slot] = start.num_prompt_blocks
 
     def set_last_tokens(self, slots: Tensor, tokens: Tensor) -> None:
-        self._last_tokens.index_copy_(0, slots, tokens)
+        put_words(self._last_tokens, slots, tokens)
 
     def lay_out(self, plan: StepPlan) -> LaidOut:
         """A plan as arrays of the host; rows of one token first, otherwise in the plan's order."""
@@ -135,7 +136,7 @@ class SlotTable:
     def _with_last_tokens(self, token_ids: Tensor, slots: Tensor) -> Tensor:
         """(T,), with the token sampled last where a row names none. ``slots``: of the rows of one token."""
         own = token_ids if len(token_ids) == len(slots) else token_ids[: len(slots)]
-        known = torch.where(own == LAST_TOKEN, self._last_tokens.index_select(0, slots), own)
+        known = fill_in(own, LAST_TOKEN, self._last_tokens, slots)
         return known if own is token_ids else torch.cat((known, token_ids[len(slots) :]))
 
     def _tables(self, slots: Array, lens: Array) -> Array:

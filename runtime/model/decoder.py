@@ -6,7 +6,7 @@ of them the keys and values for their cross-attention, and hand them on as they 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor
 from shardray.parallel.comm import Comm
 from shardray.parallel.layers import VocabParallelHead, is_packed
 from shardray.parallel.plan import ShardPlan
+from shardray.parallel.rows import take_rows
 from shardray.parallel.workspace import Workspace
 from shardray.runtime.model.attention import KVPages, OwnHeads, PromptsView, StepView
 from shardray.runtime.model.blocks import DecoderLayer
@@ -37,9 +38,12 @@ class ShardedDecoder:
     def __init__(
         self, spec: DecoderSpec, plan: ShardPlan, stage: int, tp_rank: int, comm: Comm, ops: Ops,
         loader: ParameterLoader, device: torch.device, max_positions: int, encoder_pages: KVPages | None = None,
-        progress: Progress = lambda fraction: None,
+        suppressed_ids: Sequence[int] = (), progress: Progress = lambda fraction: None,
     ) -> None:  # fmt: skip
-        """``encoder_pages``: of one layer, with room for all tokens of a step; where the model has an encoder."""
+        """``encoder_pages``: of one layer, with room for all tokens of a step; where the model has an encoder.
+
+        ``suppressed_ids``: tokens whose logits are minus infinity.
+        """
         self._hidden_size = spec.hidden_size
         of_embedding = loader.embedding() if stage == 0 else {}
         self.embeddings = _Embeddings(spec, plan, tp_rank, comm, of_embedding) if stage == 0 else None
@@ -70,15 +74,15 @@ class ShardedDecoder:
             of_head = loader.head()
             if spec.head.tied and stage == 0 and is_packed(device.type, of_head["head.weight"].dtype):
                 copied = [of_head["head.weight"]]
-            self.head = _Head(spec, plan, comm, ops, of_head)
+            self.head = _Head(spec, plan, comm, ops, of_head, suppressed_ids)
         elif stage == plan.pp_size - 1:
             self.head = _Pooler()
         self.num_bytes = loader.num_bytes + sum(tensor.nbytes for tensor in copied)
 
     def __call__(self, x: Tensor | None, pages: KVPages, view: StepView) -> Tensor | None:
-        """Hidden states of the stage before (None on the first) to hidden states (T, H), or on the last stage the
-        logits (S, V) float32 of ``view.sampled_tokens`` on tensor rank 0 and None on the others. An encoder alone gives
-        the embeddings of its prompts instead, (P, H) float32."""
+        """Hidden states of the stage before (None on the first) to hidden states (T, H), or on the last stage this
+        rank's logits (S, v) float32 of ``view.sampled_tokens``, None where there are none. An encoder alone gives the
+        embeddings of its prompts instead, (P, H) float32."""
         if self.embeddings is not None:
             x = self.embeddings(view)
         assert x is not None
@@ -94,6 +98,16 @@ class ShardedDecoder:
             return self.head(x, delta, view)
         x = x.clone() if delta is None else x + delta  # the next step may write over what the layers gave
         return x if encoded is None else torch.cat((x, encoded))
+
+    def best(self, logits: Tensor) -> Tensor:
+        """Of this rank's logits (S, v), and those of the other tensor ranks, each row's best token: (S,) int64."""
+        assert isinstance(self.head, _Head)
+        return self.head.logits.best(logits)
+
+    def gather(self, logits: Tensor) -> Tensor | None:
+        """All logits (S, V) on tensor rank 0, None on the others."""
+        assert isinstance(self.head, _Head)
+        return self.head.logits.gather(logits)
 
     def expert_imbalance(self) -> float:
         """Tokens of the busiest expert over the mean of all, lately; the mean over layers. 0 without experts."""
@@ -137,33 +151,43 @@ class _Embeddings:
 
 
 class _Head:
-    def __init__(self, spec: DecoderSpec, plan: ShardPlan, comm: Comm, ops: Ops, parameters: Parameters) -> None:
+    def __init__(
+        self, spec: DecoderSpec, plan: ShardPlan, comm: Comm, ops: Ops, parameters: Parameters,
+        suppressed_ids: Sequence[int],
+    ) -> None:  # fmt: skip
         self._ops = ops
         self._spec = spec.head
         self._norm = None if spec.head.norm is None else NormWeights.of(spec.head.norm, "final_norm", parameters)
         self._projection = parameters.get("head_projection.weight")
         weight, bias = parameters["head.weight"], parameters.get("head.bias")
-        self._logits = VocabParallelHead(weight, bias, [len(block) for block in plan.vocab], comm)
+        self.logits = VocabParallelHead(weight, bias, [len(block) for block in plan.vocab], comm)
+        own = plan.vocab[comm.rank]
+        columns = [token_id - own.start for token_id in suppressed_ids if token_id in own]
+        self._suppressed = torch.tensor(columns, dtype=torch.int64, device=self.logits.device)
         self._workspace = Workspace()
 
     def __call__(self, x: Tensor, delta: Tensor | None, view: StepView) -> Tensor | None:
         if view.sampled_tokens.numel() == 0:
             return None
-        x = x[view.sampled_tokens]
-        delta = None if delta is None else delta[view.sampled_tokens]
+        self._workspace.new_turn()
+        with self._workspace.active():
+            logits = self._logits(x, delta, view.sampled_tokens)
+        if self._spec.scale != 1.0:
+            logits = logits * self._spec.scale
+        if self._spec.softcap is not None:
+            logits = self._spec.softcap * torch.tanh(logits / self._spec.softcap)
+        return logits.index_fill_(1, self._suppressed, -torch.inf) if self._suppressed.numel() else logits
+
+    def _logits(self, x: Tensor, delta: Tensor | None, sampled_tokens: Tensor) -> Tensor:
+        x = take_rows(x, sampled_tokens)
+        delta = None if delta is None else take_rows(delta, sampled_tokens)
         if self._norm is not None:
             x = self._ops.add_norm(self._norm, x, delta)[1]
         elif delta is not None:
             x = x + delta
         if self._projection is not None:
             x = F.linear(x, self._projection)
-        self._workspace.new_turn()
-        with self._workspace.active():
-            logits = self._logits(x)
-        if logits is None or (self._spec.scale == 1.0 and self._spec.softcap is None):
-            return logits
-        logits = logits * self._spec.scale
-        return logits if self._spec.softcap is None else self._spec.softcap * torch.tanh(logits / self._spec.softcap)
+        return self.logits(x)
 
 
 class _Pooler:

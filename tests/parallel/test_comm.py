@@ -107,6 +107,18 @@ def gather_widths(mesh: Mesh, widths: list[int], rows: int) -> str:
     return "done"
 
 
+def all_gather_many_shapes(mesh: Mesh) -> str:
+    comm = mesh.tp
+    for seed, shape in enumerate([(1,), (0, 2), (5, 2), (3, 1, 7)]):
+        for dtype in (torch.float64, torch.int64, torch.bfloat16):
+            parts = [(part_of(rank, shape, torch.float32, seed) * 1000).to(dtype) for rank in range(comm.size)]
+            assert torch.equal(comm.all_gather(parts[comm.rank]), torch.stack(parts)), (shape, dtype)
+    columns = part_of(comm.rank, (4, 6), torch.float32, 9)[:, 1:3]
+    expected = [part_of(rank, (4, 6), torch.float32, 9)[:, 1:3] for rank in range(comm.size)]
+    assert torch.equal(comm.all_gather(columns), torch.stack(expected))
+    return "done"
+
+
 def broadcast_many_shapes(mesh: Mesh) -> str:
     comm = mesh.tp
     for seed, shape in enumerate([(1,), (0,), (5, 7), (SLOT_BYTES // 8 + 77,)]):
@@ -125,7 +137,7 @@ def mix_operations(mesh: Mesh, num_operations: int, naps: bool) -> int:
         if naps and own.random() < 0.01:
             time.sleep(0.002)
         rows, width = chance.randrange(0, 4), chance.randrange(1, 40)
-        match chance.randrange(3):
+        match chance.randrange(4):
             case 0:
                 x = torch.full((rows, width), float(comm.rank * 10_000 + seed))
                 total = sum(rank * 10_000 + seed for rank in range(comm.size))
@@ -134,6 +146,10 @@ def mix_operations(mesh: Mesh, num_operations: int, naps: bool) -> int:
             case 1:
                 x = torch.full((rows, width), float(seed if comm.rank == 0 else -1))
                 assert torch.equal(comm.broadcast(x), torch.full((rows, width), float(seed))), seed
+            case 2:
+                x = torch.full((rows, width), float(comm.rank * 10_000 + seed))
+                ranks = torch.arange(comm.size).view(-1, 1, 1) * 10_000.0
+                assert torch.equal(comm.all_gather(x), (ranks + seed).expand(-1, rows, width)), seed
             case _:
                 widths = [(width + 3 * rank) % 7 for rank in range(comm.size)]
                 out = comm.gather(torch.full((rows, widths[comm.rank]), float(comm.rank + seed)), widths)
@@ -197,6 +213,12 @@ def test_a_broadcast_carries_any_dtype_and_length(ranks: RankProcesses, kind: st
     assert ranks.run(broadcast_many_shapes, tp_size=size, nodes=nodes(kind, size)) == ["done"] * size
 
 
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_rank_gets_what_every_rank_has(ranks: RankProcesses, kind: str, size: int) -> None:
+    assert ranks.run(all_gather_many_shapes, tp_size=size, nodes=nodes(kind, size)) == ["done"] * size
+
+
 LONG_RUNS = [pytest.param(kind, size, 20_000, marks=pytest.mark.slow) for kind in KINDS for size in (2, 3, 5)]
 
 
@@ -230,6 +252,7 @@ def use_mesh_without_numba(mesh: Mesh, ranks: list[int]) -> int:
         reduce_many_shapes(mixed, "shm")
         gather_widths(mixed, [7, 0, 1], 5)
         broadcast_many_shapes(mixed)
+        all_gather_many_shapes(mixed)
         return mix_operations(mixed, 300, naps=True)
 
 

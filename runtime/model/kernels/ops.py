@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shardray.parallel.rows import take_rows
 from shardray.runtime.model.attention import KVPages, PagedAttention, StepView
 from shardray.runtime.model.spec import Activation, Norm
 
@@ -26,7 +27,7 @@ class Angles(NamedTuple):
     interleaved: bool = False  # which elements are a pair: see Rotary
 
     def at(self, positions: Tensor) -> Angles:
-        return Angles(self.cos[positions], self.sin[positions], self.interleaved)
+        return Angles(take_rows(self.cos, positions), take_rows(self.sin, positions), self.interleaved)
 
     def to(self, device: torch.device) -> Angles:
         return Angles(self.cos.to(device), self.sin.to(device), self.interleaved)
