@@ -22,6 +22,7 @@ import torch
 from benchmarks.emitting import Record
 from benchmarks.gpu_models import folder_of
 from shardray import LLM, SamplingParams
+from shardray.runtime.engine.recorded import RecordedSteps
 from shardray.runtime.engine.shapes import cut
 from shardray.runtime.model.costs import StepLoad, Work, step_cost
 from shardray.runtime.model.families import read_model_config
@@ -196,7 +197,7 @@ def _recorded_step_s(llm: LLM, setup: GpuSetup, batch: int) -> float | None:
     Its rows are those of the step before, so nothing that is served may run beside or after it on their pages.
     """
     recorded = llm._mesh._shard._runner._recorded
-    if recorded is None:
+    if not isinstance(recorded, RecordedSteps):
         return None
     step = recorded._steps[next(size for size in recorded.sizes if size >= batch)]
     with torch.inference_mode():

@@ -58,14 +58,19 @@ def put_words(table: Tensor, index: Tensor, values: Tensor) -> None:
 
 
 def fill_in(values: Tensor, missing: int, table: Tensor, index: Tensor) -> Tensor:
-    """``values``, and where they are ``missing`` those of ``table[index]``; all int64 and (T,)."""
+    """``values``, and where they are ``missing`` those of ``table[index]``: all int64, (T,).
+
+    ``index`` may be shorter; what comes behind its end is not missing.
+    """
     kernels = _kernels(table.device)
-    if kernels is None:
-        return torch.where(values == missing, table.index_select(0, index), values)
-    out = torch.empty_like(values)
-    addresses = values.data_ptr(), index.data_ptr(), table.data_ptr(), out.data_ptr()
-    kernels.fill_in(1, len(values), missing, *addresses)
-    return out
+    if kernels is not None:
+        out = torch.empty_like(values)
+        addresses = values.data_ptr(), index.data_ptr(), table.data_ptr(), out.data_ptr()
+        kernels.fill_in(1, len(values), missing, *addresses)
+        return out
+    own = values[: len(index)]
+    known = torch.where(own == missing, table.index_select(0, index), own)
+    return known if len(known) == len(values) else torch.cat((known, values[len(index) :]))
 
 
 def best_columns(scores: Tensor, first: int) -> Tensor:
@@ -95,6 +100,11 @@ def pick_best(pairs: Tensor) -> Tensor:
         return out
     best = pairs[:, :, 0].argmax(dim=0)
     return pairs[best, torch.arange(num_rows, device=pairs.device), 1].long()
+
+
+def prepare_rows(device: torch.device) -> None:
+    """Make ready what the functions above run on a device."""
+    _kernels(device)
 
 
 def _kernels(device: torch.device) -> Kernels | None:

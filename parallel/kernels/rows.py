@@ -51,9 +51,9 @@ def put_words(args):
 
 
 def fill_in(args):
-    """args: counter, T, missing, values (T,), index (T,), table, out (T,), all int64.
+    """args: counter, T, missing, values (T,), index, table, out (T,), all int64.
 
-    out[i] = values[i], or table[index[i]] where that is ``missing``
+    out[i] = values[i], or table[index[i]] where that is ``missing``; elsewhere index[i] is not read.
     """
     a = numba.carray(args, (7,))
     values, index, table, out = (

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from shardray.parallel.errors import MeshError
 from shardray.parallel.mesh import Mesh
+from shardray.parallel.spans import Spans
 from shardray.runtime.engine.inputs import Array, DecodeShape, StaticInputs, StepInputs, decode_sizes
 from shardray.runtime.engine.recorder import choose_recorder, find_obstacle
 from shardray.runtime.engine.slots import LaidOut, SlotTable
+from shardray.runtime.engine.step import StepPlan
 from shardray.runtime.model.attention import StepView
 
 _log = logging.getLogger(__name__)
@@ -47,10 +49,7 @@ class RecordedStep:
         self._replay = replay
 
     def replay(self, arrays: StepInputs[Array], hidden: Tensor | None) -> tuple[StepOutput, Tensor]:
-        """Of a step of that many rows or fewer: what it leaves, and the slots whose tokens those are.
-
-        ``hidden``: of the stage before. The output is good until the next step, except what goes to the next stage.
-        """
+        """Run a step of that many rows or fewer: see RecordedSteps."""
         num_rows = len(arrays.slots)
         self._inputs.fill(arrays)
         if self._hidden is not None:
@@ -62,15 +61,24 @@ class RecordedStep:
 class RecordedSteps:
     """All that one rank has recorded."""
 
+    spans: Spans | None = None  # a graph does not tell
+
     def __init__(self, steps: dict[int, RecordedStep]) -> None:
         self._steps = steps
         self.sizes = sorted(steps)
 
-    def find(self, laid_out: LaidOut) -> RecordedStep | None:
-        """That in which a step can run, if there is one."""
+    def run(
+        self, plan: StepPlan, lay_out: Callable[[], LaidOut], hidden: Tensor | None
+    ) -> tuple[StepOutput, Tensor] | None:
+        """What a step leaves, and the slots whose tokens those are; None if it is to run operation by operation.
+
+        ``hidden``: of the stage before. The output is good until the next step.
+        """
+        laid_out = lay_out()
         if not laid_out.is_decode:
             return None
-        return self._steps[self.sizes[bisect_left(self.sizes, len(laid_out.inputs.slots))]]
+        step = self._steps[self.sizes[bisect_left(self.sizes, len(laid_out.inputs.slots))]]
+        return step.replay(laid_out.inputs, hidden)
 
 
 class StepRecording:

@@ -8,6 +8,7 @@ Legend: S sampling rows.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,6 +22,7 @@ from shardray.parallel.mesh import Mesh
 from shardray.parallel.spans import SpanKind, Spans
 from shardray.runtime.engine.coming import ComingResult, HostCopy
 from shardray.runtime.engine.inputs import upload
+from shardray.runtime.engine.programs import StepPrograms
 from shardray.runtime.engine.recorded import RecordedSteps, StepOutput
 from shardray.runtime.engine.sampler import Draw, Sampler
 from shardray.runtime.engine.slots import SlotTable
@@ -44,7 +46,7 @@ class ShardRunner:
         self._sampler = sampler
         self._mesh = mesh
         self._device = mesh.spec.device
-        self._recorded: RecordedSteps | None = None
+        self._recorded: RecordedSteps | StepPrograms | None = None
         self.num_steps = 0
         self.busy_s = 0.0  # from the launch of a step, or the end of the one before it, until its result was there
         self._last_end_s = 0.0
@@ -62,12 +64,16 @@ class ShardRunner:
             spans.attach(mesh.upstream, "recv", SpanKind.BUBBLE, f"wait for stage {mesh.spec.stage - 1}")
         if mesh.downstream is not None:
             spans.attach(mesh.downstream, "send", SpanKind.HANDOVER, f"to stage {mesh.spec.stage + 1}")
-        self._spans = self._decoder.layers.spans = spans
+        self._spans = spans
+        if self._recorded is not None:
+            self._recorded.spans = spans
 
     def stop_trace(self) -> Spans:
         """What was written down; empty if no trace was on."""
-        spans = self._spans or Spans()
-        self._spans = self._decoder.layers.spans = None
+        spans, recorded = self._spans or Spans(), self._recorded
+        self._spans = None
+        if recorded is not None:
+            recorded.spans = None
         spans.detach()
         return spans
 
@@ -75,8 +81,8 @@ class ShardRunner:
         """See ShardedDecoder."""
         return self._decoder.expert_imbalance()
 
-    def use_recorded(self, steps: RecordedSteps | None) -> None:
-        """Run decode steps as they were recorded, if they were."""
+    def use_recorded(self, steps: RecordedSteps | StepPrograms | None) -> None:
+        """Run steps as they were recorded, if they were."""
         self._recorded = steps
 
     def forget_recorded(self) -> None:
@@ -118,20 +124,21 @@ class ShardRunner:
         if self._sampler is not None:
             for start in plan.starts:
                 self._sampler.start(start)
-        laid_out, mesh = self._slots.lay_out(plan), self._mesh
+        lay_out, mesh = functools.cache(lambda: self._slots.lay_out(plan)), self._mesh
         hidden = None if mesh.upstream is None else mesh.upstream.recv(plan.num_tokens)
         self._begin_ns = time.time_ns()
-        recorded = None if self._recorded is None else self._recorded.find(laid_out)
-        if recorded is not None:
-            output, slots = recorded.replay(laid_out.inputs, hidden)
+        done = None if self._recorded is None else self._recorded.run(plan, lay_out, hidden)
+        if done is not None:
+            output, slots = done
         else:
+            laid_out = lay_out()
             inputs = upload(laid_out.inputs, self._device)
             slots = inputs.sampling_slots
             output = self.compute(hidden, self._slots.as_view(inputs, laid_out), slots, plan.is_greedy)
         if mesh.downstream is not None:
             assert output.out is not None
             # What is under way must not be written over by the next recorded step.
-            mesh.downstream.send(output.out if recorded is None else output.out.clone())
+            mesh.downstream.send(output.out if done is None else output.out.clone())
             return self._coming(plan, began_s, (), _read_nothing)
         if any(row.pooling is not None for row in plan.encoder_rows):
             assert output.out is not None

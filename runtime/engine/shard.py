@@ -22,6 +22,7 @@ from shardray.parallel.filling import open_filling
 from shardray.parallel.layers import Linear, is_packed
 from shardray.parallel.mesh import Mesh, MeshSpec, Rendezvous, open_mesh
 from shardray.parallel.plan import ShardPlan
+from shardray.parallel.rows import prepare_rows
 from shardray.parallel.spans import Spans
 from shardray.runtime.engine.assignment import ShardAssignment, ShardInfo, ShardLoad
 from shardray.runtime.engine.device_memory import choose_num_pages, device_bytes, held_bytes
@@ -29,6 +30,7 @@ from shardray.runtime.engine.executor import MeshExecutor, serve_plans
 from shardray.runtime.engine.limits import SchedulerLimits
 from shardray.runtime.engine.loop import Engine
 from shardray.runtime.engine.memory import MemoryGrant, num_encoder_pages, rank_memory, trim_heap
+from shardray.runtime.engine.programs import StepPrograms, prepare_programs
 from shardray.runtime.engine.recorded import StepRecording
 from shardray.runtime.engine.request import ServedModel
 from shardray.runtime.engine.runner import ShardRunner
@@ -73,7 +75,9 @@ def warm_up(model_dir: str, dtype: str, device: str, num_threads: int) -> None:
         return
     torch.set_num_threads(1)  # see _use_cores
     choose_ops(torch.device(device), kind, num_threads)
-    choose_recorder(torch.device(device))
+    prepare_rows(torch.device(device))
+    if choose_recorder(torch.device(device)) is not None:
+        prepare_programs()
     Linear(torch.zeros(1, 2, dtype=kind, device=device))(torch.zeros(1, 2, dtype=kind, device=device))
     if device == "cpu":
         choose_exchange()
@@ -235,10 +239,12 @@ def _assemble(
         device_bytes=device_bytes(mesh.spec.device),
     )
     runner = ShardRunner(decoder, pages, slots, sampler, mesh)
+    hidden = torch.empty(spec.hidden_size, dtype=served.dtype, device=device)
     if _num_scratch_pages(assignment, served):
-        hidden = torch.empty(spec.hidden_size, dtype=served.dtype, device=device)
         recording = StepRecording(runner.compute, slots, mesh, num_pages, served.block_size, hidden)
         runner.use_recorded(recording.record())
+    elif assignment.record_steps is None and served.encoder is None and (recorder := choose_recorder(device)):
+        runner.use_recorded(StepPrograms(recorder, runner.compute, slots, hidden if place.stage else None))
     return Shard(assignment, info, mesh, runner, limits, num_borrowed_bytes)
 
 

@@ -26,6 +26,11 @@ class LaidOut(NamedTuple):
     encoder_rows: tuple[EncoderRow, ...]
 
     @property
+    def num_decodes(self) -> int:
+        """Rows of one token."""
+        return len(self.inputs.slots) - len(self.prefills)
+
+    @property
     def is_decode(self) -> bool:
         """Whether every row has one token, and samples the next one."""
         return not (self.prefills or self.encoder_rows) and len(self.inputs.sampling_slots) == len(self.inputs.slots)
@@ -94,6 +99,17 @@ class SlotTable:
         inputs = StepInputs(token_ids, positions, cache_index, slots, lens, sampled, slots, tables)
         return self._with_tasks(inputs, np.ones_like(slots), len(rows)) if self.has_tasks else inputs
 
+    def lay_out_decodes(self, rows: Tensor, out: StepInputs[Tensor]) -> None:
+        """The same in compiled code, on CPUs: rows (R, 3) of slot, start and token, written into ``out``."""
+        from shardray.runtime.model.kernels.cpu_steps import compile_lay_out
+
+        compile_lay_out()(
+            1, len(rows), self._block_size, self._pages.shape[1], self._pages.ctypes.data, rows.data_ptr(),
+            out.token_ids.data_ptr(), out.positions.data_ptr(), out.cache_index.data_ptr(), out.slots.data_ptr(),
+            out.context_lens.data_ptr(), out.sampled_tokens.data_ptr(), out.sampling_slots.data_ptr(),
+            out.block_tables.shape[1], out.block_tables.data_ptr(),
+        )  # fmt: skip
+
     def _lay_out_rows(self, plan: StepPlan) -> LaidOut:
         rows = sorted(plan.rows, key=lambda row: row.num_tokens > 1)
         counts = np.array([row.num_tokens for row in rows], dtype=np.int64)
@@ -109,19 +125,26 @@ class SlotTable:
         inputs = inputs._replace(sampled_tokens=sampled, sampling_slots=np.array(sampling, dtype=np.int64))
         return LaidOut(inputs, _prefills(counts, starts, num_decodes), plan.encoder_rows)
 
-    def as_view(self, inputs: StepInputs[Tensor], laid_out: LaidOut | None = None) -> StepView:
-        """What the decoder reads of inputs that are on the device: those of a plan, or of rows of one token each."""
+    def as_view(
+        self, inputs: StepInputs[Tensor], laid_out: LaidOut | None = None, row_list: Tensor | None = None
+    ) -> StepView:
+        """What the decoder reads of inputs that are on the device: those of a plan, or of rows of one token each.
+
+        ``row_list``: where that lies already.
+        """
         if laid_out is None:
-            return self._as_view(inputs, ())
-        view = self._as_view(inputs, laid_out.prefills)
+            return self._as_view(inputs, len(inputs.slots), (), row_list)
+        view = self._as_view(inputs, laid_out.num_decodes, laid_out.prefills, row_list)
         return dataclasses.replace(view, prompts=self._prompts(laid_out, view)) if self.has_prompts else view
 
-    def _as_view(self, inputs: StepInputs[Tensor], prefills: tuple[AttentionRow, ...]) -> StepView:
-        num_decodes = len(inputs.slots) - len(prefills)
+    def _as_view(
+        self, inputs: StepInputs[Tensor], num_decodes: int, prefills: tuple[AttentionRow, ...],
+        row_list: Tensor | None = None,
+    ) -> StepView:  # fmt: skip
+        if row_list is None and not self.has_tasks:
+            row_list = list_rows(num_decodes, prefills)
         return StepView(
-            token_ids=self._with_last_tokens(
-                inputs.token_ids, inputs.slots[:num_decodes] if prefills else inputs.slots
-            ),
+            token_ids=fill_in(inputs.token_ids, LAST_TOKEN, self._last_tokens, inputs.slots),
             positions=inputs.positions,
             cache_index=inputs.cache_index,
             num_decodes=num_decodes,
@@ -130,14 +153,8 @@ class SlotTable:
             prefills=prefills,
             sampled_tokens=inputs.sampled_tokens,
             tasks=_tasks(inputs),
-            row_list=None if self.has_tasks else list_rows(num_decodes, prefills),
+            row_list=row_list,
         )
-
-    def _with_last_tokens(self, token_ids: Tensor, slots: Tensor) -> Tensor:
-        """(T,), with the token sampled last where a row names none. ``slots``: of the rows of one token."""
-        own = token_ids if len(token_ids) == len(slots) else token_ids[: len(slots)]
-        known = fill_in(own, LAST_TOKEN, self._last_tokens, slots)
-        return known if own is token_ids else torch.cat((known, token_ids[len(slots) :]))
 
     def _tables(self, slots: Array, lens: Array) -> Array:
         """(R, blocks): the pages of what each row has itself."""
@@ -188,7 +205,7 @@ class SlotTable:
             of_encoder = (np.cumsum(blocks) - blocks)[:, None] + np.arange(int(blocks.max()))
             own = self._pages[places, : int(blocks.max())]
             inputs = self._lay_out(token_ids, lens, begin, places, of_encoder.astype(np.int32), 0)
-            encoded = self._as_view(upload(inputs, self._device), _prefills(lens, begin, 0))
+            encoded = self._as_view(upload(inputs, self._device), 0, _prefills(lens, begin, 0))
             inputs = self._lay_out(token_ids, lens, begin, places, own, 0)
             cache_index = to_device(inputs.cache_index, self._device)
         prompt_lens = self._prompt_lens[slots]

@@ -45,6 +45,8 @@ class ShardedDecoder:
         ``suppressed_ids``: tokens whose logits are minus infinity.
         """
         self._hidden_size = spec.hidden_size
+        self._ops = ops
+        self._workspace = Workspace()  # of what all layers read
         of_embedding = loader.embedding() if stage == 0 else {}
         self.embeddings = _Embeddings(spec, plan, tp_rank, comm, of_embedding) if stage == 0 else None
         layers, blocks = plan.stages[stage], []
@@ -67,7 +69,7 @@ class ShardedDecoder:
             if spec.num_encoder_layers in range(layers.start, layers.stop + 1) and spec.encoder.norm is not None:
                 norm = NormWeights.of(spec.encoder.norm, "encoder.final_norm", loader.encoder_end())
             self.encoder = EncoderStack(blocks[:num_encoding], norm, spec.encoder.max_positions, encoder_pages, device)
-        self.layers = LayerStack(blocks[num_encoding:], max_positions, device, records=spec.encoder is None)
+        self.layers = LayerStack(blocks[num_encoding:], max_positions, device)
         self.head: _Head | _Pooler | None = None
         copied: list[Tensor] = []
         if stage == plan.pp_size - 1 and spec.layers:
@@ -83,20 +85,24 @@ class ShardedDecoder:
         """Hidden states of the stage before (None on the first) to hidden states (T, H), or on the last stage this
         rank's logits (S, v) float32 of ``view.sampled_tokens``, None where there are none. An encoder alone gives the
         embeddings of its prompts instead, (P, H) float32."""
-        if self.embeddings is not None:
-            x = self.embeddings(view)
+        self._workspace.new_turn()
+        with self._workspace.active():
+            if self.embeddings is not None:
+                x = self.embeddings(view)
+            angles = self.layers.angles(view.positions)
         assert x is not None
         prompts, num_own = view.prompts, view.token_ids.shape[0]
         x, encoded = (x, None) if x.shape[0] == num_own else (x[:num_own], x[num_own:])
         if encoded is not None:
             assert prompts is not None
             encoded = self._encode(encoded, pages, prompts)
-        x, delta = self.layers(x, pages, view) if num_own else (x, None)
+        x, delta = self.layers(x, pages, view, angles) if num_own else (x, None)
         if isinstance(self.head, _Pooler):
             return self.head(encoded, prompts)
         if self.head is not None:
             return self.head(x, delta, view)
-        x = x.clone() if delta is None else x + delta  # the next step may write over what the layers gave
+        # The next step may write over what the layers gave.
+        x = x.clone() if delta is None else self._ops.add(x, delta)
         return x if encoded is None else torch.cat((x, encoded))
 
     def best(self, logits: Tensor) -> Tensor:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from shardray.runtime.engine.assignment import ShardAssignment
 from shardray.runtime.engine.inputs import upload
+from shardray.runtime.engine.programs import StepPrograms
 from shardray.runtime.engine.request import SamplingParams
 from shardray.runtime.engine.shard import form_shard
 from shardray.runtime.engine.step import EncoderRow, PageGrant, Row, SlotStart, StepPlan
@@ -52,6 +53,16 @@ class LogitsOf:
         self._granted = False
 
     @property
+    def programs(self) -> StepPrograms | None:
+        """What steps are recorded in, if anything."""
+        recorded = self._shard._runner._recorded
+        assert recorded is None or isinstance(recorded, StepPrograms)
+        return recorded
+
+    def record_nothing(self) -> None:
+        self._shard._runner.use_recorded(None)
+
+    @property
     def num_borrowed_bytes(self) -> int:
         """Of weights that were loaded elsewhere."""
         return self._shard._num_borrowed_bytes
@@ -73,16 +84,22 @@ class LogitsOf:
             grants=() if self._granted else self._scattered_pages(),
             rows=tuple(Row(slot, self._seen[slot], tuple(ids), True) for slot, ids in rows.items()),
             encoder_rows=tuple(EncoderRow(slot, tuple(ids), None) for slot, ids in prompts.items()),
+            is_greedy=False,
         )
         self._granted = True
         runner = self._shard._runner
         with torch.inference_mode():
             runner._slots.start(plan.starts)
             runner._slots.grant(plan.grants)
-            laid_out = runner._slots.lay_out(plan)
-            view = runner._slots.as_view(upload(laid_out.inputs, torch.device("cpu")), laid_out)
-            view = dataclasses.replace(view, sampled_tokens=torch.arange(sum(map(len, rows.values()))))
-            logits = runner._decoder(None, runner._pages, view)
+            laid_out, every = runner._slots.lay_out(plan), np.arange(sum(map(len, rows.values())))
+            inputs = laid_out.inputs._replace(sampled_tokens=every, sampling_slots=np.full_like(every, NUM_SLOTS))
+            laid_out = laid_out._replace(inputs=inputs)
+            done = None if self.programs is None else self.programs.run(plan, lambda: laid_out, None)
+            if done is not None:
+                logits = done[0].out
+            else:
+                view = runner._slots.as_view(upload(inputs, torch.device("cpu")), laid_out)
+                logits = runner._decoder(None, runner._pages, view)
         if not rows:
             return {}
         assert logits is not None

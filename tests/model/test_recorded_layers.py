@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from shardray.runtime.model import stack
-from shardray.runtime.model.stack import LayerStack
+from shardray.runtime.engine import programs
+from shardray.runtime.engine.programs import StepPrograms
 from tests.model.logits import LogitsOf
 from tests.tiny_models import save_llama
 
@@ -25,10 +25,6 @@ def folder(tmp_path: Path) -> Path:
     return save_llama(tmp_path, hidden_size=96, num_attention_heads=6, num_key_value_heads=3, head_dim=16)
 
 
-def layers_of(logits_of: LogitsOf) -> LayerStack:
-    return logits_of._shard._runner._decoder.layers
-
-
 def run_steps(logits_of: LogitsOf) -> list[dict[int, torch.Tensor]]:
     found = []
     for number, sizes in enumerate(SIZES):
@@ -37,36 +33,38 @@ def run_steps(logits_of: LogitsOf) -> list[dict[int, torch.Tensor]]:
     return found
 
 
-def check_equal(folder: Path, dtype: str) -> LayerStack:
-    """Gives the layers that recorded."""
+def check_equal(folder: Path, dtype: str) -> StepPrograms:
+    """Gives what was recorded."""
     with LogitsOf(folder, dtype) as recording, LogitsOf(folder, dtype) as other:
-        layers_of(other)._recorder = None
+        other.record_nothing()
         for found, expected in zip(run_steps(recording), run_steps(other), strict=True):
             assert found.keys() == expected.keys()
             for slot, logits in found.items():
                 assert torch.equal(logits, expected[slot])
-        return layers_of(recording)
+        assert recording.programs is not None
+        return recording.programs
 
 
 def test_a_recording_serves_any_rows_of_as_many_tokens(folder: Path) -> None:
-    recordings = check_equal(folder, "bfloat16")._recordings
-    shapes = {(12, False, True), (12, True, True), (3, True, False), (3, True, True)}
-    assert {shape for shape, recording in recordings.items() if recording is not None} == shapes
+    known = check_equal(folder, "bfloat16")._known
+    kinds = {(12, False, True), (12, True, True), (3, True, False), (3, True, True)}
+    found = {kind for kind, recorded in known.items() if recorded is not None}
+    assert {(kind.num_tokens, kind.has_decodes, kind.has_prompts) for kind in found} == kinds
 
 
 def test_layers_in_which_torch_computes_are_not_recorded(folder: Path) -> None:
-    layers = check_equal(folder, "float32")
-    assert layers._recorder is None
-    assert not any(layers._recordings.values())
+    found = check_equal(folder, "float32")
+    assert found._recorder is None
+    assert not any(found._known.values())
 
 
 def test_the_recording_that_was_not_used_for_longest_gives_way(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stack, "_MOST_RECORDINGS", 2)
-    layers = check_equal(folder, "bfloat16")
-    assert [shape.num_tokens for shape in layers._recordings] == [3, 3]
+    monkeypatch.setattr(programs, "_MOST_PROGRAMS", 2)
+    known = check_equal(folder, "bfloat16")._known
+    assert [kind.num_tokens for kind in known] == [3, 3]
 
 
 def test_long_steps_with_prompts_run_one_by_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stack, "_MOST_TOKENS", 11)
-    layers = check_equal(folder, "bfloat16")
-    assert {shape.num_tokens for shape in layers._recordings} == {3}
+    monkeypatch.setattr(programs, "_MOST_TOKENS", 11)
+    known = check_equal(folder, "bfloat16")._known
+    assert {kind.num_tokens for kind in known} == {3}

@@ -32,6 +32,25 @@ def _take_tokens(args, num_tokens):
     return first, min(first + count, num_tokens)
 
 
+def add(args):
+    """args: T, H, x (T, H), delta (T, H), out (T, H).  out = x + delta"""
+    a = numba.carray(args, (6,))
+    num_tokens, size = a[1], a[2]
+    x, delta, out = pointer(a[3]), pointer(a[4]), pointer(a[5])
+    words, more_words = np.empty(size, np.uint32), np.empty(size, np.uint32)
+    row, more = words.view(np.float32), more_words.view(np.float32)
+    while True:
+        first, end = _take_tokens(args, num_tokens)
+        if first >= num_tokens:
+            break
+        for token in range(first, end):
+            load(x, token * size, size, words)
+            load(delta, token * size, size, more_words)
+            for i in range(size):
+                row[i] += more[i]
+            store(words, size, out, token * size)
+
+
 def add_rms_norm(args):
     """args: T, H, x (T, H), delta (T, H) or 0, weight (H,), address of eps, out (T, H).  x += delta; out = norm(x)"""
     a = numba.carray(args, (8,))

@@ -30,7 +30,7 @@ class CpuOps(Ops):
     """Kernels for one dtype, run by ``num_threads`` of torch's threads."""
 
     def __init__(self, dtype: torch.dtype, num_threads: int) -> None:
-        self._add_rms_norm, self._rotate_and_store, self._silu_gate = _compile(dtype)
+        self._add, self._add_rms_norm, self._rotate_and_store, self._silu_gate = _compile(dtype)
         self._decode = _compile_decode(dtype, _page_element(dtype))
         self._prefill = _compile_prefill(dtype)
         self._num_threads = num_threads
@@ -46,6 +46,14 @@ class CpuOps(Ops):
             _float_address(norm.norm.eps), out.data_ptr(),
         )  # fmt: skip
         return x, out
+
+    def add(self, x: Tensor, delta: Tensor) -> Tensor:
+        if not (x.is_contiguous() and delta.is_contiguous()):
+            return super().add(x, delta)
+        out = empty(x.shape, x.dtype)
+        addresses = x.data_ptr(), delta.data_ptr(), out.data_ptr()
+        self._add(self._threads(len(x)), len(x), x.shape[1], *addresses)
+        return out
 
     def rotate_and_store(
         self, qkv: Tensor, num_heads: int, angles: Angles | None, pages: KVPages, layer: int, view: StepView
@@ -103,7 +111,9 @@ class CpuOps(Ops):
 
 @functools.cache
 def _compile(dtype: torch.dtype) -> tuple[Kernel, ...]:
-    functions = cpu_elementwise.add_rms_norm, cpu_elementwise.rotate_and_store, cpu_elementwise.silu_gate
+    functions = (
+        cpu_elementwise.add, cpu_elementwise.add_rms_norm, cpu_elementwise.rotate_and_store, cpu_elementwise.silu_gate,
+    )  # fmt: skip
     return tuple(jit.compile_kernel(function, _ELEMENTS[dtype]) for function in functions)
 
 

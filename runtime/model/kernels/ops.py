@@ -78,6 +78,10 @@ class Ops:
             x = x + delta
         return x, norm(x)
 
+    def add(self, x: Tensor, delta: Tensor) -> Tensor:
+        """x + delta, (T, H), in memory of its own."""
+        return x + delta
+
     def rotate_and_store(
         self, qkv: Tensor, num_heads: int, angles: Angles | None, pages: KVPages, layer: int, view: StepView
     ) -> Tensor:
