@@ -190,7 +190,13 @@ class _Rank:
         """Of the decode steps that have been recorded."""
         assert self._shard is not None
         recorded = self._shard._runner._recorded
-        return [] if recorded is None else recorded.sizes
+        return [] if recorded is None else list(recorded.sizes)
+
+    def num_programs(self, _: None) -> int:
+        """Kinds of steps that run as a program of a CPU."""
+        assert self._shard is not None
+        programs = self._shard._runner._recorded
+        return 0 if programs is None else sum(recorded is not None for recorded in programs._known.values())
 
     def start_trace(self, _: None) -> None:
         assert self._shard is not None
@@ -201,7 +207,7 @@ class _Rank:
         assert self._shard is not None
         mesh = self._shard._mesh
         found = self._shard.stop_trace().found
-        stand_ins = ("all_reduce", "gather", "broadcast", "recv", "send")
+        stand_ins = ("all_reduce", "all_gather", "gather", "broadcast", "recv", "send")
         return found, any(name in vars(part) for part in mesh._parts() for name in stand_ins)
 
     def close(self, _: None) -> str | None:

@@ -17,6 +17,7 @@ from shardray.parallel.exchange import ALL_SLOTS, ARRIVED, BEGUN, DONE, LINE_BYT
 from shardray.parallel.kernels import atomics, jit
 from shardray.parallel.kernels.vector import copy_bytes
 
+_OUTCOME = 13  # place in a block
 _BLOCK = 512  # elements summed at a time, in the first-level cache
 
 
@@ -66,7 +67,7 @@ def _exchange(args):
     """args: see ``block`` in parallel/exchange.py"""
     a = numba.carray(args, (15,))
     finished, counters, rank, size, buffers, capacity = jit.pointer_i64(a[1]), a[2], a[3], a[4], a[9], a[10]
-    num_spins, num_cycles, source, num_bytes, outcome, out = a[7], a[8], a[11], a[12], a[13], a[14]
+    num_spins, num_cycles, source, num_bytes, outcome, out = a[7], a[8], a[11], a[12], a[_OUTCOME], a[14]
     step = finished[0] + 1
     slots = buffers + (step & 1) * size * capacity
     if a[0] == BEGUN:
@@ -97,6 +98,7 @@ def compile_exchange() -> Exchange:
         while block[0] != DONE:
             wait(block[0])
             function.call(address)
-        jit.record(jit.Launch(function, block.tobytes(), wait=wait))
+        name = "all_gather" if block[_OUTCOME] == ALL_SLOTS else "all_reduce"
+        jit.record(jit.Launch(function, block.tobytes(), wait=wait, name=name))
 
     return exchange

@@ -87,12 +87,14 @@ class Function:
 
 
 class Launch(NamedTuple):
-    """One run of a function, as it is recorded. ``wait`` is of those that may return before they are done."""
+    """One run of a function, as it is recorded. ``wait`` is of those that may return before they are done, and ``name``
+    what a trace calls them."""
 
     function: Function
     block: bytes  # its arguments
     num_threads: int = 1
     wait: Callable[[int], None] | None = None
+    name: str = ""
 
 
 _recording = threading.local()

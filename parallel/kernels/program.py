@@ -72,6 +72,7 @@ class Program:
         self._address = self._args.ctypes.data
         self._run = jit.on_threads(compile_chain(), num_threads)
         self._waits = [launch.wait for launch in launches]
+        self._names = [launch.name for launch in launches]
         self._kept = [kept, launches]
         self._reopen(0, len(launches))
 
@@ -87,7 +88,7 @@ class Program:
                 self._run_between(done, at)
                 begin_ns, done = time.monotonic_ns(), at + 1
                 self._run_between(at, done)
-                spans.note(SpanKind.COLLECTIVE, "all_reduce", begin_ns)
+                spans.note(SpanKind.COLLECTIVE, self._names[at], begin_ns)
         self._run_between(done, len(self._waits))
 
     def _run_between(self, first: int, end: int) -> None:

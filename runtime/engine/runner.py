@@ -58,7 +58,7 @@ class ShardRunner:
         self.stop_trace()
         spans, mesh = Spans(), self._mesh
         if mesh.tp.size > 1:
-            for method in ("all_reduce", "gather", "broadcast"):
+            for method in ("all_reduce", "all_gather", "gather", "broadcast"):
                 spans.attach(mesh.tp, method, SpanKind.COLLECTIVE, method)
         if mesh.upstream is not None:
             spans.attach(mesh.upstream, "recv", SpanKind.BUBBLE, f"wait for stage {mesh.spec.stage - 1}")

@@ -9,12 +9,13 @@ Pure arithmetic over the spec and the plan; the formulas:
     a sum over n ranks in a ring     2 (n - 1) messages, of 1/n of the tensor each (Thakur, Rabenseifner and Gropp,
                  "Optimization of Collective Communication Operations in MPICH", 2005, section 4.5)
     sums of a layer                  after attention and after the MLP (arXiv 1909.08053, section 3)
-    a gather or a broadcast          n - 1 messages at the rank that all others meet
+    the best token                   n - 1 messages of every rank to the others: a score and a column a sequence
     activations  what a product makes is written, and read by what comes next: 2 elements an output and token. Norms,
                  rotary and gates are that: they do little else than read and write
     the head     as products, for the tokens that are sampled: one a sequence, even of a long prompt
 
-Left out, for being small beside these: drawing tokens, one row of the embedding a token.
+Left out, for being small beside these: drawing tokens, one row of the embedding a token. Where more of the logits
+matters than the highest, they are gathered besides.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from shardray.runtime.model.parameters import CROSS, Parameter, head_parameters,
 from shardray.runtime.model.spec import Attention, DecoderSpec, Experts, Layer
 
 _FLOAT32_BYTES = 4
-_TOKEN_BYTES = 8  # ids travel as int64
+_BEST_BYTES = 16  # score and column travel as float64
 
 
 @dataclass(frozen=True)
@@ -210,11 +211,10 @@ def _layer_sums(layers: list[Layer], plan: ShardPlan, load: StepLoad, hidden_byt
 
 
 def _end_traffic(plan: ShardPlan, stage: int, makes_logits: bool, load: StepLoad, hidden_bytes: int) -> Traffic:
-    """The sum of the embedding on the first stage; on the last one the logits, and with one stage the tokens."""
+    """The sum of the embedding on the first stage, and the best tokens on the last."""
     total, others = Traffic(), plan.tp_size - 1
     if others and stage == 0:
         total += ring_sum(plan.tp_size, hidden_bytes)
     if others and makes_logits:
-        total += Traffic(others, load.num_seqs * max(map(len, plan.vocab)) * _FLOAT32_BYTES)
-        total += Traffic(others, load.num_seqs * _TOKEN_BYTES) if plan.pp_size == 1 else Traffic()
+        total += Traffic(others, others * load.num_seqs * _BEST_BYTES)
     return total

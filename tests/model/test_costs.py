@@ -113,8 +113,8 @@ def test_a_token_s_messages_between_tensor_ranks_and_stages(llama: DecoderSpec) 
     num_layers = len(plan.stages[0])
     assert first.tensor == Traffic(2 * (2 * num_layers + 1), (2 * num_layers + 1) * hidden_bytes)
     assert (first.pipeline, last.pipeline) == (Traffic(1, hidden_bytes), Traffic())
-    logits_bytes = 4 * max(map(len, plan.vocab)) * 4
-    assert last.tensor == Traffic(2 * 2 * (5 - num_layers) + 1, 2 * (5 - num_layers) * hidden_bytes + logits_bytes)
+    best_bytes = 4 * 2 * 8  # a score and a column a sequence, in float64
+    assert last.tensor == Traffic(2 * 2 * (5 - num_layers) + 1, 2 * (5 - num_layers) * hidden_bytes + best_bytes)
 
 
 def test_a_token_does_the_work_of_its_experts_and_a_batch_reads_more_of_them(tmp_path: Path) -> None:
