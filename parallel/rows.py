@@ -82,7 +82,8 @@ def best_columns(scores: Tensor, first: int) -> Tensor:
     kernels = _kernels(scores.device)
     if kernels is not None:
         scores, out = scores.contiguous(), torch.empty((num_rows, 2), dtype=torch.float64)
-        kernels.best_columns(1, num_rows, num_columns, first, scores.data_ptr(), out.data_ptr())
+        num_threads = max(1, min(num_rows, torch.get_num_threads()))
+        kernels.best_columns(num_threads, num_rows, num_columns, first, scores.data_ptr(), out.data_ptr())
         return out
     if num_columns == 0:
         return torch.tensor([-torch.inf, first], dtype=torch.float64, device=scores.device).expand(num_rows, 2)

@@ -1,6 +1,6 @@
 """What stands around the layers of a step on CPUs, compiled: rows of tables, and the best column of rows.
 
-Each runs on one thread. Sizes and addresses are in bytes.
+Each runs on one thread, but ``best_columns``. Sizes and addresses are in bytes.
 """
 
 # mypy: ignore-errors
@@ -80,7 +80,10 @@ def best_columns(args):
     """
     a = numba.carray(args, (6,))
     num_columns, scores, out = a[2], jit.pointer_i32(a[4]), numba.carray(jit.pointer_f64(a[5]), (a[1], 2))
-    for row in range(a[1]):
+    while True:
+        row = jit.take_task(args)
+        if row >= a[1]:
+            break
         start = row * num_columns
         best, best_block = np.int32(-0x80000000), 0
         for block in range(0, num_columns, _BLOCK):
