@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from shardray.parallel.layers import packed_layout
+from shardray.runtime.engine.request import EngineRequest, SamplingParams
 from tests.engine.test_recorded import mixed_arrivals
-from tests.ranks import RankPool, Served
+from tests.ranks import Arrival, RankPool, Served
 from tests.tiny_models import save_llama
 
 pytestmark = pytest.mark.skipif(
@@ -43,6 +44,26 @@ def test_programs_give_what_steps_give_operation_by_operation(
 ) -> None:
     recorded, plain = (serve(pool, folder, shape, record) for record in (None, False))
     assert recorded.outputs == plain.outputs
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_how_prompts_are_cut_changes_no_bit(pool: RankPool, folder: Path, prefix_caching: bool) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=12, logprobs=3, ignore_eos=True)
+    prompts = [tuple((7 * i * i + i * length) % 240 + 3 for i in range(length)) for length in (97, 65, 49, 33, 66, 50)]
+    prompts += [prompt[:-1] for prompt in prompts]
+
+    def outputs_with(**fields: Any) -> list[list[tuple[Any, ...]]]:
+        with pool.mesh(folder, 1, 1, **(FIELDS | {"max_num_seqs": 1} | fields)) as mesh:
+            arrivals = [
+                Arrival(EngineRequest(request_id=f"r{i}", prompt_ids=prompt, params=params))
+                for i, prompt in enumerate(prompts)
+            ]
+            outputs = mesh.serve(arrivals).outputs.values()
+        return [[(output.token_id, output.logprob, output.top_logprobs) for output in found] for found in outputs]
+
+    whole = outputs_with(max_num_batched_tokens=512, prefix_caching=False)
+    for budget in (16, 32, 48):
+        assert outputs_with(max_num_batched_tokens=budget, prefix_caching=prefix_caching) == whole
 
 
 def test_ranks_of_two_machines_record_nothing_and_give_the_same(pool: RankPool, folder: Path) -> None:
