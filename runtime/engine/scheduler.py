@@ -212,7 +212,8 @@ class Scheduler:
         budget = self._limits.prefill_budget(len(decodes), num_readers / max(1, len(self._running) - len(reading)))
         for sequence in reading:
             if budget:
-                num_tokens, budget = _chunk(sequence, budget)
+                num_tokens = min(sequence.num_uncomputed, budget)
+                budget -= num_tokens
                 chosen.append((sequence, num_tokens))
         chosen.sort(key=lambda choice: choice[0].urgency, reverse=True)
         return chosen, budget
@@ -248,8 +249,9 @@ class Scheduler:
                 room -= len(sequence.encoder_ids)
                 budget -= len(sequence.encoder_ids)
                 continue
-            num_tokens, budget = _chunk(sequence, budget)
+            num_tokens = min(sequence.num_uncomputed, budget)
             self._schedule(draft, sequence, num_tokens)
+            budget -= num_tokens
 
     def _encode(self, draft: _Draft, sequence: Sequence) -> None:
         """Put a prompt for the encoder into the plan, with its pages. The decoder's tokens follow in the next ones."""
@@ -307,18 +309,6 @@ class Scheduler:
         self._free_slots.append(sequence.slot)
         self._pages.give_back(sequence)
         sequence.reset()
-
-
-def _chunk(sequence: Sequence, budget: int) -> tuple[int, int]:
-    """Tokens of a prompt that a plan takes of a budget, and what is left of that for others.
-
-    A prompt is not cut so that a single token stands alone, if that can be helped: kernels compute it as they do a
-    token that was sampled, which rounds differently. So what a prompt gives does not depend on how it was cut.
-    """
-    num_tokens = min(sequence.num_uncomputed, budget)
-    if num_tokens == sequence.num_uncomputed - 1 and num_tokens > 2:
-        num_tokens -= 1
-    return num_tokens, budget - num_tokens if budget - num_tokens > 1 else 0
 
 
 def _with_steps(outputs: list[TokenOutput], draft: _Draft, result: StepResult) -> list[TokenOutput]:

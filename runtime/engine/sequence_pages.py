@@ -34,12 +34,9 @@ class SequencePages:
         self.num_prefix_hits = 0  # those of them that were computed already
 
     def find(self, sequence: Sequence) -> Start:
-        """What a waiting sequence would start with; never all of its tokens, for the last one samples.
-
-        Nor all but that one: a single token is computed as those are that were sampled, which rounds differently.
-        """
+        """What a waiting sequence would start with; never all of its tokens, for the last one samples."""
         token_ids, size = sequence.token_ids, self.pool.block_size
-        most = (len(token_ids) - 2) // size if self._shares and len(token_ids) > 1 else 0
+        most = (len(token_ids) - 1) // size if self._shares else 0
         prefix, found = self.pool.find(sequence.request.prefix_scope, token_ids, most)
         num_more = self._pages_for(sequence, len(token_ids)) - len(found)
         return Start(prefix, found, num_more + self.pool.count_free(found))

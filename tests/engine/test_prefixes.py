@@ -134,19 +134,11 @@ def test_requests_of_one_plan_share_what_it_computes() -> None:
 
 def test_a_conversation_goes_on_behind_what_was_generated() -> None:
     scheduler = Scheduler(SHARING)
-    add(scheduler, "first turn", prompt_len=6, max_tokens=8)
+    add(scheduler, "first turn", prompt_len=6, max_tokens=7)
     run_to_end(scheduler)
-    # 6 + 8 tokens are known; the last one was sampled and never computed.
-    add(scheduler, "next turn", prompt_len=6, generated_ids=(PLAIN_ID,) * 8, max_tokens=9)
-    assert [(row.start, row.num_tokens) for row in planned(scheduler).rows] == [(12, 2)]
-
-
-def test_a_single_token_is_not_left_behind_a_prefix() -> None:
-    scheduler = Scheduler(SHARING)
-    add(scheduler, "first", prompt_len=14, max_tokens=1)
-    run_to_end(scheduler)
-    add(scheduler, "second", prompt_len=13)
-    assert [(row.start, row.num_tokens) for row in planned(scheduler).rows] == [(8, 5)]
+    # 6 + 7 tokens are known; the last one was sampled and never computed.
+    add(scheduler, "next turn", prompt_len=6, generated_ids=(PLAIN_ID,) * 7, max_tokens=9)
+    assert [(row.start, row.num_tokens) for row in planned(scheduler).rows] == [(12, 1)]
 
 
 def test_a_token_in_flight_is_no_part_of_a_prefix_before_it_is_known() -> None:

@@ -45,33 +45,6 @@ def test_a_prompt_gets_on_even_when_decodes_hold_all_but_one_slot_and_the_budget
     assert row_lens(planned(scheduler)) == [1, 1, 1, 2]
 
 
-@pytest.mark.parametrize(("prompt_len", "chunks"), [(17, [15, 2]), (18, [16, 2]), (33, [16, 15, 2]), (3, [3])])
-def test_a_prompt_is_not_cut_so_that_one_token_stands_alone(prompt_len: int, chunks: list[int]) -> None:
-    scheduler = Scheduler(LIMITS)
-    add(scheduler, "a", prompt_len=prompt_len)
-    for expected in chunks:
-        plan = planned(scheduler)
-        assert row_lens(plan) == [expected]
-        committed(scheduler, plan)
-
-
-def test_what_is_left_of_a_budget_takes_no_single_token_of_the_next_prompt() -> None:
-    scheduler = Scheduler(LIMITS)
-    add(scheduler, "a", prompt_len=15)
-    add(scheduler, "b", prompt_len=5)
-    assert row_lens(planned(scheduler)) == [15]
-
-
-def test_single_tokens_are_taken_where_the_budget_is_no_more() -> None:
-    scheduler = Scheduler(replace(LIMITS, max_num_seqs=1, max_num_batched_tokens=2, max_prefill_beside_decodes=1))
-    add(scheduler, "a", prompt_len=5)
-    found = []
-    while not found:
-        plan = planned(scheduler)
-        assert row_lens(plan) in ([2], [1])
-        found = committed(scheduler, plan)
-
-
 def test_a_chunk_that_does_not_reach_the_end_samples_nothing_and_the_next_may_follow_at_once() -> None:
     scheduler = Scheduler(replace(LIMITS, max_in_flight=2, lookahead=1))
     add(scheduler, "a", prompt_len=20)
@@ -199,7 +172,7 @@ def test_a_prompt_gets_on_in_every_plan_of_a_pipeline_even_when_its_share_of_the
 
 
 def test_every_sequence_has_its_turn_even_when_only_one_of_several_plans_is_kept_in_flight() -> None:
-    scheduler = Scheduler(replace(LIMITS, max_num_batched_tokens=20, max_in_flight=4))
+    scheduler = Scheduler(replace(LIMITS, max_in_flight=4))
     for i in range(4):
         add(scheduler, f"r{i}", prompt_len=1)
     stepped(scheduler)

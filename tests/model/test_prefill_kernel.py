@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from shardray.parallel.kernels import jit
 from shardray.parallel.kernels.linear import runs_here
 from shardray.runtime.model.attention import AttentionRow, KVPages, OwnHeads, PagedAttention, StepView, list_rows
-from shardray.runtime.model.kernels import cpu_ops, cpu_prefill
+from shardray.runtime.model.kernels import cpu_attention, cpu_ops, cpu_prefill, page_tiles
 from shardray.runtime.model.kernels.cpu_ops import CpuOps
 from shardray.runtime.model.kernels.ops import Ops
 from shardray.runtime.model.spec import Attention
@@ -27,6 +27,10 @@ RowSizes = list[tuple[int, int]]  # (tokens, context they are the last of)
 def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CpuOps:
     kernel = jit.compile_kernel(cpu_prefill.prefill, cpu_prefill.make_variant(request.param))
     monkeypatch.setattr(cpu_ops, "_compile_prefill", lambda dtype: kernel)
+    page_element = page_tiles.PAIRS if request.param == "pairs" else page_tiles.HALVES
+    variant = cpu_attention.make_variant(jit.BFLOAT16, page_element, 2 if request.param == "narrow" else 4)
+    decode = jit.compile_kernel(cpu_attention.decode, variant)
+    monkeypatch.setattr(cpu_ops, "_compile_decode", lambda dtype, page_element: decode)
     return CpuOps(torch.bfloat16, 2)
 
 
@@ -126,6 +130,23 @@ def test_a_prompt_gets_the_same_bits_however_it_is_cut_and_whoever_shares_the_st
         view = case.view([(end - begin, end)])
         alone = ops.attend(case.attention, case.queries[begin:end], case.pages, 0, view)
         assert torch.equal(alone, together[begin:end]), (begin, end)
+
+
+@pytest.mark.parametrize(
+    ("kv_of_head", "head_dim", "block_size"),
+    [((0, 0, 0, 1, 1), 64, 16), ((0, 1, 1, 1, 1, 1, 1), 128, 32), ((0, 0), 80, 48), ((0,), 16, 128)],
+    ids=str,
+)
+def test_a_token_gets_the_same_bits_whether_it_is_sampled_or_read(
+    ops: CpuOps, kv_of_head: tuple[int, ...], head_dim: int, block_size: int
+) -> None:
+    num_tokens = 300
+    case = Case(kv_of_head, head_dim, block_size, [(num_tokens, num_tokens)])
+    read = case.attend(ops)
+    for position in (0, 1, 15, 16, 17, 62, 63, 64, 100, 126, 127, 128, 129, 143, 191, 256, 270, 298, 299):
+        view = case.view([(1, position + 1)])
+        sampled = ops.attend(case.attention, case.queries[position : position + 1], case.pages, 0, view)
+        assert torch.equal(sampled[0], read[position]), position
 
 
 def test_scores_that_are_far_apart_neither_overflow_nor_vanish(ops: CpuOps) -> None:

@@ -1,10 +1,13 @@
 """Decode attention that reads the pages in place, on CPUs: one task per (row, KV head), softmax in float32.
 
-A task reads each page of its KV head for up to four query heads at a time. What it computes depends on its row alone,
-so a row's result is the same whoever shares the batch. Weights of the softmax are of the pages' dtype.
+A task reads each key and value of its KV head for up to four query heads at a time. It goes over the context in blocks,
+as a flash attention does (flash_tiles.py), in bfloat16 in the same blocks and order as prefill (cpu_prefill.py): so a
+token gets the same bits whether it was sampled or is read again as part of a prompt, and whoever shares the batch.
+Weights of the softmax are of the pages' dtype.
 
-Pages lie anywhere, so the processor cannot guess what is read next. A list of tiles says it: those of the keys, those
-of the values, then the first keys of the task that this thread likely takes next. ``_AHEAD`` of them are on their way.
+Pages lie anywhere, so the processor cannot guess what is read next. A list says it, 16 tokens at a time: the keys and
+the values of each block, then the first keys of the task that this thread likely takes next. ``_AHEAD`` of them are on
+their way.
 
 Legend: D decode rows, n / g query and KV heads, d head size, b tokens a page, W blocks in a row of the block table.
 """
@@ -21,57 +24,53 @@ import numpy as np
 
 from shardray.parallel.kernels import jit, vector
 from shardray.parallel.kernels.jit import Element
+from shardray.parallel.kernels.vector import VECTOR_BYTES, WIDTH
 from shardray.runtime.model.kernels import page_tiles
-from shardray.runtime.model.kernels.page_tiles import MAX_HEADS, PageElement, make_accumulate_page, make_score_page
+from shardray.runtime.model.kernels.flash_tiles import TILES, make_soften, shrink
+from shardray.runtime.model.kernels.page_tiles import MAX_HEADS, PageElement, make_accumulate, make_score
 
-_AHEAD = 4  # tiles: far enough to hide memory, too few to push one another out of the cache
+_AHEAD = 4  # times 16 tokens: far enough to hide memory, too few to push one another out of the cache
 
 
 class Variant(NamedTuple):
     """Attention for pages of one dtype: what the names below stand for."""
 
     name: str
-    pointer: object
-    load: object
     store: object
+    pointer: object
     element_bytes: int
-    score_page: object
-    accumulate_page: object
+    tile_vectors: int  # of 16 tokens, as in prefill
+    score: object
+    accumulate: object
+    soften: object
+    soften_all: object
 
 
-def make_variant(element: Element, page_element: PageElement) -> Variant:
-    page_kernels = make_score_page(page_element), make_accumulate_page(page_element)
-    return Variant(page_element.name, *element[1:], page_element.num_bytes, *page_kernels)
+def make_variant(element: Element, page_element: PageElement, tile_vectors: int = 4) -> Variant:
+    """``tile_vectors``: of the variant of prefill that goes with it."""
+    num_bytes, in_bfloat16 = page_element.num_bytes, page_element.num_bytes == 2
+    softens = (make_soften(tile_vectors, TILES, all_visible, in_bfloat16) for all_visible in (False, True))
+    page_kernels = make_score(page_element), make_accumulate(page_element)
+    name = f"{page_element.name}_{tile_vectors}"
+    return Variant(name, element.store, element.pointer, num_bytes, tile_vectors, *page_kernels, *softens)
 
 
-_, pointer, load, store, element_bytes, score_page, accumulate_page = make_variant(jit.FLOAT32, page_tiles.FLOAT32)
-
-
-@numba.njit(inline="always", fastmath=jit.MATH)
-def _soften(scores, bits, num_tokens, scale):
-    """The softmax of ``scale`` times the first scores, in place; 0 behind them, if there is room"""
-    highest = scores[0] * scale
-    for i in range(num_tokens):
-        scores[i] *= scale
-        highest = max(highest, scores[i])
-    for i in range(num_tokens):
-        scores[i] -= highest
-    jit.exp_in_place(scores, bits, num_tokens)
-    total = np.float32(0.0)
-    for i in range(num_tokens):
-        total += scores[i]
-    for i in range(num_tokens):
-        scores[i] /= total
-    if num_tokens < len(scores):
-        scores[num_tokens] = np.float32(0.0)
+_, store, pointer, element_bytes, tile_vectors, score, accumulate, soften, soften_all = make_variant(
+    jit.FLOAT32, page_tiles.FLOAT32
+)
 
 
 @numba.njit(inline="always")
-def _list_tiles(tiles, tables, first, num_pages, num_kv_heads, kv_head, pages, tile_bytes):
-    """The tiles of one KV head on the pages from place ``first`` of the tables on; as often as needed the last one"""
+def _list(tiles, tables, first, begin, end, block_size, num_kv_heads, kv_head, pages, unit_bytes):
+    """Where 16 tokens of one KV head lie, for the tokens from ``begin`` to ``end`` of the tables' row at ``first``.
+
+    As often as needed the last ones. 16 tokens of keys lie in columns of a page's tile; what is listed is their share
+    of it, in which values do lie.
+    """
     for i in range(len(tiles)):
-        page = np.int64(tables[first + min(i, num_pages - 1)])
-        tiles[i] = pages + (page * num_kv_heads + kv_head) * tile_bytes
+        token = min(begin + i * WIDTH, (end - 1) // WIDTH * WIDTH)
+        page = np.int64(tables[first + token // block_size]) * num_kv_heads + kv_head
+        tiles[i] = pages + (page * block_size + token % block_size) // WIDTH * unit_bytes
 
 
 def decode(args):
@@ -87,10 +86,14 @@ def decode(args):
     block_size, num_blocks, queries, row_stride, keys, values = a[6], a[7], a[8], a[9], a[10], a[11]
     tables, context_lens, groups = jit.pointer_i32(a[12]), jit.pointer_i32(a[13]), jit.pointer_i64(a[14])
     out, scale = pointer(a[15]), jit.pointer_f32(a[16])[0]
-    tile_bytes = block_size * head_dim * element_bytes
-    tiles = np.empty(2 * num_blocks + _AHEAD, np.int64)
-    sums = np.empty(num_heads * head_dim, np.float32)
-    out_words, sums_at = sums.view(np.uint32), vector.address_of(sums)
+    unit_bytes, head_bytes = WIDTH * head_dim * element_bytes, head_dim * element_bytes
+    tile_width, block_width = tile_vectors * WIDTH, TILES * tile_vectors * WIDTH
+    units = np.empty(2 * (num_blocks * block_size // WIDTH) + _AHEAD, np.int64)
+    sums, kept = np.empty(num_heads * head_dim, np.float32), np.empty(2 * num_heads, np.float32)
+    scores = np.empty(num_heads * block_width, np.float32)
+    weights = np.empty(num_heads * block_width * element_bytes, np.uint8)
+    out_words, sums_at, kept_at = sums.view(np.uint32), vector.address_of(sums), vector.address_of(kept)
+    scores_at, weights_at = vector.address_of(scores), vector.address_of(weights)
     while True:
         task = jit.take_task(args)
         if task >= num_tasks:
@@ -98,37 +101,62 @@ def decode(args):
         row, kv_head = task // num_kv_heads, task % num_kv_heads
         first_head, context_len = groups[kv_head], np.int64(context_lens[row])
         group = groups[kv_head + 1] - first_head
-        num_pages = (context_len + block_size - 1) // block_size
         following = min(task + num_threads, num_tasks - 1)
         then, then_head = following // num_kv_heads, following % num_kv_heads
-        then_pages = (np.int64(context_lens[then]) + block_size - 1) // block_size
-        here, there = tiles[:num_pages], tiles[num_pages : 2 * num_pages]
-        _list_tiles(here, tables, row * num_blocks, num_pages, num_kv_heads, kv_head, keys, tile_bytes)
-        _list_tiles(there, tables, row * num_blocks, num_pages, num_kv_heads, kv_head, values, tile_bytes)
-        later = tiles[2 * num_pages : 2 * num_pages + _AHEAD]
-        _list_tiles(later, tables, then * num_blocks, then_pages, num_kv_heads, then_head, keys, tile_bytes)
-        row_len = num_pages * block_size
-        score_words, weights = np.empty(group * row_len, np.uint32), np.empty(group * row_len * element_bytes, np.uint8)
-        scores, bits = score_words.view(np.float32), np.empty(context_len, np.int32)
-        scores_at, weights_at = vector.address_of(scores), vector.address_of(weights)
+        then_len = np.int64(context_lens[then])
+        place = 0
+        for start in range(0, context_len, block_width):
+            end = min(start + block_width, context_len)
+            count = (end - start - 1) // WIDTH + 1
+            for pages in (keys, values):
+                part = units[place : place + count]
+                _list(part, tables, row * num_blocks, start, end, block_size, num_kv_heads, kv_head, pages, unit_bytes)
+                place += count
+        part = units[place : place + _AHEAD]
+        _list(part, tables, then * num_blocks, 0, then_len, block_size, num_kv_heads, then_head, keys, unit_bytes)
         query_at = queries + (row * row_stride + first_head * head_dim) * element_bytes
-        for block in range(num_pages):
-            for h in range(0, group, MAX_HEADS):
-                score_page(
-                    min(MAX_HEADS, group - h), query_at + h * head_dim * element_bytes, head_dim, tiles[block],
-                    tiles[block + _AHEAD], block_size, scores_at + (h * row_len + block * block_size) * 4, row_len,
-                )  # fmt: skip
-        for h in range(group):
-            _soften(scores[h * row_len : (h + 1) * row_len], bits, context_len, scale)
-            store(score_words[h * row_len :], min(context_len + 1, row_len), pointer(weights_at), h * row_len)
+        tile_bytes = group * tile_width * 4  # of scores
         sums[: group * head_dim] = np.float32(0.0)
-        for block in range(num_pages):
-            first, place = block * block_size, num_pages + block
-            for h in range(0, group, MAX_HEADS):
-                accumulate_page(
-                    min(MAX_HEADS, group - h), weights_at + (h * row_len + first) * element_bytes, row_len,
-                    tiles[place], tiles[place + _AHEAD], min(block_size, context_len - first), head_dim,
-                    sums_at + h * head_dim * 4,
-                )  # fmt: skip
-        weights[0] = 0  # numba frees an array after its last mention; its address does not count as one
+        for h in range(group):
+            kept[2 * h], kept[2 * h + 1] = np.float32(-np.inf), np.float32(0.0)
+        place = 0
+        for start in range(0, context_len, block_width):
+            visible = min(block_width, context_len - start)
+            count = (visible - 1) // WIDTH + 1
+            for unit in range(0, count, 2):
+                other = min(unit + 1, count - 1)  # of an odd number the last one twice, where nobody looks
+                column = (start + unit * WIDTH) % block_size
+                first = units[place + unit] - column * head_bytes + column * element_bytes
+                column = (start + other * WIDTH) % block_size
+                second = units[place + other] - column * head_bytes + column * element_bytes
+                score_at = scores_at + unit // tile_vectors * tile_bytes + unit % tile_vectors * VECTOR_BYTES
+                for h in range(0, group, MAX_HEADS):
+                    score(
+                        min(MAX_HEADS, group - h), query_at + h * head_bytes, head_dim, block_size, first, second,
+                        units[place + unit + _AHEAD], units[place + other + _AHEAD],
+                        score_at + h * tile_width * 4, score_at + h * tile_width * 4 + VECTOR_BYTES, tile_width,
+                    )  # fmt: skip
+            place += count
+            for h in range(group):
+                row_at, weight_at = scores_at + h * tile_width * 4, weights_at + h * block_width * element_bytes
+                if visible < block_width:
+                    factor = soften(row_at, tile_bytes, visible, scale, kept_at + h * 8, weight_at)
+                else:
+                    factor = soften_all(row_at, tile_bytes, visible, scale, kept_at + h * 8, weight_at)
+                if factor != np.float32(1.0):
+                    shrink(sums_at + h * head_dim * 4, head_dim // WIDTH, factor)
+            for unit in range(count):
+                for h in range(0, group, MAX_HEADS):
+                    accumulate(
+                        min(MAX_HEADS, group - h), weights_at + (h * block_width + unit * WIDTH) * element_bytes,
+                        block_width, units[place + unit], units[place + unit + _AHEAD],
+                        min(WIDTH, visible - unit * WIDTH), head_dim, sums_at + h * head_dim * 4,
+                    )  # fmt: skip
+            place += count
+        for h in range(group):
+            shrink(sums_at + h * head_dim * 4, head_dim // WIDTH, np.float32(1.0) / kept[2 * h + 1])
         store(out_words, group * head_dim, out, (row * num_heads + first_head) * head_dim)
+    scores[0] = kept[0] = np.float32(
+        0.0
+    )  # numba frees an array after its last mention; an address does not count as one
+    weights[0] = 0

@@ -126,7 +126,8 @@ def _page_element(dtype: torch.dtype) -> PageElement:
 
 @functools.cache
 def _compile_decode(dtype: torch.dtype, page_element: PageElement) -> Kernel:
-    return jit.compile_kernel(cpu_attention.decode, cpu_attention.make_variant(_ELEMENTS[dtype], page_element))
+    vectors = 2 if dtype == torch.bfloat16 and variant_for(cpu_features()) == "narrow" else 4
+    return jit.compile_kernel(cpu_attention.decode, cpu_attention.make_variant(_ELEMENTS[dtype], page_element, vectors))
 
 
 @functools.cache

@@ -23,10 +23,9 @@ import numpy as np
 from shardray.parallel.kernels import jit, product, vector
 from shardray.parallel.kernels.product import block_at, count_blocks
 from shardray.parallel.kernels.vector import VECTOR_BYTES, WIDTH
-from shardray.runtime.model.kernels.flash_tiles import fill, interleave, make_soften, shrink
+from shardray.runtime.model.kernels.flash_tiles import TILES, fill, interleave, make_soften, shrink
 
 _LINE_BYTES = 64
-_TILES = 2  # of keys in a block
 
 
 class Variant(NamedTuple):
@@ -103,7 +102,7 @@ def make_variant(name: str) -> Variant:
                 offset = (v + i) * WIDTH * 2
                 interleave(first + offset, second + offset, place + i * VECTOR_BYTES)
 
-    softens = (make_soften(vectors, _TILES, all_visible) for all_visible in (False, True))
+    softens = (make_soften(vectors, TILES, all_visible) for all_visible in (False, True))
     return Variant(name, vectors, *softens, multiply_rows, multiply_head, shrink_row, write_row, pack_keys, pack_values)
 
 
@@ -147,7 +146,7 @@ def prefill(args):
     num_tasks = 0
     for listed in range(1, row_list[1] + 1):
         num_tasks += _tasks_of(row_list, listed, tokens_a_task, num_kv_heads)
-    tile_width, block_width = tile_vectors * WIDTH, _TILES * tile_vectors * WIDTH
+    tile_width, block_width = tile_vectors * WIDTH, TILES * tile_vectors * WIDTH
     head_vectors, num_pairs, page_bytes = head_dim // WIDTH, head_dim // 2, block_size * head_dim * 2
     # Of each row: its query, its scores and weights of a block, its sums, and what is kept of it
     row_bytes = np.array([head_dim * 2, block_width * 4, block_width * 2, head_dim * 4, _LINE_BYTES])
@@ -185,7 +184,7 @@ def prefill(args):
         scores_bytes = num_rows * tile_width * 4  # of a tile
         limit = min(context_len, first_position + num_tokens) if is_causal else context_len
         for start in range(0, limit, block_width):
-            for tile in range(min(_TILES, (limit - start - 1) // tile_width + 1)):  # scores = queries @ keys
+            for tile in range(min(TILES, (limit - start - 1) // tile_width + 1)):  # scores = queries @ keys
                 for v in range(tile_vectors):
                     token = start + tile * tile_width + v * WIDTH
                     if token < context_len:

@@ -20,9 +20,11 @@ from numba.extending import intrinsic
 from shardray.parallel.kernels import vector
 from shardray.parallel.kernels.vector import FLOAT, FLOATS, HALVES, I64, VECTOR_BYTES, WIDTH, WORDS
 
+TILES = 2  # of keys in a block
 _LOWEST = -126.0  # of an exponent of two
 _LOG2_E = math.log2(math.e)
-_POWERS = [math.log(2.0) ** k / math.factorial(k) for k in range(6)]  # 2 ** f for |f| <= 1/2, within 3e-6
+# 2 ** f for |f| <= 1/2, within 3e-6 for weights of 16 bits, and within 1e-8
+_POWERS, _MORE_POWERS = ([math.log(2.0) ** k / math.factorial(k) for k in range(count)] for count in (6, 8))
 
 
 def _floats(value: float) -> Any:
@@ -38,13 +40,13 @@ def _higher(builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
-def _exp2(builder: Any, x: Any) -> Any:
+def _exp2(builder: Any, x: Any, powers: list[float]) -> Any:
     """2 ** x for 16 floats <= 127; lower ones than -126 count as -126. Of 0 it is 1."""
     x = _higher(builder, x, _floats(_LOWEST))
     whole = vector.call(builder, "llvm.rint.v16f32", [x], FLOATS)
     f = builder.fsub(x, whole)
-    power = _floats(_POWERS[-1])
-    for factor in reversed(_POWERS[:-1]):
+    power = _floats(powers[-1])
+    for factor in reversed(powers[:-1]):
         power = vector.multiply_add(builder, power, f, _floats(factor))
     exponent = builder.shl(builder.fptosi(whole, WORDS), _words(23))
     return builder.bitcast(builder.add(builder.bitcast(power, WORDS), exponent), FLOATS)
@@ -97,16 +99,17 @@ def shrink(typing_context: Any, sums: Any, num_vectors: Any, factor: Any) -> Any
     return types.void(types.int64, types.int64, types.float32), generate
 
 
-def make_soften(tile_vectors: int, num_tiles: int, all_visible: bool) -> Any:
+def make_soften(tile_vectors: int, num_tiles: int, all_visible: bool, in_bfloat16: bool = True) -> Any:
     """A numba function (scores, tile bytes, visible, scale, kept, weights) -> float32, for one row of a block of keys.
 
     Of its scores each tile holds 16 * tile_vectors float32, ``tile bytes`` behind those of the tile before; the first
     ``visible`` count, or all of them if they are known to be ``all_visible``. Their weights, 2 ** (scores * scale -
-    highest), are written side by side as bfloat16. ``kept`` is the address of two float32, the highest score and the
-    sum of weights so far, and they become those of all scores until now. What is returned is the
-    factor by which earlier sums shrink.
+    highest), are written side by side, as bfloat16 or float32. ``kept`` is the address of two float32, the highest
+    score and the sum of weights so far, and they become those of all scores until now. What is returned is the factor
+    by which earlier sums shrink.
     """
-    num_vectors = tile_vectors * num_tiles
+    num_vectors, weight_bytes = tile_vectors * num_tiles, 2 if in_bfloat16 else 4
+    exp2 = functools.partial(_exp2, powers=_POWERS if in_bfloat16 else _MORE_POWERS)
 
     @intrinsic
     def soften(
@@ -131,13 +134,13 @@ def make_soften(tile_vectors: int, num_tiles: int, all_visible: bool) -> Any:
             tops = vector.splat(builder, highest)
             powers = []
             for v, (here, row) in enumerate(zip(seen, rows, strict=True)):
-                power = _exp2(builder, builder.fsub(row, tops))
+                power = exp2(builder, builder.fsub(row, tops))
                 power = power if all_visible else builder.select(here, power, _floats(0.0))
-                place = builder.add(weights, I64(v * VECTOR_BYTES // 2))
-                vector.store(builder, _to_bfloat16(builder, power), place)
+                place = builder.add(weights, I64(v * WIDTH * weight_bytes))
+                vector.store(builder, _to_bfloat16(builder, power) if in_bfloat16 else power, place)
                 powers.append(power)
             total = _sum_lanes(builder, _tree(powers, builder.fadd))
-            shrunk = _exp2(builder, builder.fsub(vector.splat(builder, before), tops))
+            shrunk = exp2(builder, builder.fsub(vector.splat(builder, before), tops))
             factor = builder.extract_element(shrunk, vector.I32(0))
             place = builder.add(kept, I64(4))
             earlier = builder.fmul(vector.load(builder, place, FLOAT), factor)

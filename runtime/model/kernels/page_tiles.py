@@ -1,13 +1,15 @@
-"""The inner loops of decode attention over one page, in LLVM: a key or value is loaded once for several query heads.
+"""The inner loops of decode attention over 16 tokens, in LLVM: a key or value is loaded once for several query heads.
 
     queries (heads, d)    keys   (d, b)    scores (heads, row)    a vector runs over 16 tokens
-    weights (heads, row)  values (b, d)    sums   (heads, d)      a vector runs over 16 elements of a head
+    weights (heads, row)  values (16, d)   sums   (heads, d)      a vector runs over 16 elements of a head
 
-Sums take two products at a time: of two elements of a head, or of two tokens. Meanwhile another tile is prefetched. A
-head's numbers come from that head alone, in the same order whatever its neighbours are.
+Sums take two products at a time, of two elements of a head or of two tokens, one after the other: a head's numbers come
+from that head alone, in the order in which prefill takes them too (cpu_prefill.py), and are the same bits. Meanwhile
+other tokens are prefetched.
 
-Legend: d head size, b tokens a page, row a multiple of b; d and b are multiples of 16. Queries, weights, keys and
-values are of the element's dtype; scores and sums are float32. All operands are int64: addresses, counts, and ``row``.
+Legend: d head size, b tokens a page; both are multiples of 16. Queries, weights, keys and values are of the element's
+dtype; scores and sums are float32. All operands are int64: addresses, counts, and ``row``, elements from one head's to
+the next's.
 """
 
 from __future__ import annotations
@@ -70,57 +72,52 @@ HALVES = _bfloat16("halves", tile.HALVES, _load_halves)  # bfloat16 on any proce
 PAIRS = _bfloat16("pairs", tile.PAIRS, _load_pairs)  # and with AVX-512 that multiplies it
 
 
-def make_score_page(element: PageElement) -> Any:
-    """(heads, queries, d, keys, ahead, b, scores, row): scores = queries . keys, of all places, filled or not
+def make_score(element: PageElement) -> Any:
+    """(heads, queries, d, b, two columns of keys, two places ahead, where their scores go (two), row)
 
-    Meanwhile the tile at ``ahead`` is prefetched.
+    scores = queries . keys, of 16 tokens in each column, which lie in rows of b. Meanwhile 16 tokens are prefetched
+    from each place ahead.
     """
 
     @intrinsic
-    def score_page(
-        typing_context: Any, num_heads: Any, queries: Any, head_dim: Any, keys: Any, ahead: Any, block_size: Any,
-        scores: Any, row_len: Any,
+    def score(
+        typing_context: Any, num_heads: Any, queries: Any, head_dim: Any, block_size: Any, first: Any, second: Any,
+        first_ahead: Any, second_ahead: Any, first_scores: Any, second_scores: Any, row_len: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
-            num_heads, *rest = operands
+            num_heads, queries, head_dim, block_size, *places, row_len = operands
+            shape = queries, head_dim, block_size, row_len
             heads = range(1, MAX_HEADS + 1)
-            vector.choose(builder, num_heads, heads, lambda count: _score(builder, element, count, *rest))
+            vector.choose(builder, num_heads, heads, lambda count: _score(builder, element, count, *shape, *places))
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 8), generate
+        return types.void(*[types.int64] * 11), generate
 
-    return score_page
+    return score
 
 
 def _score(
-    builder: Any, element: PageElement, num_heads: int, queries: Any, head_dim: Any, keys: Any, ahead: Any,
-    block_size: Any, scores: Any, row_len: Any,
+    builder: Any, element: PageElement, num_heads: int, queries: Any, head_dim: Any, block_size: Any, row_len: Any,
+    first: Any, second: Any, first_ahead: Any, second_ahead: Any, first_scores: Any, second_scores: Any,
 ) -> None:  # fmt: skip
     zeros, num_bytes = FLOATS([0.0] * WIDTH), element.num_bytes
-    row_bytes, num_quads = vector.offset(builder, I64(0), block_size, num_bytes), builder.udiv(head_dim, I64(4))
-    with vector.loop(builder, builder.udiv(block_size, I64(WIDTH))) as index:
-        first = builder.mul(index, I64(WIDTH))
-        columns = vector.offset(builder, keys, first, num_bytes)
-        quads_before = builder.mul(index, num_quads)
-        totals = [
-            [vector.register(builder, zeros) for _ in range(2)] for _ in range(num_heads)
-        ]  # of even and odd pairs
-        with vector.loop(builder, num_quads) as quad:
-            done = builder.add(quads_before, quad)
-            _prefetch(builder, vector.offset(builder, ahead, done, 4 * WIDTH * num_bytes), 4 * WIDTH * num_bytes)
-            for odd in range(2):
-                place = vector.offset(builder, I64(2 * odd), quad, 4)
-                row = builder.add(columns, builder.mul(place, row_bytes))
-                key = element.load(builder, row, builder.add(row, row_bytes))
-                for h in range(num_heads):
-                    at = builder.add(builder.mul(head_dim, I64(h)), place)
-                    query = element.spread(builder, vector.offset(builder, queries, at, num_bytes))
-                    total = totals[h][odd]
-                    builder.store(element.add(builder, builder.load(total), query, key), total)
-        for h, (even, odd_total) in enumerate(totals):
-            at = builder.add(builder.mul(row_len, I64(h)), first)
-            total = builder.fadd(builder.load(even), builder.load(odd_total))
-            vector.store(builder, total, vector.offset(builder, scores, at, 4))
+    row_bytes, pair_bytes = vector.offset(builder, I64(0), block_size, num_bytes), 2 * WIDTH * num_bytes
+    totals = [[vector.register(builder, zeros) for _ in range(num_heads)] for _ in range(2)]
+    with vector.loop(builder, builder.udiv(head_dim, I64(2))) as pair:
+        keys = []
+        for column, ahead in ((first, first_ahead), (second, second_ahead)):
+            _prefetch(builder, vector.offset(builder, ahead, pair, pair_bytes), pair_bytes)
+            row = builder.add(column, builder.mul(builder.mul(pair, I64(2)), row_bytes))
+            keys.append(element.load(builder, row, builder.add(row, row_bytes)))
+        for h in range(num_heads):
+            at = builder.add(builder.mul(head_dim, I64(h)), builder.mul(pair, I64(2)))
+            query = element.spread(builder, vector.offset(builder, queries, at, num_bytes))
+            for key, of_column in zip(keys, totals, strict=True):
+                builder.store(element.add(builder, builder.load(of_column[h]), query, key), of_column[h])
+    for of_column, scores in zip(totals, (first_scores, second_scores), strict=True):
+        for h, total in enumerate(of_column):
+            place = vector.offset(builder, scores, builder.mul(row_len, I64(h)), 4)
+            vector.store(builder, builder.load(total), place)
 
 
 def _prefetch(builder: Any, address: Any, num_bytes: int) -> None:
@@ -128,14 +125,15 @@ def _prefetch(builder: Any, address: Any, num_bytes: int) -> None:
         vector.prefetch(builder, builder.add(address, I64(line)))
 
 
-def make_accumulate_page(element: PageElement) -> Any:
+def make_accumulate(element: PageElement) -> Any:
     """(heads, weights, row, values, ahead, tokens, d, sums): sums += weights @ values of the first tokens
 
-    If their number is odd, the weight behind the last one has to be 0. Meanwhile the tile at ``ahead`` is prefetched.
+    If their number is odd, the weight behind the last one has to be 0. Meanwhile as many tokens at ``ahead`` are
+    prefetched.
     """
 
     @intrinsic
-    def accumulate_page(
+    def accumulate(
         typing_context: Any, num_heads: Any, weights: Any, row_len: Any, values: Any, ahead: Any, num_tokens: Any,
         head_dim: Any, sums: Any,
     ) -> Any:  # fmt: skip
@@ -147,7 +145,7 @@ def make_accumulate_page(element: PageElement) -> Any:
 
         return types.void(*[types.int64] * 8), generate
 
-    return accumulate_page
+    return accumulate
 
 
 def _accumulate(
