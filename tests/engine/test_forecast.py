@@ -57,7 +57,7 @@ def test_stages_do_not_hasten_one_stream_but_work_side_by_side_on_many(served: S
 def test_messages_take_time_even_when_they_carry_little(served: ServedSpec) -> None:
     plan, slow = cut(served.spec, 3, 1, False), dataclasses.replace(READS, message_s=1.0)
     cost = decode_cost(served, plan, 1, 10)
-    assert cost.num_messages == (2 * 5 + 1) * 4 + 2 + 2  # sums of layers and embedding, logits, the token
+    assert cost.num_messages == (2 * 5 + 1) * 4 + 2  # sums of layers and embedding, the best token
     assert 1 / decode_tokens_per_s(served, plan, 1, 10, slow) == pytest.approx(cost.num_messages, rel=1e-3)
 
 
