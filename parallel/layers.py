@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shardray.parallel.comm import Comm
 from shardray.parallel.kernels.triton_launch import runs_triton
-from shardray.parallel.rows import best_columns, join_rows, pick_best, take_rows
+from shardray.parallel.rows import best_column, best_columns, join_rows, pick_best, take_rows
 
 _ONEDNN = "onednn"
 
@@ -136,6 +136,8 @@ class VocabParallelEmbedding:
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """(T,) int64 -> (T, H)"""
+        if self._comm.size == 1:
+            return take_rows(self._weight, token_ids)
         return self._comm.all_reduce(take_rows(self._weight, token_ids, self._first_row))
 
 
@@ -160,4 +162,6 @@ class VocabParallelHead:
 
     def best(self, block: Tensor) -> Tensor:
         """The token of the highest logit of each row, the first among equals, on every rank: (T,) int64"""
+        if self._comm.size == 1:
+            return best_column(block)
         return pick_best(self._comm.all_gather(best_columns(block, self._first_row)))

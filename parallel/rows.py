@@ -31,20 +31,22 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
     return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
 
 
-def take_rows(table: Tensor, index: Tensor, first: int = 0) -> Tensor:
-    """``table[index - first]``, (T, ...): of a table whose rows are numbered from ``first`` on; zeros of other rows."""
+def take_rows(table: Tensor, index: Tensor, first: int | None = None) -> Tensor:
+    """``table[index]``, (T, ...). With ``first`` the table's rows are numbered from there on, and others are zeros."""
     kernels = _kernels(table.device)
     if kernels is not None and table.is_contiguous() and table.element_size() > 1:
         out = empty((len(index), *table.shape[1:]), table.dtype)
         row_bytes = table[:1].nbytes if len(table) else out[:1].nbytes
         addresses = table.data_ptr(), out.data_ptr()
-        kernels.take_rows(1, len(index), row_bytes, index.data_ptr(), first, len(table), *addresses)
+        kernels.take_rows(1, len(index), row_bytes, index.data_ptr(), first or 0, len(table), *addresses)
         return out
+    if first is None:
+        return table.index_select(0, index)
     if len(table) == 0:
         return table.new_zeros(len(index), *table.shape[1:])
     local = index - first
     foreign = (local < 0) | (local >= len(table))
-    taken = table[local.masked_fill(foreign, 0)]
+    taken = table.index_select(0, local.masked_fill(foreign, 0))
     return taken.masked_fill_(foreign.view(-1, *[1] * (taken.dim() - 1)), 0.0)
 
 
@@ -101,6 +103,13 @@ def pick_best(pairs: Tensor) -> Tensor:
         return out
     best = pairs[:, :, 0].argmax(dim=0)
     return pairs[best, torch.arange(num_rows, device=pairs.device), 1].long()
+
+
+def best_column(scores: Tensor) -> Tensor:
+    """(T, V) float32 -> (T,) int64: the column of each row's highest score, of equal ones the first."""
+    if _kernels(scores.device) is None:
+        return scores.argmax(dim=1)
+    return pick_best(best_columns(scores, 0)[None])
 
 
 def prepare_rows(device: torch.device) -> None:

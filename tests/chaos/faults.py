@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from random import Random
 
 from shardray.runtime.client import AsyncClient, Progress, ServerError
@@ -14,7 +14,7 @@ from tests.chaos.health import FleetView
 from tests.chaos.report import Report
 from tests.chaos.served import Served
 
-_SHAPES = [(tp_size, pp_size) for tp_size in (1, 2, 3) for pp_size in (1, 2)]
+SHAPES = tuple((tp_size, pp_size) for tp_size in (1, 2, 3) for pp_size in (1, 2))
 _REPLICAS = (1, 2)
 _AFTERSHOCK_SHARE = 0.35  # of the faults come while the fleet is busy with the one before
 _LONGEST_AFTERSHOCK_S = 1.5
@@ -24,15 +24,22 @@ _EXPECTED_CODES = ("ABORTED", "FAILED_PRECONDITION", "INTERNAL")  # conflict, re
 
 
 class Faults:
-    """Injects one fault after the other; ``pace_s`` lies between two of them on average, aftershocks apart."""
+    """Injects one fault after the other; ``pace_s`` lies between two of them on average, aftershocks apart.
 
-    def __init__(self, served: Served, client: AsyncClient, view: FleetView, seed: int, pace_s: float, report: Report):
+    ``shapes``: tensor and pipeline ranks that the fleet is scaled to.
+    """
+
+    def __init__(
+        self, served: Served, client: AsyncClient, view: FleetView, seed: int, pace_s: float, report: Report,
+        shapes: Sequence[tuple[int, int]] = SHAPES,
+    ) -> None:  # fmt: skip
         self._served = served
         self._client = client
         self._view = view
         self._rng = Random(f"{seed}/faults")
         self._pace_s = pace_s
         self._report = report
+        self._shapes = shapes
         self._operations: set[asyncio.Task[None]] = set()
         self._kinds: dict[Callable[[], Awaitable[None]], float] = {
             self._kill: 5,
@@ -86,7 +93,7 @@ class Faults:
         self._hit("hang several", signal.SIGSTOP, pids, self._rng.randint(2, max(2, len(pids))))
 
     async def _scale(self) -> None:
-        tp_size, pp_size = self._rng.choice(_SHAPES)
+        tp_size, pp_size = self._rng.choice(self._shapes)
         replicas = self._rng.choice(_REPLICAS)
         steps = self._client.scale(tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size, replicas=replicas)
         self._start("scale", f"tensor {tp_size} × pipeline {pp_size} × {replicas}", steps)

@@ -12,12 +12,13 @@ from random import Random
 from shardray.runtime.client import AsyncClient
 from tests.chaos.cases import Case, draw_cases, with_stop
 from tests.chaos.compare import Answer
-from tests.chaos.faults import Faults
+from tests.chaos.faults import SHAPES, Faults
 from tests.chaos.health import FleetView
 from tests.chaos.load import Load, ask_all
 from tests.chaos.report import Figures, Report
 from tests.chaos.served import Served
 
+_TP_SIZE = 2  # to begin with
 _LAST_STREAMS_S = 120.0
 _LOG_LINES = 60  # of a run with problems
 
@@ -33,15 +34,21 @@ class Options:
     num_cases: int = 24
     num_clients: int = 6
     spares: int = 1
+    dtype: str = "float32"
     log: Path | None = None  # where the server's words go
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """That give the same tokens: in 16 bits those with as many tensor ranks."""
+        return [shape for shape in SHAPES if self.dtype == "float32" or shape[0] == _TP_SIZE]
 
     @property
     def settings(self) -> list[str]:
         return [
             f"model.source={self.model}",
-            "model.dtype=float32",
+            f"model.dtype={self.dtype}",
             "model.max_model_len=1024",
-            "parallel.tensor_parallel_size=2",
+            f"parallel.tensor_parallel_size={_TP_SIZE}",
             "engine.kv_memory_bytes=48MiB",
             "engine.max_num_seqs=4",  # fewer than clients: some requests wait
             "engine.max_num_batched_tokens=128",  # long prompts take several steps
@@ -85,7 +92,8 @@ async def _disturb(served: Served, options: Options, report: Report) -> None:
         report.say(f"{len(expected)} requests answered undisturbed, {num_tokens} tokens")
         view = FleetView(client, report)
         load = Load(served.address, expected, options.num_clients, options.seed, report)
-        await Faults(served, client, view, options.seed, options.pace_s, report).inject(options.duration_s)
+        faults = Faults(served, client, view, options.seed, options.pace_s, report, options.shapes)
+        await faults.inject(options.duration_s)
         report.say("no more faults")
         await load.stop(_LAST_STREAMS_S)
         await view.settle()

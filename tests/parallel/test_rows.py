@@ -44,6 +44,12 @@ def test_rows_of_others_are_zeros(dtype: torch.dtype, shape: tuple[int, ...]) ->
 def test_rows_of_a_table_that_is_not_contiguous() -> None:
     table = torch.arange(40.0).view(5, 8)[:, 1:4]
     assert torch.equal(rows.take_rows(table, torch.tensor([4, 0])), table[[4, 0]])
+    assert torch.equal(rows.take_rows(table, torch.tensor([9, 4]), first=5), torch.stack((table[4], torch.zeros(3))))
+
+
+def test_rows_of_a_whole_table() -> None:
+    table = torch.arange(40.0).view(5, 8)
+    assert torch.equal(check_same(lambda: rows.take_rows(table, torch.tensor([4, 0]))), table[[4, 0]])
 
 
 def test_what_is_missing_comes_from_the_table_that_words_were_put_into() -> None:
@@ -87,3 +93,4 @@ def test_the_best_of_all_ranks_is_the_best_of_the_whole(widths: tuple[int, ...])
         return rows.pick_best(torch.stack(pairs))
 
     assert check_same(best).tolist() == whole.numpy().argmax(axis=1).tolist()
+    assert check_same(lambda: rows.best_column(whole)).tolist() == whole.numpy().argmax(axis=1).tolist()
