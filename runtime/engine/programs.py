@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from shardray.parallel.kernels.program import Program, Recorder
 
 _MOST_TOKENS = 256  # of a step with prompts: in longer ones the time between operations is nothing
+_SAMPLED_UNIT = 16  # rows: other numbers are filled up, so that few kinds of steps with prompts are recorded
 _MOST_PROGRAMS = 256  # a quarter of a megabyte each; the one that was not used for longest gives way
 
 
@@ -44,11 +45,7 @@ class _Kind(NamedTuple):
     has_decodes: bool
     has_prompts: bool
     is_greedy: bool
-
-    @property
-    def is_decode(self) -> bool:
-        """Whether every row has one token, and samples the next one."""
-        return not self.has_prompts and self.num_sampled == self.num_tokens
+    is_decode: bool  # every row has one token, and samples the next one
 
 
 class _Room:
@@ -82,10 +79,14 @@ class _Room:
         ]
         self._counts[0], self._counts[1] = len(rows), 0
 
-    def fill(self, laid_out: LaidOut) -> None:
+    def fill(self, laid_out: LaidOut, num_sampled: int, scratch_slot: int) -> None:
+        """``num_sampled``: those that fill up included."""
         for target, array in zip(self._arrays, laid_out.inputs, strict=False):
             assert array is not None
             target[tuple(map(slice, array.shape))] = array
+        filling = slice(len(laid_out.inputs.sampled_tokens), num_sampled)
+        self._tensors.sampled_tokens[filling] = 0
+        self._tensors.sampling_slots[filling] = scratch_slot
         row_list = list_rows(laid_out.num_decodes, laid_out.prefills)
         self.row_list[: len(row_list)] = row_list
 
@@ -107,13 +108,18 @@ class StepPrograms:
 
     sizes: tuple[int, ...] = ()  # of steps that are recorded ahead: none
 
-    def __init__(self, recorder: Recorder, compute: Compute, slots: SlotTable, hidden_like: Tensor | None) -> None:
-        """``hidden_like``: of the size and dtype of a token's hidden state, (H,), if they come from another stage."""
+    def __init__(
+        self, recorder: Recorder, compute: Compute, slots: SlotTable, hidden_like: Tensor | None, samples: bool
+    ) -> None:
+        """``hidden_like``: of the size and dtype of a token's hidden state, (H,), if they come from another stage.
+        ``samples``: whether this is the last stage.
+        """
         prepare_programs()
         self._recorder: Recorder | None = recorder
         self._compute = compute
         self._slots = slots
         self._hidden_like = hidden_like
+        self._samples = samples
         self._known: dict[_Kind, _Recorded | None] = {}  # None once such a step has run; the last used last
         self._rooms: dict[int, _Room] = {}
         self.spans: Spans | None = None
@@ -127,24 +133,29 @@ class StepPrograms:
         """
         if self._recorder is None:
             return None
-        kind = _kind_of(plan, lay_out)
+        kind = self._kind_of(plan, lay_out)
         if kind.has_prompts and kind.num_tokens > _MOST_TOKENS:
             return None
         was_seen = kind in self._known
-        recorded, done = self._known.pop(kind, None), None
+        recorded = self._known.pop(kind, None)
         if recorded is not None:
             self._fill(recorded.room, kind, plan, lay_out, hidden)
             if self.spans is None:
                 recorded.program.run()
             else:
                 recorded.program.run_timed(self.spans)
-            done = recorded.output, recorded.inputs.sampling_slots
+            output, slots = recorded.output, recorded.inputs.sampling_slots
         elif was_seen:
-            recorded, done = self._record(kind, plan, lay_out, hidden)
+            recorded, output, slots = self._record(kind, plan, lay_out, hidden)
         self._known[kind] = recorded
         if len(self._known) > _MOST_PROGRAMS:
             del self._known[next(iter(self._known))]
-        return done
+        if not was_seen:
+            return None
+        if kind.is_decode or not self._samples:
+            return output, slots
+        num_sampled = len(lay_out().inputs.sampled_tokens)
+        return output.first(num_sampled), slots[:num_sampled]
 
     def _fill(
         self, room: _Room, kind: _Kind, plan: StepPlan, lay_out: Callable[[], LaidOut], hidden: Tensor | None
@@ -153,11 +164,11 @@ class StepPrograms:
         if kind.is_decode:
             room.fill_decodes(plan.rows)
         else:
-            room.fill(lay_out())
+            room.fill(lay_out(), kind.num_sampled, self._slots.scratch_slot)
 
     def _record(
         self, kind: _Kind, plan: StepPlan, lay_out: Callable[[], LaidOut], hidden: Tensor | None
-    ) -> tuple[_Recorded | None, tuple[StepOutput, Tensor]]:
+    ) -> tuple[_Recorded | None, StepOutput, Tensor]:
         """Run a step and keep how, unless torch computed something in it: then it will in all others."""
         assert self._recorder is not None
         size = 1 << (kind.num_tokens - 1).bit_length()
@@ -177,12 +188,14 @@ class StepPrograms:
         if program is None:
             self._recorder = None
         recorded = None if program is None else _Recorded(room, inputs, output, program)
-        return recorded, (output, inputs.sampling_slots)
+        return recorded, output, inputs.sampling_slots
 
-
-def _kind_of(plan: StepPlan, lay_out: Callable[[], LaidOut]) -> _Kind:
-    if plan.rows and all(row.samples and row.num_tokens == 1 for row in plan.rows):
-        return _Kind(len(plan.rows), len(plan.rows), True, False, plan.is_greedy)
-    laid_out = lay_out()
-    num_tokens, num_sampled = len(laid_out.inputs.token_ids), len(laid_out.inputs.sampled_tokens)
-    return _Kind(num_tokens, num_sampled, laid_out.num_decodes > 0, bool(laid_out.prefills), plan.is_greedy)
+    def _kind_of(self, plan: StepPlan, lay_out: Callable[[], LaidOut]) -> _Kind:
+        if plan.rows and all(row.samples and row.num_tokens == 1 for row in plan.rows):
+            return _Kind(len(plan.rows), len(plan.rows), True, False, plan.is_greedy, True)
+        laid_out = lay_out()
+        num_tokens, num_sampled = len(laid_out.inputs.token_ids), 0
+        if self._samples:
+            units = -(-len(laid_out.inputs.sampled_tokens) // _SAMPLED_UNIT)
+            num_sampled = min(units * _SAMPLED_UNIT, num_tokens)
+        return _Kind(num_tokens, num_sampled, laid_out.num_decodes > 0, bool(laid_out.prefills), plan.is_greedy, False)

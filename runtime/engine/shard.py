@@ -244,7 +244,10 @@ def _assemble(
         recording = StepRecording(runner.compute, slots, mesh, num_pages, served.block_size, hidden)
         runner.use_recorded(recording.record())
     elif assignment.record_steps is None and served.encoder is None and (recorder := choose_recorder(device)):
-        runner.use_recorded(StepPrograms(recorder, runner.compute, slots, hidden if place.stage else None))
+        samples_here = place.stage == place.pp_size - 1
+        runner.use_recorded(
+            StepPrograms(recorder, runner.compute, slots, hidden if place.stage else None, samples_here)
+        )
     return Shard(assignment, info, mesh, runner, limits, num_borrowed_bytes)
 
 
