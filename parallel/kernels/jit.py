@@ -136,7 +136,16 @@ def _digest_of(folder: Path) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
 
 
-def compile_kernel(function: Callable[..., None], variant: Element | Any) -> Kernel:
+class _Plain(NamedTuple):
+    """Of a kernel that there is only one of."""
+
+    name: str = "plain"
+
+
+_PLAIN = _Plain()
+
+
+def compile_kernel(function: Callable[..., None], variant: Element | Any = _PLAIN) -> Kernel:
     """A Python callable that runs ``function`` over (num_threads, *args).
 
     ``variant`` is a named tuple with a name. In the function's body global names that are fields of it (an element's

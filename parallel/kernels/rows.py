@@ -21,10 +21,6 @@ from shardray.parallel.kernels.vector import copy_bytes
 _BLOCK = 1024  # columns looked through at a time
 
 
-class _Plain(NamedTuple):
-    name: str = "plain"
-
-
 def take_rows(args):
     """args: counter, T, size, index (T,), first, R, table (R, size), out (T, size).  out[i] = table[index[i] - first]
 
@@ -56,12 +52,8 @@ def fill_in(args):
     out[i] = values[i], or table[index[i]] where that is ``missing``; elsewhere index[i] is not read.
     """
     a = numba.carray(args, (7,))
-    values, index, table, out = (
-        jit.pointer_i64(a[3]),
-        jit.pointer_i64(a[4]),
-        jit.pointer_i64(a[5]),
-        jit.pointer_i64(a[6]),
-    )
+    values, index = jit.pointer_i64(a[3]), jit.pointer_i64(a[4])
+    table, out = jit.pointer_i64(a[5]), jit.pointer_i64(a[6])
     for i in range(a[1]):
         out[i] = table[index[i]] if values[i] == a[2] else values[i]
 
@@ -127,4 +119,4 @@ class Kernels(NamedTuple):
 @functools.cache
 def compile_rows() -> Kernels:
     functions = take_rows, put_words, fill_in, best_columns, pick_best
-    return Kernels(*(jit.compile_kernel(function, _Plain()) for function in functions))
+    return Kernels(*(jit.compile_kernel(function) for function in functions))

@@ -115,7 +115,8 @@ class ShardRunner:
         if out is None or not is_greedy or self._mesh.downstream is not None or len(slots) == 0:
             return StepOutput(out)
         tokens = self._decoder.best(out)
-        self._remember(tokens, slots)
+        if self._mesh.spec.pp_size == 1:  # with more stages the next plan carries them
+            self._slots.set_last_tokens(slots, tokens)
         return StepOutput(out, tokens)
 
     def _launch(self, plan: StepPlan, began_s: float) -> ComingResult:
@@ -155,13 +156,8 @@ class ShardRunner:
             positions = [row.start + row.num_tokens for row in sampling]
             draw = self._sampler.draw(logits, [row.slot for row in sampling], positions)
         if sampling and self._mesh.spec.pp_size == 1:
-            self._remember(self._mesh.tp.broadcast(draw.tokens), slots)
+            self._slots.set_last_tokens(slots, self._mesh.tp.broadcast(draw.tokens))
         return draw
-
-    def _remember(self, tokens: Tensor, slots: Tensor) -> None:
-        """What the slots have sampled, on every tensor rank; with more stages the next plan carries it."""
-        if self._mesh.spec.pp_size == 1:
-            self._slots.set_last_tokens(slots, tokens)
 
     def _coming(self, plan: StepPlan, began_s: float, tensors: Sequence[Tensor], read: _Read) -> ComingResult:
         self.num_steps += 1

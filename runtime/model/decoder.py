@@ -44,7 +44,6 @@ class ShardedDecoder:
 
         ``suppressed_ids``: tokens whose logits are minus infinity.
         """
-        self._hidden_size = spec.hidden_size
         self._ops = ops
         self._workspace = Workspace()  # of what all layers read
         of_embedding = loader.embedding() if stage == 0 else {}

@@ -15,9 +15,9 @@ _SHARE_KILLED = 5  # one of so many clients vanishes by kill -9 of its process
 _KILLED_AT_ONCE = 20
 
 
-def overload(fleet: AbusedFleet, seconds: float, settled_s: float = 10.0, max_tokens: int = 64) -> Figures:
+def overload(fleet: AbusedFleet, seconds: float, settled_s: float = 10.0) -> Figures:
     """Four times the capacity; memory counts from ``settled_s`` on."""
-    clients = Worker("load", fleet.address, seconds=seconds, num_clients=12, max_tokens=max_tokens)
+    clients = Worker("load", fleet.address, seconds=seconds, num_clients=12, max_tokens=64)
     clients.hear()  # the capacity has been measured, everything is warm
     memory = MemoryWatch(fleet.processes())
     figures = clients.result()

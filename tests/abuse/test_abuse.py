@@ -14,7 +14,7 @@ pytestmark = pytest.mark.integration
 def test_at_four_times_the_capacity_the_admitted_are_served_and_the_others_told_when_to_come(
     fleet: AbusedFleet,
 ) -> None:
-    figures = overload(fleet, seconds=8, settled_s=4, max_tokens=32)
+    figures = overload(fleet, seconds=8, settled_s=4)
     check_overload(figures, memory_percent=8, drift=2.0)
 
 

@@ -156,7 +156,6 @@ def decode(args):
         for h in range(group):
             shrink(sums_at + h * head_dim * 4, head_dim // WIDTH, np.float32(1.0) / kept[2 * h + 1])
         store(out_words, group * head_dim, out, (row * num_heads + first_head) * head_dim)
-    scores[0] = kept[0] = np.float32(
-        0.0
-    )  # numba frees an array after its last mention; an address does not count as one
+    # numba frees an array after its last mention, and an address does not count as one.
+    scores[0] = kept[0] = np.float32(0.0)
     weights[0] = 0

@@ -6,16 +6,11 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import numba
 
 from shardray.parallel.kernels import jit
 from shardray.parallel.kernels.jit import Kernel
-
-
-class _Plain(NamedTuple):
-    name: str = "plain"
 
 
 def lay_out_decodes(args):
@@ -44,4 +39,4 @@ def lay_out_decodes(args):
 
 @functools.cache
 def compile_lay_out() -> Kernel:
-    return jit.compile_kernel(lay_out_decodes, _Plain())
+    return jit.compile_kernel(lay_out_decodes)
