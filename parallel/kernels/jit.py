@@ -231,25 +231,31 @@ BFLOAT16 = Element("bfloat16", pointer_u16, widen, narrow)
 FLOAT32 = Element("float32", pointer_u32, copy_in, copy_out)
 
 
+@intrinsic
+def _float_of(typing_context: Any, bits: Any) -> Any:
+    """The float32 of those bits"""
+
+    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
+        return builder.bitcast(operands[0], context.get_value_type(types.float32))
+
+    return types.float32(types.int32), generate
+
+
 @numba.njit(inline="always", fastmath=MATH)
-def exp_in_place(values: Any, bits: Any, count: int) -> None:
-    """e ** values for values <= 88, within 2e-7 relative; lower ones than -87 count as -87. ``bits`` is int32 scratch.
+def exp(value: Any) -> Any:
+    """e ** value for float32 <= 88, within 2e-7 relative; lower ones than -87 count as -87.
 
     2 ** (n + f) with |f| <= 1/2: the power of two by exponent bits, the rest by its Taylor series to the 7th order.
     """
-    scale = bits.view(np.float32)
-    for i in range(count):
-        value = max(values[i], np.float32(-87.0))
-        whole = np.rint(value * np.float32(1.4426950408889634))
-        f = value - whole * np.float32(0.693359375) + whole * np.float32(2.12194440e-4)  # ln 2 in two parts
-        p = np.float32(1.0 / 5040.0)
-        p = p * f + np.float32(1.0 / 720.0)
-        p = p * f + np.float32(1.0 / 120.0)
-        p = p * f + np.float32(1.0 / 24.0)
-        p = p * f + np.float32(1.0 / 6.0)
-        p = p * f + np.float32(0.5)
-        p = p * f + np.float32(1.0)
-        values[i] = p * f + np.float32(1.0)
-        bits[i] = (np.int32(whole) + np.int32(127)) << np.int32(23)
-    for i in range(count):
-        values[i] *= scale[i]
+    value = max(value, np.float32(-87.0))
+    whole = np.rint(value * np.float32(1.4426950408889634))
+    f = value - whole * np.float32(0.693359375) + whole * np.float32(2.12194440e-4)  # ln 2 in two parts
+    p = np.float32(1.0 / 5040.0)
+    p = p * f + np.float32(1.0 / 720.0)
+    p = p * f + np.float32(1.0 / 120.0)
+    p = p * f + np.float32(1.0 / 24.0)
+    p = p * f + np.float32(1.0 / 6.0)
+    p = p * f + np.float32(0.5)
+    p = p * f + np.float32(1.0)
+    p = p * f + np.float32(1.0)
+    return p * _float_of((np.int32(whole) + np.int32(127)) << np.int32(23))

@@ -1,7 +1,7 @@
 """What stands between the matrix products of a layer, fused into one pass each, on CPUs.
 
-A task is one token or, of many, up to 16 that follow one another: their memory is then read in one stream, and threads
-do not write to the same lines of a page of keys.
+A task is a few tokens that follow one another: their memory is then read in one stream. More of them where keys are
+stored, so that threads seldom write to the same lines of a page.
 
 Legend: T tokens, H hidden size, F FFN columns of this rank, n / g query and KV heads, d head size. Norm weights, angles
 and everything computed are float32; activations are of the element's dtype.
@@ -18,16 +18,15 @@ import numpy as np
 from shardray.parallel.kernels import jit
 from shardray.parallel.kernels.jit import FLOAT32
 
-_TOKENS_A_TASK = 16
-_FEW_TOKENS = 64  # of a step: one for each task
+_TOKENS_A_TASK = 8
+_KEYS_A_TASK = 16
 
 _, pointer, load, store = FLOAT32  # replaced by those of the element a kernel is compiled for
 
 
 @numba.njit(inline="always")
-def _take_tokens(args, num_tokens):
+def _take_tokens(args, num_tokens, count):
     """The next task's tokens, [first, end); none are left when they begin behind the last"""
-    count = _TOKENS_A_TASK if num_tokens > _FEW_TOKENS else 1
     first = jit.take_task(args) * count
     return first, min(first + count, num_tokens)
 
@@ -40,7 +39,7 @@ def add(args):
     words, more_words = np.empty(size, np.uint32), np.empty(size, np.uint32)
     row, more = words.view(np.float32), more_words.view(np.float32)
     while True:
-        first, end = _take_tokens(args, num_tokens)
+        first, end = _take_tokens(args, num_tokens, _TOKENS_A_TASK)
         if first >= num_tokens:
             break
         for token in range(first, end):
@@ -60,7 +59,7 @@ def add_rms_norm(args):
     words, more_words = np.empty(size, np.uint32), np.empty(size, np.uint32)
     row, more = words.view(np.float32), more_words.view(np.float32)
     while True:
-        first, end = _take_tokens(args, num_tokens)
+        first, end = _take_tokens(args, num_tokens, _TOKENS_A_TASK)
         if first >= num_tokens:
             break
         for token in range(first, end):
@@ -92,7 +91,7 @@ def rotate_and_store(args):
     words = np.empty(head_dim, np.uint32)
     head = words.view(np.float32)
     while True:
-        first, end = _take_tokens(args, num_tokens)
+        first, end = _take_tokens(args, num_tokens, _KEYS_A_TASK)
         if first >= num_tokens:
             break
         for token in range(first, end):
@@ -126,17 +125,14 @@ def silu_gate(args):
     gate_up, out = pointer(a[3]), pointer(a[4])
     gate_words, up_words = np.empty(size, np.uint32), np.empty(size, np.uint32)
     gate, up = gate_words.view(np.float32), up_words.view(np.float32)
-    power, bits = np.empty(size, np.float32), np.empty(size, np.int32)
     while True:
-        first, end = _take_tokens(args, num_tokens)
+        first, end = _take_tokens(args, num_tokens, _TOKENS_A_TASK)
         if first >= num_tokens:
             break
         for token in range(first, end):
             load(gate_up, token * 2 * size, size, gate_words)
             load(gate_up, token * 2 * size + size, size, up_words)
             for i in range(size):
-                power[i] = min(-gate[i], np.float32(80.0))
-            jit.exp_in_place(power, bits, size)
-            for i in range(size):
-                gate[i] = gate[i] / (np.float32(1.0) + power[i]) * up[i]
+                power = jit.exp(min(-gate[i], np.float32(80.0)))
+                gate[i] = gate[i] / (np.float32(1.0) + power) * up[i]
             store(gate_words, size, out, token * size)
