@@ -85,6 +85,7 @@ def decode(setup: GpuSetup) -> Iterator[Record]:
                 if device_s is not None:
                     record |= {"device_ms": 1e3 * device_s, "device_idle": max(0.0, 1 - device_s / step_s)}
                 yield record
+        del llm  # and with it the device's memory, before the next one is opened
 
 
 def prefill(setup: GpuSetup) -> Iterator[Record]:
@@ -98,6 +99,7 @@ def prefill(setup: GpuSetup) -> Iterator[Record]:
                     "part": "prefill", "model": name, "prompt_len": num_tokens, "ms": 1e3 * min(times_s),
                     "share_of_peak": work.flops / setup.flops_per_s / min(times_s),
                 }  # fmt: skip
+        del llm
 
 
 def load(setup: GpuSetup) -> Iterator[Record]:
@@ -108,6 +110,7 @@ def load(setup: GpuSetup) -> Iterator[Record]:
         with _open(setup, name, record_steps=False) as llm:
             load_s = time.perf_counter() - begin_s
             weight_bytes = llm._mesh._shard.info.weight_bytes
+        del llm
         begin_s = time.perf_counter()
         with _open(setup, name, record_steps=True):
             both_s = time.perf_counter() - begin_s
@@ -133,6 +136,7 @@ def mixed(setup: GpuSetup) -> Iterator[Record]:
         begin_s = time.perf_counter()
         llm.generate([prompt for prompt, _ in requests], params)
         yield _mixed_record("shardray", setup, num_tokens, time.perf_counter() - begin_s)
+    del llm
     for label, run in (("continuous", transformers_continuous), ("static", transformers_static)):
         _free(setup)
         try:
@@ -161,8 +165,8 @@ def _open(setup: GpuSetup, name: str, record_steps: bool | None = None) -> LLM:
     options: dict[str, Any] = {"kv_memory_bytes": 64 << 20} if setup.device == "cpu" else {}
     return LLM(
         folder_of(name, Path(setup.root)), device=setup.device, max_model_len=min(16384, longest), max_num_seqs=most,
-        max_num_batched_tokens=max(8192, longest), record_steps=record_steps, prefix_caching=False,
-        **options,
+        max_num_batched_tokens=max(8192, longest), max_prefill_beside_decodes=max(8192, longest),
+        record_steps=record_steps, prefix_caching=False, **options,
     )  # fmt: skip
 
 
@@ -173,8 +177,12 @@ def _free(setup: GpuSetup) -> None:
 
 
 def _decode_step_s(llm: LLM, setup: GpuSetup, batch: int) -> float:
-    """What each further token of all sequences takes: the difference of two runs that begin alike."""
-    lens, few = [setup.context_len] * batch, 8
+    """What each further token of all sequences takes: the difference of two runs that begin alike.
+
+    No sequence ends before the last prompt is read, in both.
+    """
+    most_read = max(8192, setup.context_len)  # tokens a step, at least: see ``_open``
+    lens, few = [setup.context_len] * batch, 8 + 2 * (batch * setup.context_len // most_read)
     _generate_s(llm, lens, few)
     found = [
         (_generate_s(llm, lens, few + setup.num_steps) - _generate_s(llm, lens, few)) / setup.num_steps

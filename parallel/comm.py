@@ -176,7 +176,11 @@ class NcclComm:
         self._group = None
 
     def _run(self, operation: str, start: Callable[[], Any]) -> None:
-        self._explained(operation, lambda: start().wait())
+        def run() -> None:
+            if (work := start()) is not None:  # torch gives none for what is on the current stream
+                work.wait()
+
+        self._explained(operation, run)
 
     def _explained(self, operation: str, call: Callable[[], Any]) -> Any:
         try:

@@ -258,4 +258,5 @@ def exp(value: Any) -> Any:
     p = p * f + np.float32(0.5)
     p = p * f + np.float32(1.0)
     p = p * f + np.float32(1.0)
-    return p * _float_of((np.int32(whole) + np.int32(127)) << np.int32(23))
+    exponent = (np.int32(whole) + np.int32(127)) << np.int32(23)
+    return p * _float_of(exponent)  # type: ignore[call-arg]

@@ -142,6 +142,7 @@ class StaticInputs:
     def __init__(self, shape: DecodeShape, device: torch.device, num_buffers: int) -> None:
         """``num_buffers``: one more than the steps that may be on their way at once."""
         self._padding = _padding(shape)
+        self._max_splits = shape.max_splits
         layout = Layout(self._padding)
         self._on_device = torch.empty(layout.num_bytes, dtype=torch.uint8, device=device)
         self.tensors = layout.tensors(self._on_device)
@@ -149,8 +150,12 @@ class StaticInputs:
         self._turn = 0
         self._buffers[0].send(self._on_device)
 
+    def has_room_for(self, arrays: StepInputs[Array]) -> bool:
+        """Whether the contexts of a step of as many rows or fewer fit: those that share pages may be too long."""
+        return arrays.splits is None or len(arrays.splits) <= self._max_splits
+
     def fill(self, arrays: StepInputs[Array]) -> None:
-        """Put a step of as many rows or fewer in; the other rows are padding. One copy, which is not waited for."""
+        """Put a step that there is room for in; the other rows are padding. One copy, which is not waited for."""
         buffer = self._buffers[self._turn]
         self._turn = (self._turn + 1) % len(self._buffers)
         buffer.wait_until_read()

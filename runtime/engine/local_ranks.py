@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TextIO
 
 import msgspec
 
@@ -114,15 +115,22 @@ def _start(place: ShardAssignment) -> subprocess.Popen[str]:
     return process
 
 
+def _take_stdout() -> TextIO:
+    """What our leader reads. What libraries print (NCCL its log) goes to stderr from now on."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return answers
+
+
 def main() -> int:
     """The life of a rank that is not the leader."""
-    place = msgspec.json.decode(sys.stdin.readline(), type=ShardAssignment)
+    place, answers = msgspec.json.decode(sys.stdin.readline(), type=ShardAssignment), _take_stdout()
     try:
         shard = form_shard(place)
     except Exception as error:
-        print(f"{type(error).__name__}: {error}".replace("\n", " "), flush=True)
+        print(f"{type(error).__name__}: {error}".replace("\n", " "), file=answers, flush=True)
         return 1
-    print(_FORMED, flush=True)
+    print(_FORMED, file=answers, flush=True)
     try:
         shard.serve()
     except MeshError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from shardray.parallel.errors import MeshError
 from shardray.parallel.mesh import Mesh
 from shardray.parallel.spans import Spans
 from shardray.runtime.engine.inputs import Array, DecodeShape, StaticInputs, StepInputs, decode_sizes
-from shardray.runtime.engine.recorder import choose_recorder, find_obstacle
+from shardray.runtime.engine.recorder import Recorder, choose_recorder, find_obstacle
 from shardray.runtime.engine.slots import LaidOut, SlotTable
 from shardray.runtime.engine.step import StepPlan
 from shardray.runtime.model.attention import StepView
@@ -48,8 +48,12 @@ class RecordedStep:
         self._hidden = hidden
         self._replay = replay
 
+    def has_room_for(self, arrays: StepInputs[Array]) -> bool:
+        """Of a step of that many rows or fewer: see StaticInputs."""
+        return self._inputs.has_room_for(arrays)
+
     def replay(self, arrays: StepInputs[Array], hidden: Tensor | None) -> tuple[StepOutput, Tensor]:
-        """Run a step of that many rows or fewer: see RecordedSteps."""
+        """Run a step that there is room for: see RecordedSteps."""
         num_rows = len(arrays.slots)
         self._inputs.fill(arrays)
         if self._hidden is not None:
@@ -78,7 +82,7 @@ class RecordedSteps:
         if not laid_out.is_decode:
             return None
         step = self._steps[self.sizes[bisect_left(self.sizes, len(laid_out.inputs.slots))]]
-        return step.replay(laid_out.inputs, hidden)
+        return step.replay(laid_out.inputs, hidden) if step.has_room_for(laid_out.inputs) else None
 
 
 class StepRecording:
@@ -107,26 +111,27 @@ class StepRecording:
             _log.info("decode steps run operation by operation: a recording cannot hold %s", obstacle)
         if not self._mesh.agree_on_minimum("decode steps can be recorded", int(obstacle is None)):
             return None
-        steps = self._record_all(sizes)
-        if not self._mesh.agree_on_minimum("decode steps are recorded", int(steps is not None)):
-            return None
-        assert steps is not None
+        recorder, steps = choose_recorder(self._mesh.spec.device), {}
+        for num_rows in reversed(sizes):
+            step = self._record_one(recorder, num_rows)
+            # Each by itself: ranks that went on alone would wait on the device for the one that could not.
+            if not self._mesh.agree_on_minimum(f"decode steps of {num_rows} rows are recorded", int(step is not None)):
+                return None
+            assert step is not None
+            steps[num_rows] = step
         _log.info("recorded decode steps of up to %d rows in %.1f s", sizes[-1], time.monotonic() - begin_s)
         return RecordedSteps(steps)
 
-    def _record_all(self, sizes: Sequence[int]) -> dict[int, RecordedStep] | None:
-        recorder, steps = choose_recorder(self._mesh.spec.device), {}
+    def _record_one(self, recorder: Recorder, num_rows: int) -> RecordedStep | None:
         try:
-            for num_rows in reversed(sizes):
-                inputs, run = self._step(num_rows)
-                hidden = None if self._hidden is None else self._hidden[:num_rows]
-                steps[num_rows] = RecordedStep(inputs, hidden, recorder.record(run))
+            inputs, run = self._step(num_rows)
+            hidden = None if self._hidden is None else self._hidden[:num_rows]
+            return RecordedStep(inputs, hidden, recorder.record(run))
         except MeshError:
             raise
         except RuntimeError as error:
             _log.warning("decode steps could not be recorded, and run slower: %s", str(error).splitlines()[0])
             return None
-        return steps
 
     def _step(self, num_rows: int) -> tuple[StaticInputs, Callable[[], StepOutput]]:
         """The inputs of a step, and the step."""

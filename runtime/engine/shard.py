@@ -160,6 +160,8 @@ def form_shard(
     """
     _pin(assignment)
     torch.set_num_threads(1)  # see _use_cores
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()  # what an earlier mesh of this process had is to be counted as free
     folder, device = Path(assignment.model_dir), torch.device(assignment.device)
     served, plan = read_plan(assignment)
     spec, dtype = served.spec, served.dtype

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from shardray.runtime.engine.inputs import (
     decode_sizes,
     upload,
 )
+from shardray.runtime.engine.recorded import RecordedStep, RecordedSteps, StepOutput
 from shardray.runtime.engine.slots import SlotTable
 from shardray.runtime.engine.step import PageGrant, Row, StepPlan
 from shardray.runtime.model.kernels.splits import decode_splits
@@ -112,6 +115,21 @@ def test_tasks_of_recorded_rows_are_those_of_the_step_and_rows_that_fill_up_have
         assert tasks.tiles.shape == (0, 2)
         counts = [1] * len(plan.rows) + [0] * (NUM_SLOTS + 2 - len(plan.rows))
         assert tasks.query_starts.tolist() == [0, *np.cumsum(counts).tolist()]
+
+
+def test_contexts_that_share_more_pages_than_there_are_run_operation_by_operation() -> None:
+    block_size, num_rows = 64, 8
+    shape = DecodeShape(num_rows, 64, block_size, 70, num_rows, has_tasks=True)
+    step = RecordedStep(StaticInputs(shape, CPU, num_buffers=2), None, lambda: StepOutput(None, torch.arange(num_rows)))
+    for num_shared, runs in ((4, True), (60, False)):
+        slots = SlotTable(num_rows, 64 * block_size, block_size, CPU)
+        slots.has_tasks = True
+        shared = tuple(range(num_shared))
+        slots.grant([PageGrant(slot, 0, (*shared, num_shared + slot)) for slot in range(num_rows)])
+        rows = tuple(Row(slot, num_shared * block_size, (3,), True) for slot in range(num_rows))
+        plan = StepPlan(0, (), (), rows)
+        found = RecordedSteps({num_rows: step}).run(plan, partial(slots.lay_out, plan), None)
+        assert (found is not None) == runs
 
 
 @settings(max_examples=80, deadline=None)

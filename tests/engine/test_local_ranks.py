@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -64,3 +66,12 @@ def test_a_rank_that_dies_ends_the_requests_with_its_name(reference: Reference) 
         with pytest.raises(RuntimeError, match="rank 1"):
             llm.generate(PROMPTS, GREEDY)
     assert not other_ranks()
+
+
+def test_what_libraries_print_does_not_reach_the_leader() -> None:
+    script = (
+        "import os\nfrom shardray.runtime.engine.local_ranks import _take_stdout\nanswers = _take_stdout()\n"
+        "os.write(1, b'NCCL INFO Bootstrap')\nprint('formed', file=answers, flush=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("formed\n", "NCCL INFO Bootstrap")

@@ -110,6 +110,26 @@ def test_most_steps_run_as_recordings_and_their_rows_read_what_is_theirs(
     assert len(replays) >= 19
 
 
+def test_steps_run_operation_by_operation_where_one_of_them_cannot_be_recorded(
+    tiny: Reference, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full(EagerRecorder):
+        num_recorded = 0
+
+        def record(self, run: Any) -> Any:
+            self.num_recorded += 1
+            if self.num_recorded == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().record(run)
+
+    monkeypatch.setattr("shardray.runtime.engine.recorded.choose_recorder", lambda device: Full())
+    with LLM(tiny.folder, dtype="float32", device="cpu", record_steps=True, max_num_seqs=5) as llm:
+        found = llm.generate([5, 6, 7], SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))[0]
+        assert llm._mesh._shard._runner._recorded is None
+    assert list(found.token_ids) == tiny.greedy((5, 6, 7), 8)
+    assert "decode steps could not be recorded, and run slower: CUDA out of memory" in caplog.text
+
+
 def test_experts_are_seen_to_need_the_host_and_run_as_ever(pool: RankPool, tmp_path: Path) -> None:
     folder = save("mixtral", tmp_path)
     arrivals = make_arrivals(90, [5, 20], max_tokens=8)

@@ -32,7 +32,10 @@ def prefill_tiles(counts: np.ndarray, num_decodes: int) -> np.ndarray:
 
 
 def max_splits(num_rows: int, max_context_len: int, num_tokens: int) -> int:
-    """How many splits ``num_rows`` decodes can have, none longer than ``max_context_len``, ``num_tokens`` in all."""
+    """How many splits ``num_rows`` decodes can have, none longer than ``max_context_len``, ``num_tokens`` in all.
+
+    Contexts that share pages count each token as often as it is shared.
+    """
     return min(num_rows * -(-max_context_len // SPLIT), num_rows + num_tokens // SPLIT)
 
 
