@@ -103,9 +103,10 @@ class Mesh:
 def open_mesh(spec: MeshSpec, max_tokens: int, hidden_size: int, dtype: torch.dtype) -> Mesh:
     """Open this rank's groups, pipes and links; every rank of the mesh calls it. Raises MeshError."""
     meeting = Meeting(spec)
-    meeting.introduce()
     opener = _Opener(spec, meeting, max_tokens, hidden_size, dtype)
     with ExitStack() as undo:
+        undo.callback(meeting.close)
+        meeting.introduce()
         links = opener.control_links()
         for link in links.values():
             undo.callback(link.close)

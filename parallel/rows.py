@@ -15,6 +15,8 @@ from torch import Tensor
 
 from shardray.parallel.workspace import empty
 
+NOT_FINITE = -1  # instead of a column: a score of the row is infinite or NaN
+
 if TYPE_CHECKING:
     from shardray.parallel.kernels.rows import Kernels
 
@@ -51,10 +53,10 @@ def take_rows(table: Tensor, index: Tensor, first: int | None = None) -> Tensor:
 
 
 def put_words(table: Tensor, index: Tensor, values: Tensor) -> None:
-    """``table[index] = values``, all int64 and (T,); no row twice."""
+    """``table[index] = values``, all int64 and (T,); no row twice. 0 instead of values below."""
     kernels = _kernels(table.device)
     if kernels is None:
-        table.index_copy_(0, index, values)
+        table.index_copy_(0, index, values.clamp_min(0))
     else:
         kernels.put_words(1, len(index), index.data_ptr(), values.data_ptr(), table.data_ptr())
 
@@ -78,7 +80,7 @@ def fill_in(values: Tensor, missing: int, table: Tensor, index: Tensor) -> Tenso
 def best_columns(scores: Tensor, first: int) -> Tensor:
     """(T, V) float32 -> (T, 2) float64: the highest score of each row, and its column, numbered from ``first`` on.
 
-    Of equal ones the first column; without columns minus infinity.
+    Of equal ones the first column; without columns minus infinity. A NaN counts as the highest.
     """
     num_rows, num_columns = scores.shape
     kernels = _kernels(scores.device)
@@ -89,26 +91,31 @@ def best_columns(scores: Tensor, first: int) -> Tensor:
         return out
     if num_columns == 0:
         return torch.tensor([-torch.inf, first], dtype=torch.float64, device=scores.device).expand(num_rows, 2)
-    columns = scores.argmax(dim=1, keepdim=True)
-    return torch.cat((scores.gather(1, columns).double(), (columns + first).double()), dim=1)
+    best, columns = scores.max(dim=1)
+    return torch.stack((best.double(), (columns + first).double()), dim=1)
 
 
 def pick_best(pairs: Tensor) -> Tensor:
-    """(ranks, T, 2) of ``best_columns`` -> (T,) int64: the column of the highest score, of equal ones the first."""
+    """(ranks, T, 2) of ``best_columns`` -> (T,) int64: the column of the highest score, of equal ones the first.
+
+    NOT_FINITE where that score is infinite or NaN.
+    """
     num_ranks, num_rows, _ = pairs.shape
     kernels = _kernels(pairs.device)
     if kernels is not None:
         pairs, out = pairs.contiguous(), torch.empty(num_rows, dtype=torch.int64)
         kernels.pick_best(1, num_ranks, num_rows, pairs.data_ptr(), out.data_ptr())
         return out
-    best = pairs[:, :, 0].argmax(dim=0)
-    return pairs[best, torch.arange(num_rows, device=pairs.device), 1].long()
+    scores, ranks = pairs[:, :, 0].max(dim=0)
+    columns = pairs[ranks, torch.arange(num_rows, device=pairs.device), 1].long()
+    return columns.masked_fill_(~(scores < torch.inf), NOT_FINITE)
 
 
 def best_column(scores: Tensor) -> Tensor:
-    """(T, V) float32 -> (T,) int64: the column of each row's highest score, of equal ones the first."""
+    """(T, V) float32 -> (T,) int64: the column of each row's highest score, of equal ones the first, or NOT_FINITE."""
     if _kernels(scores.device) is None:
-        return scores.argmax(dim=1)
+        best, columns = scores.max(dim=1)
+        return columns.masked_fill_(~(best < torch.inf), NOT_FINITE)
     return pick_best(best_columns(scores, 0)[None])
 
 

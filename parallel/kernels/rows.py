@@ -39,11 +39,11 @@ def take_rows(args):
 
 
 def put_words(args):
-    """args: counter, T, index (T,), values (T,), table.  table[index[i]] = values[i], all int64"""
+    """args: counter, T, index (T,), values (T,), table.  table[index[i]] = max(values[i], 0), all int64"""
     a = numba.carray(args, (5,))
     index, values, table = jit.pointer_i64(a[2]), jit.pointer_i64(a[3]), jit.pointer_i64(a[4])
     for i in range(a[1]):
-        table[index[i]] = values[i]
+        table[index[i]] = max(values[i], 0)
 
 
 def fill_in(args):
@@ -60,15 +60,15 @@ def fill_in(args):
 
 @numba.njit(inline="always")
 def _in_order(bits):
-    """int32 that are in the order of the floats of those bits; both zeros are equal."""
-    sign = bits >> np.int32(31)
-    return ((bits & np.int32(0x7FFFFFFF)) ^ sign) - sign
+    """int32 that are in the order of the floats of those bits; both zeros are equal, and NaN is above all."""
+    sign, size = bits >> np.int32(31), bits & np.int32(0x7FFFFFFF)
+    return np.int32(0x7FFFFFFF) if size > np.int32(0x7F800000) else (size ^ sign) - sign
 
 
 def best_columns(args):
     """args: counter, T, V, first, scores (T, V) float32, out (T, 2) float64: the highest score, its column + first.
 
-    Of equal ones the first column counts.
+    Of equal ones the first column counts. A NaN counts as the highest.
     """
     a = numba.carray(args, (6,))
     num_columns, scores, out = a[2], jit.pointer_i32(a[4]), numba.carray(jit.pointer_f64(a[5]), (a[1], 2))
@@ -94,16 +94,16 @@ def best_columns(args):
 def pick_best(args):
     """args: counter, ranks, T, pairs (ranks, T, 2) float64, out (T,) int64: of the highest first the second.
 
-    Of equal ones that of the lowest rank.
+    Of equal ones that of the lowest rank; -1 where the highest is not finite, or NaN.
     """
     a = numba.carray(args, (5,))
     pairs, out = numba.carray(jit.pointer_f64(a[3]), (a[1], a[2], 2)), jit.pointer_i64(a[4])
     for row in range(a[2]):
         best = 0
         for rank in range(1, a[1]):
-            if pairs[rank, row, 0] > pairs[best, row, 0]:
+            if pairs[rank, row, 0] > pairs[best, row, 0] or np.isnan(pairs[rank, row, 0]):
                 best = rank
-        out[row] = np.int64(pairs[best, row, 1])
+        out[row] = np.int64(pairs[best, row, 1]) if pairs[best, row, 0] < np.inf else -1
 
 
 class Kernels(NamedTuple):

@@ -267,7 +267,7 @@ class Driver:
 
     def _on_output(self, live: LiveRequest, output: TokenOutput) -> None:
         if output.finish_reason is FinishReason.ERROR:
-            live.stream.fail(UnavailableError(output.error or "the replica could not finish the request"))
+            live.stream.fail(BrokenRequestError(output.error or "the replica could not finish the request"))
             return self._end(live)
         if output.steps:
             self._live.observer.on_steps(live, output.steps)

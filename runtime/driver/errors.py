@@ -73,4 +73,5 @@ class UnavailableError(RetryableError):
 
 
 class BrokenRequestError(RequestError):
-    """The request breaks the step that runs it, also when it runs alone; to send it again is of no use."""
+    """The request breaks the step that runs it, also when it runs alone, or has logits that are not numbers; to send it
+    again is of no use."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,13 +36,14 @@ class Completion:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: str | None = None  # why it ended with FinishReason.ERROR
 
     def add(self, streamed: Streamed) -> None:
         """What came next."""
         delta, output = streamed.delta, streamed.output
         self.text += delta.text
         self.token_ids += delta.token_ids
-        self.finish_reason = delta.finish_reason
+        self.finish_reason, self.error = delta.finish_reason, output.error
         if output.logprob is not None:
             self.logprobs.append(output.logprob)
             self.top_logprobs.append(output.top_logprobs)
@@ -136,7 +138,9 @@ class LLM:
         """Deltas of one completion as they come. Dropping the iterator cancels the request."""
         streams = self.streams()
         streams.add(prompt, params)
-        return _deltas(streams)
+        deltas = _deltas(streams)
+        weakref.finalize(deltas, streams.close)  # what was never begun has nothing to finish
+        return deltas
 
     def streams(self) -> Streams:
         """Several requests, to be added and read by one thread. Close it if you leave before its end."""
@@ -153,9 +157,16 @@ class LLM:
         """
         pooling = pooling or self._engine.info.default_pooling or Pooling()
         streams, batch = self.streams(), _as_batch(prompts)
-        for prompt in batch:
-            streams.add(prompt, SamplingParams(seed=0), pooling)
-        embeddings = {streamed.number: streamed.output.embedding or b"" for streamed in streams}
+        embeddings = {}
+        try:
+            for prompt in batch:
+                streams.add(prompt, SamplingParams(seed=0), pooling)
+            for number, _, output in streams:
+                if output.embedding is None:
+                    raise RuntimeError(output.error or "the engine ended the request without an embedding")
+                embeddings[number] = output.embedding
+        finally:
+            streams.close()
         return [torch.frombuffer(bytearray(embeddings[i]), dtype=torch.float32) for i in range(len(batch))]
 
     def stats(self) -> EngineStats:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from shardray.parallel.rows import NOT_FINITE
 from shardray.runtime.engine.candidates import is_filtered, survivors
 from shardray.runtime.engine.inputs import to_device
 from shardray.runtime.engine.noise import exponential_noise, hash_token_ids, noise_key
@@ -60,7 +61,10 @@ class _Logprobs(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """The tokens of a batch, (num_rows,) int64, and the logprobs that were asked for; all still on the device."""
+    """The tokens of a batch, (num_rows,) int64, and the logprobs that were asked for; all still on the device.
+
+    NOT_FINITE where the logits are not.
+    """
 
     tokens: torch.Tensor
     logprobs: Sequence[_Logprobs] = ()
@@ -107,12 +111,14 @@ class Sampler:
         new token of row i in its prompt + output. No slot may appear twice.
         """
         states = [self._slots[slot] for slot in slots]
+        is_finite = logits.amax(dim=-1) < torch.inf  # or -inf: what is barred is not counted
         self._process(logits, states)
         choices = self._choose(logits, states, positions)
-        tokens = torch.empty(len(states), dtype=torch.int64, device=self._device)
+        tokens = torch.zeros(len(states), dtype=torch.int64, device=self._device)
         for choice in choices:
             tokens[self._index(choice.rows)] = choice.tokens
         self._advance(states, tokens)
+        tokens = tokens.masked_fill_(~is_finite, NOT_FINITE)
         return Draw(tokens, [found for choice in choices if (found := self._logprobs(choice, states))])
 
     def _process(self, logits: torch.Tensor, states: Sequence[_Slot]) -> None:

@@ -21,6 +21,10 @@ from shardray.runtime.engine.traced import TracedStep
 
 __all__ = ["Scheduler", "SchedulerLimits"]
 
+_NOT_FINITE = (
+    "the model's logits are not numbers; serve it in bfloat16 or float32 if this is float16, or check its weights"
+)
+
 
 @dataclass(slots=True)
 class _Draft:
@@ -143,6 +147,11 @@ class Scheduler:
         for sequence, sampled in zip(draft.sampling, result.sampled, strict=True):
             sequence.num_unresolved -= 1
             if sequence.finished:  # cancelled, or stopped by a token that was unresolved when this step was planned
+                continue
+            if sampled.token_id < 0:
+                self._finish(sequence)
+                request_id = sequence.request.request_id
+                outputs.append(TokenOutput(request_id, finish_reason=FinishReason.ERROR, error=_NOT_FINITE))
                 continue
             sequence.token_ids.append(sampled.token_id)
             self._num_output_tokens += 1

@@ -70,7 +70,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Sampled(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """The token of one sampling row."""
+    """The token of one sampling row; -1 where its logits are not finite."""
 
     token_id: int
     logprob: float | None = None

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import shardray
 from shardray import LLM, SamplingParams
@@ -58,6 +60,32 @@ def test_a_dropped_stream_frees_its_pages(llm: LLM) -> None:
     assert llm.stats().num_used_pages > 0
     stream.close()
     wait_until_idle(llm)
+
+
+def test_a_stream_that_nobody_began_to_read_is_ended_with_its_iterator() -> None:
+    with LLM("smollm2-135m", dtype="float32", max_model_len=8192, num_threads=1) as llm:
+        stream = llm.stream("The sun", SamplingParams(max_tokens=4000, ignore_eos=True))
+        while llm.stats().num_running == 0:
+            threading.Event().wait(0.01)
+        del stream
+        wait_until_idle(llm)
+
+
+@pytest.mark.parametrize("logprobs", [None, 2])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_logits_that_are_not_numbers_end_a_request_with_an_error(
+    tmp_path: Path, temperature: float, logprobs: int | None
+) -> None:
+    folder = save_llama(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, folder / "model.safetensors")
+    params = SamplingParams(temperature=temperature, top_p=0.9, max_tokens=8, logprobs=logprobs)
+    with LLM(folder, max_model_len=128, num_threads=1) as llm:
+        for completion in llm.generate([[3, 4, 5], [6, 7]], params):
+            assert (completion.token_ids, completion.finish_reason) == ([], FinishReason.ERROR)
+            assert completion.error is not None
+            assert "logits are not numbers" in completion.error
 
 
 def test_one_thread_reads_many_requests_and_adds_more_meanwhile(llm: LLM) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from shardray.runtime.engine.request import FieldError, FinishReason, SamplingParams, TokenOutput
 from shardray.runtime.engine.scheduler import Scheduler
+from shardray.runtime.engine.step import Sampled, StepResult
 from tests.engine.scheduling import (
     EOS_ID,
     LIMITS,
@@ -81,6 +82,20 @@ def test_pages_and_slot_of_an_ended_request_serve_the_very_next_plan() -> None:
     second = planned(scheduler)
     assert second.starts[0].slot == first.starts[0].slot
     assert second.grants == first.grants
+
+
+def test_a_request_whose_logits_are_not_numbers_ends_and_the_others_go_on() -> None:
+    scheduler = Scheduler(LIMITS)
+    add(scheduler, "a", max_tokens=5)
+    add(scheduler, "b", max_tokens=2)
+    plan = planned(scheduler)
+    result = StepResult(plan.step, (Sampled(-1), Sampled(7)))
+    ended, token = scheduler.commit(result)
+    assert (ended.request_id, ended.token_id, ended.finish_reason) == ("a", None, FinishReason.ERROR)
+    assert "bfloat16 or float32" in (ended.error or "")
+    assert (token.request_id, token.token_id) == ("b", 7)
+    assert [output.request_id for output in run_to_end(scheduler)] == ["b"]
+    scheduler.check_integrity()
 
 
 def test_prompts_take_the_whole_budget_alone_and_a_bounded_part_of_it_beside_decodes() -> None:

@@ -60,6 +60,18 @@ def test_what_is_missing_comes_from_the_table_that_words_were_put_into() -> None
     assert check_same(lambda: rows.fill_in(values, -1, table, index)).tolist() == [80, 9, 70, 0]
 
 
+def test_a_score_that_is_not_finite_leaves_no_column() -> None:
+    block = torch.tensor([[1.0, 2.0, torch.nan, 0.0], [torch.nan] * 4, [3.0, torch.inf, 5.0, 6.0], [-torch.inf] * 4])
+    block[0, 2] = torch.tensor(-0x400000, dtype=torch.int32).view(torch.float32)  # as x86 makes them, below zero
+    assert torch.isnan(block[0, 2])
+    assert check_same(lambda: rows.best_column(block)).tolist() == [rows.NOT_FINITE] * 3 + [0]
+    pairs = torch.stack([rows.best_columns(block[:, :2], 0), rows.best_columns(block[:, 2:], 2)])
+    assert check_same(lambda: rows.pick_best(pairs)).tolist() == [rows.NOT_FINITE] * 3 + [0]
+    table = torch.full((4,), 9)
+    rows.put_words(table, torch.arange(4), rows.best_column(block))
+    assert table.tolist() == [0, 0, 0, 0]
+
+
 scores = st.sampled_from([-torch.inf, -3.5, -0.0, 0.0, 2.0**-140, 2.25, 2.0**127, torch.inf])
 
 
