@@ -126,7 +126,7 @@ class Replica:
             async with self._lock:
                 if self.is_given_up:
                     return
-                self._outlet.down(self.replica_id, "its shape is being changed back")
+                self._outlet.down(self.replica_id, "its shape is being changed back", failed=False)
                 await self._slot.let_go()
                 self.recipe = recipe
                 await self._form_until_it_runs(str(error))
@@ -181,7 +181,7 @@ class Replica:
 
     async def _recover(self, failure: MeshFailure) -> None:
         began_s = time.monotonic()
-        self._outlet.down(self.replica_id, failure.reason)
+        self._outlet.down(self.replica_id, failure.reason, failed=True)
         _log.error("replica %d lost its mesh: %s", self.replica_id, failure.reason)
         self._events(ReplicaLost(self.replica_id, failure.reason, failure.failures[0]))
         self._crash_loop.note_end(self._slot.age_s)
@@ -259,7 +259,7 @@ class Replica:
                     hosts = await self._pool.take(self.recipe.size, self._ignore_wait, _ROOM_S, slot.hosts)
                 except ClusterError:
                     continue
-                self._outlet.down(self.replica_id, "there is room for its configured shape again")
+                self._outlet.down(self.replica_id, "there is room for its configured shape again", failed=False)
                 added = hosts[len(slot.hosts) :]
                 await slot.let_go()
                 slot.hosts += added
@@ -279,7 +279,7 @@ class Replica:
         await before[1].retire()
 
     async def _reshape_in_place(self, recipe: MeshRecipe) -> None:
-        self._outlet.down(self.replica_id, "its shape is being changed")
+        self._outlet.down(self.replica_id, "its shape is being changed", failed=False)
         await self._slot.let_go()
         before, self.recipe = self.recipe, recipe
         try:

@@ -75,8 +75,8 @@ class FleetController:
     async def up(self, replica_id: int, mesh: FormedMesh) -> None:
         await self._driver.attach(replica_id, mesh.address, mesh.credentials, mesh.shards)
 
-    def down(self, replica_id: int, reason: str) -> None:
-        self._driver.suspend(replica_id, reason)
+    def down(self, replica_id: int, reason: str, failed: bool) -> None:
+        self._driver.suspend(replica_id, reason, failed)
 
     # The operator's side.
 
