@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from shardray.parallel.credentials import Credentials
 from shardray.parallel.tls import TlsFiles
 from shardray.runtime.cluster.errors import ClusterError, FormError, HostDied, HostSilent
-from shardray.runtime.cluster.layout import CoreShare, rank_order
+from shardray.runtime.cluster.layout import CoreShare, own_memory, rank_order
 from shardray.runtime.cluster.remote_host import RemoteHost
 from shardray.runtime.cluster.reports import FailureKind, FormReport, RankFailure, place_text
 from shardray.runtime.config import Config
@@ -149,7 +149,7 @@ async def _assign(
             max_prefill_beside_decodes=config.engine.max_prefill_beside_decodes,
             prefix_caching=config.engine.prefix_caching,
             block_size=config.engine.block_size,
-            memory_utilization=_own_memory(config.engine.memory_utilization, nodes, rank, shares[rank]),
+            memory_utilization=own_memory(config.engine.memory_utilization, host.info, nodes, shares[rank]),
             kv_memory_bytes=config.engine.kv_memory_bytes,
             tensor_split=config.parallel.tensor_split,
             stage_layers=config.parallel.stage_layers,
@@ -175,14 +175,6 @@ async def _while_it_answers(host: RemoteHost, call: Coroutine[Any, Any, _T], sil
         return task.result()
     finally:
         task.cancel()
-
-
-def _own_memory(utilization: float, nodes: Sequence[str], rank: int, share: CoreShare) -> float:
-    """The part of ``utilization`` that this mesh may take where other replicas have hosts on the same node.
-
-    The ranks of one mesh divide it among themselves.
-    """
-    return utilization * nodes.count(nodes[rank]) / share.hosts_on_node
 
 
 class _Forming:
