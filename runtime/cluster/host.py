@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import psutil
 import ray
 
 from shardray.parallel.credentials import Credentials
@@ -77,7 +76,6 @@ class Host:
             device=_device(),
             gpu_ids=tuple(str(gpu) for gpu in ray.get_gpu_ids()),
             cpu_ids=self._cpu_ids,
-            free_memory_bytes=psutil.virtual_memory().available,
         )
         return msgspec.msgpack.encode(info)
 

@@ -115,6 +115,14 @@ def free_bundles(need: HostsNeed) -> int:
     return _num_fitting(need.bundle, free)
 
 
+def node_memory(need: HostsNeed) -> list[int]:
+    """Bytes that each node on which a bundle fits had free when Ray was started there. Blocks on Ray."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    able = [node for node in nodes if _num_fitting(need.bundle, node)]
+    # Ray keeps a part of it for its object store, of which hosts use next to nothing.
+    return [int(node.get("memory", 0) + node.get("object_store_memory", 0)) for node in able]
+
+
 def _num_fitting(bundle: Resources, node: Resources) -> int:
     return min(int((node.get(name, 0.0) + 1e-6) // amount) for name, amount in bundle.items())
 

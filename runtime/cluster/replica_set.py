@@ -17,7 +17,7 @@ from shardray.runtime.cluster.events import EventSink, ignore_events
 from shardray.runtime.cluster.form import MeshRecipe, tls_files
 from shardray.runtime.cluster.layout import CoreShare, core_shares
 from shardray.runtime.cluster.outlet import Outlet
-from shardray.runtime.cluster.placement import HostsNeed, free_bundles
+from shardray.runtime.cluster.placement import HostsNeed, free_bundles, node_memory
 from shardray.runtime.cluster.pool import HostPool
 from shardray.runtime.cluster.ray_session import RaySession
 from shardray.runtime.cluster.remote_host import RemoteHost
@@ -129,18 +129,17 @@ class ReplicaSet:
         unit = self.pool.kind.need.unit
         return f"needs {num_hosts} {unit} bundles, the fleet has {num_own} and the cluster {num_free} free"
 
-    def memory_of_nodes(self) -> list[int]:
-        """Bytes that each node of the hosts had free when the first of them started."""
-        free: dict[str, int] = {}
-        for replica in self.replicas:
-            for host in replica.hosts:
-                free[host.info.node_id] = max(free.get(host.info.node_id, 0), host.info.free_memory_bytes)
-        return list(free.values())
+    @property
+    def is_on_gpus(self) -> bool:
+        """Whether each host has a GPU."""
+        return self.pool.kind.need.gpus_per_host > 0
 
-    def memory_of_gpus(self) -> list[int]:
-        """Bytes of each GPU in a mesh; empty for a fleet of CPUs, and while no mesh runs."""
+    async def memory_of_devices(self) -> list[int]:
+        """Bytes of each GPU in a mesh, none while no mesh runs; on CPUs, of each node that could hold a host."""
+        if not self.is_on_gpus:
+            return await asyncio.to_thread(node_memory, self.pool.kind.need)
         meshes = [replica.mesh for replica in self.replicas if replica.mesh is not None]
-        return [shard.device_bytes for mesh in meshes for shard in mesh.shards if shard.device_bytes]
+        return [shard.device_bytes for mesh in meshes for shard in mesh.shards]
 
     async def stop(self) -> None:
         """Stop every replica and leave Ray; a local Ray ends. Idempotent."""

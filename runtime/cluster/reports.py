@@ -19,7 +19,6 @@ class HostInfo(msgspec.Struct, frozen=True, kw_only=True):
     device: str  # "cpu" or "cuda:0": a host sees its own GPU only
     gpu_ids: tuple[str, ...] = ()  # as its node counts them
     cpu_ids: tuple[int, ...]  # cores it may run on
-    free_memory_bytes: int  # of its node
     group: str  # name of the placement group that it sits in
     bundle: int  # of that group
 

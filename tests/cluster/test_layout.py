@@ -26,7 +26,6 @@ def _host(node_id: str, gpu: int | None = None, num_cpus: int = 8) -> HostInfo:
         device="cpu" if gpu is None else "cuda:0",
         gpu_ids=() if gpu is None else (str(gpu),),
         cpu_ids=tuple(range(num_cpus)),
-        free_memory_bytes=1 << 30,
         group="g",
         bundle=0,
     )

@@ -21,6 +21,7 @@ from shardray.runtime.cluster.ray_session import RaySession
 from shardray.runtime.cluster.remote_host import RemoteHost
 from shardray.runtime.cluster.replica_set import ReplicaSet
 from shardray.runtime.cluster.reports import FailureKind
+from shardray.runtime.driver.fit import check_room
 from tests.cluster.fleets import (
     RecordingOutlet,
     descendants,
@@ -192,6 +193,7 @@ async def test_a_replica_that_was_given_up_is_kept_again_in_the_next_shape(
         assert fleet.replicas[0].is_given_up
         assert isinstance(events[-1], ReplicaGaveUp)
         (tmp_path / "weights").rename(folder / "model.safetensors")
+        await check_room(fleet, _shape(fleet, 2, 1), 1)
         await fleet.replicas[0].reshape(_shape(fleet, 2, 1))
         mesh = outlet.meshes[0]
         os.kill(mesh.hosts[1].info.pid, signal.SIGKILL)
