@@ -89,7 +89,7 @@ async def load_recipe(before: MeshRecipe, source: str) -> MeshRecipe:
         raise OperationRefusedError(f"{source}: {error}") from error
     if new.vocab_size != old.vocab_size or _tokenizer(model_dir) != _tokenizer(Path(before.model_dir)):
         raise OperationRefusedError(f"{source} has another tokenizer than the model that is served; serve it afresh")
-    model = dataclasses.replace(before.config.model, source=source)
+    model = dataclasses.replace(before.config.model, source=source, revision=None)  # that was the old source's
     return MeshRecipe(dataclasses.replace(before.config, model=model), str(model_dir))
 
 
