@@ -19,6 +19,7 @@ from shardray.runtime.cluster.layout import CoreShare, core_shares
 from shardray.runtime.cluster.outlet import Outlet
 from shardray.runtime.cluster.placement import HostsNeed, free_bundles, node_memory
 from shardray.runtime.cluster.pool import HostPool
+from shardray.runtime.cluster.ray_call import in_ray
 from shardray.runtime.cluster.ray_session import RaySession
 from shardray.runtime.cluster.remote_host import RemoteHost
 from shardray.runtime.cluster.replica import Replica
@@ -59,7 +60,7 @@ class ReplicaSet:
         session = await _open_session(config)
         owner, recipe = uuid.uuid4().hex, MeshRecipe(config, str(model_dir))
         try:
-            need = await asyncio.to_thread(hosts_need, config)
+            need = await in_ray(hosts_need, config)
             found = await take_over(owner, recipe)
         except BaseException:
             await asyncio.to_thread(session.stop)
@@ -122,7 +123,7 @@ class ReplicaSet:
 
     async def shortage_of(self, num_hosts: int) -> str | None:
         """Why there can be no ``num_hosts`` hosts, those that the replicas have included; None if there can."""
-        num_free = await asyncio.to_thread(free_bundles, self.pool.kind.need)
+        num_free = await in_ray(free_bundles, self.pool.kind.need)
         num_own = sum(len(replica.hosts) for replica in self.replicas)
         if num_hosts <= num_free + num_own:
             return None
@@ -137,7 +138,7 @@ class ReplicaSet:
     async def memory_of_devices(self) -> list[int]:
         """Bytes of each GPU in a mesh, none while no mesh runs; on CPUs, of each node that could hold a host."""
         if not self.is_on_gpus:
-            return await asyncio.to_thread(node_memory, self.pool.kind.need)
+            return await in_ray(node_memory, self.pool.kind.need)
         meshes = [replica.mesh for replica in self.replicas if replica.mesh is not None]
         return [shard.device_bytes for mesh in meshes for shard in mesh.shards]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.exceptions import RaySystemError
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from shardray.runtime.cluster.errors import FormError, PlacementError
@@ -104,6 +105,27 @@ async def test_a_host_that_dies_while_the_mesh_forms_is_replaced_too(local_ray: 
         mesh = await outlet.next_mesh(0, before)
         assert not {host.info.pid for host in mesh.hosts} & {before.hosts[2].info.pid, *killed}
         assert await generate(mesh) == reference_ids(tiny_llama)
+
+
+async def test_a_ray_that_does_not_answer_for_a_moment_is_asked_again(
+    local_ray: RaySession, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, num_asked = ray.nodes, 0
+
+    def nodes() -> list[dict[str, object]]:
+        nonlocal num_asked
+        num_asked += 1
+        if num_asked == 1:
+            raise RaySystemError("the control store is restarting")
+        return ask()
+
+    async with running(fleet_config(tiny_llama)) as (fleet, outlet):
+        before = outlet.meshes[0]
+        monkeypatch.setattr(ray, "nodes", nodes)
+        os.kill(before.hosts[0].info.pid, signal.SIGKILL)
+        assert len((await outlet.next_mesh(0, before)).hosts) == 1
+        assert not fleet.replicas[0].is_given_up
+    assert num_asked > 1
 
 
 async def test_a_mesh_that_cannot_be_formed_again_is_given_up_with_the_last_error(
