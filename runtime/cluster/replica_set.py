@@ -82,7 +82,7 @@ class ReplicaSet:
         try:
             pool.start_renewing()
             await fleet._adopt(found)
-            await fleet.add(config.parallel.replicas - len(found.meshes))
+            await fleet.add(config.parallel.replicas - len(fleet.replicas))
         except BaseException:
             await fleet.stop()
             raise
@@ -101,8 +101,13 @@ class ReplicaSet:
             replica = self._make(len(self._replicas))
             self.recipe = replica.recipe = recipe
             self._replicas[replica.replica_id] = replica
-            await replica.adopt(mesh)
-            _log.warning("replica %d was taken over as it runs, on %d hosts", replica.replica_id, recipe.size)
+            try:
+                await replica.adopt(mesh)
+            except ConnectionError as error:  # it has ended since it was found
+                _log.warning("replica %d could not be taken over: %s", replica.replica_id, error)
+                await self.remove(replica)
+            else:
+                _log.warning("replica %d was taken over as it runs, on %d hosts", replica.replica_id, recipe.size)
 
     async def add(self, num_replicas: int) -> None:
         """Form more replicas. Raises ClusterError or ConnectionError; none of them is left then."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from shardray.runtime.cluster.errors import ClusterError
 from shardray.runtime.cluster.form import FormedMesh, MeshRecipe, dissolve, join_port, tls_files
@@ -15,7 +17,9 @@ from shardray.runtime.cluster.remote_host import RemoteHost, find_hosts
 from shardray.runtime.cluster.reports import HostState
 from shardray.runtime.engine.assignment import ShardAssignment
 
+_log = logging.getLogger(__name__)
 _ANSWER_S = 10.0
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -31,29 +35,44 @@ async def take_over(owner: str, recipe: MeshRecipe) -> FoundFleet:
 
     Their shape may be another one, if the fleet was scaled. Raises ClusterError if another driver is alive.
     """
-    hosts = await find_hosts(_ANSWER_S)
-    await _claim(hosts, owner, recipe.config.cluster.lease_s)
-    states = await asyncio.gather(*(host.state() for host in hosts))
-    meshes = [mesh for ranks in _by_epoch(hosts, states) if (mesh := _mesh_of(ranks, recipe)) is not None]
+    hosts = await _claim(await find_hosts(_ANSWER_S), owner, recipe.config.cluster.lease_s)
+    states = await _answers(hosts, lambda host: host.state())
+    meshes = [mesh for ranks in _by_epoch(states) if (mesh := _mesh_of(ranks, recipe)) is not None]
     kept = {host for mesh, _ in meshes for host in mesh.hosts}
-    return FoundFleet(tuple(meshes), tuple(await dissolve([host for host in hosts if host not in kept])))
+    return FoundFleet(tuple(meshes), tuple(await dissolve([host for host in states if host not in kept])))
 
 
-async def _claim(hosts: Sequence[RemoteHost], owner: str, lease_s: float) -> None:
-    """Wait until the last driver has been silent for long enough to be sure that it is gone."""
+async def _claim(hosts: Iterable[RemoteHost], owner: str, lease_s: float) -> Iterable[RemoteHost]:
+    """Wait until the last driver has been silent for long enough to be sure that it is gone. Returns who is left."""
     for _ in range(int(2 * SILENCE_S / RENEWAL_S)):
-        if all(await asyncio.gather(*(host.renew(owner, lease_s) for host in hosts))):
-            return
+        is_ours = await _answers(hosts, lambda host: host.renew(owner, lease_s))
+        if all(is_ours.values()):
+            return is_ours
+        hosts = is_ours
         await asyncio.sleep(RENEWAL_S)
     raise ClusterError("another driver serves from this Ray namespace; give each fleet its own (ray.namespace)")
+
+
+async def _answers(hosts: Iterable[RemoteHost], ask: Callable[[RemoteHost], Awaitable[_T]]) -> dict[RemoteHost, _T]:
+    """What each host answers. One that does not is ended: the fleet can do without it."""
+
+    async def answer(host: RemoteHost) -> tuple[RemoteHost, _T] | None:
+        try:
+            return host, await ask(host)
+        except ClusterError as error:
+            _log.warning("a host is not taken over: %s", error)
+            await host.kill()
+            return None
+
+    return dict(filter(None, await asyncio.gather(*map(answer, hosts))))
 
 
 _Rank = tuple[RemoteHost, HostState]
 
 
-def _by_epoch(hosts: Sequence[RemoteHost], states: Sequence[HostState]) -> list[list[_Rank]]:
+def _by_epoch(states: Mapping[RemoteHost, HostState]) -> list[list[_Rank]]:
     meshes: dict[str, list[_Rank]] = defaultdict(list)
-    for host, state in zip(hosts, states, strict=True):
+    for host, state in states.items():
         if state.assignment is not None and state.runs:
             meshes[state.assignment.epoch].append((host, state))
     return list(meshes.values())

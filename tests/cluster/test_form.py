@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from shardray.runtime.cluster.errors import FormError
-from shardray.runtime.cluster.form import dissolve
+from shardray.runtime.cluster.form import MeshRecipe, dissolve
 from shardray.runtime.cluster.ray_session import RaySession
 from shardray.runtime.cluster.remote_host import RemoteHost
 from shardray.runtime.cluster.supervise import MeshWatch
+from shardray.runtime.cluster.takeover import take_over
 from shardray.runtime.config import Config
 from tests.cluster.fleets import fleet_config, form_from, generate, hosts_of, reference_ids, until_gone
 
@@ -91,6 +92,21 @@ async def test_a_host_that_stops_answering_is_named_long_before_the_deadline(
             await asyncio.wait_for(form_from(hosts, config), timeout=30)
         assert failure.value.survivors == (hosts[0],)
         assert await until_gone([victim.pid]) == []
+
+
+async def test_a_host_that_dies_while_another_driver_takes_over_is_done_without(
+    local_ray: RaySession, tiny_llama: Path
+) -> None:
+    config = fleet_config(tiny_llama, tp_size=2)
+    async with hosts_of(config) as hosts:
+        for host in hosts:
+            assert await host.renew("the driver before", 60.0)
+        claiming = asyncio.create_task(take_over("the next driver", MeshRecipe(config, str(tiny_llama))))
+        await asyncio.sleep(1.0)  # it waits until the other has been silent for long
+        os.kill(hosts[0].info.pid, signal.SIGKILL)
+        found = await claiming
+        assert [host.info.pid for host in found.idle] == [hosts[1].info.pid]
+        assert found.meshes == ()
 
 
 async def form_then_dissolve(hosts: Sequence[RemoteHost], config: Config) -> None:
