@@ -259,11 +259,11 @@ class Replica:
                     hosts = await self._pool.take(self.recipe.size, self._ignore_wait, _ROOM_S, slot.hosts)
                 except ClusterError:
                     continue
-                self._outlet.down(self.replica_id, "there is room for its configured shape again", failed=False)
-                added = hosts[len(slot.hosts) :]
-                await slot.let_go()
-                slot.hosts += added
-                await self._form_until_it_runs("")
+                with self._pool.forming():
+                    self._pool.give_back(hosts[len(slot.hosts) :])  # so that they are not lost if this is broken off
+                    self._outlet.down(self.replica_id, "there is room for its configured shape again", failed=False)
+                    await slot.let_go()
+                    await self._form_until_it_runs("")
                 return
 
     async def _reshape_beside(self, recipe: MeshRecipe, slot: MeshSlot) -> None:

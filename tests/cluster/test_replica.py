@@ -240,6 +240,26 @@ async def test_a_shape_is_gone_back_to_even_if_that_takes_several_forms(
     assert await _all_cpus_are_free()
 
 
+async def test_a_replica_that_is_removed_while_it_grows_back_leaves_nothing(
+    local_ray: RaySession, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(fleet_config(tiny_llama)) as (fleet, outlet):
+        replica = fleet.replicas[0]
+        let_go, is_there = replica._slot.let_go, asyncio.Event()
+
+        async def let_go_at_length() -> None:
+            monkeypatch.setattr(replica._slot, "let_go", let_go)
+            is_there.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(replica._slot, "let_go", let_go_at_length)
+        replica.recipe = _shape(fleet, 2, 1)  # as if it ran on fewer hosts than it was to
+        replica._growing = asyncio.create_task(replica._grow_back())
+        await asyncio.wait_for(is_there.wait(), timeout=20)
+        await fleet.remove(replica)
+        assert await _all_cpus_are_free()
+
+
 def _shape(fleet: ReplicaSet, tp_size: int, pp_size: int) -> MeshRecipe:
     config = fleet.recipe.config
     parallel = dataclasses.replace(
