@@ -188,6 +188,8 @@ class HostPool:
                     await self._settle()
                 except ClusterError as error:
                     _log.warning("no spare could be started: %s", error)
+                except Exception:  # nobody waits for this task: without a word there would be no spares any more
+                    _log.exception("the hosts could not be looked after; it is tried again")
             self._on_spares(len(self._idle))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), _SPARE_CHECK_S if self._num_spares else None)

@@ -18,10 +18,13 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from shardray.runtime.cluster.errors import FormError, PlacementError
 from shardray.runtime.cluster.events import ClusterEvent, ReplicaFormed, ReplicaGaveUp, ReplicaLost, ShardProgress
 from shardray.runtime.cluster.form import MeshRecipe
+from shardray.runtime.cluster.placement import HostsNeed
+from shardray.runtime.cluster.pool import HostPool
 from shardray.runtime.cluster.ray_session import RaySession
 from shardray.runtime.cluster.remote_host import RemoteHost
 from shardray.runtime.cluster.replica_set import ReplicaSet
 from shardray.runtime.cluster.reports import FailureKind
+from shardray.runtime.cluster.seating import HostKind
 from shardray.runtime.driver.fit import check_room
 from tests.cluster.fleets import (
     RecordingOutlet,
@@ -91,6 +94,25 @@ async def test_a_warm_spare_takes_the_place_and_another_one_is_started(local_ray
         assert await generate(mesh) == reference_ids(tiny_llama)
         assert (await _idle_hosts(fleet, 1))[0].info.pid != spare.info.pid
     assert await _all_cpus_are_free()
+
+
+async def test_spares_are_kept_whatever_went_wrong_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("shardray.runtime.cluster.pool._SETTLE_S", 0.01)
+    monkeypatch.setattr("shardray.runtime.cluster.pool._SPARE_CHECK_S", 0.01)
+    kept = HostPool(HostKind(HostsNeed(1, 1.0, 0, "PACK"), 1, "", "", 1.0, False, "", "", 1.0), num_spares=1)
+    is_settled = asyncio.Event()
+
+    async def settle() -> None:
+        if "a defect of ours" not in caplog.text:
+            raise KeyError("a defect of ours")
+        is_settled.set()
+
+    monkeypatch.setattr(kept, "_settle", settle)
+    kept.start_keeping()
+    await asyncio.wait_for(is_settled.wait(), timeout=5)
+    await kept.close()
 
 
 async def test_a_host_that_dies_while_the_mesh_forms_is_replaced_too(local_ray: RaySession, tiny_llama: Path) -> None:
@@ -243,7 +265,7 @@ async def test_a_shape_is_gone_back_to_even_if_that_takes_several_forms(
 async def test_a_replica_that_is_removed_while_it_grows_back_leaves_nothing(
     local_ray: RaySession, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with running(fleet_config(tiny_llama)) as (fleet, outlet):
+    async with running(fleet_config(tiny_llama)) as (fleet, _):
         replica = fleet.replicas[0]
         let_go, is_there = replica._slot.let_go, asyncio.Event()
 
