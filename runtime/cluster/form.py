@@ -46,13 +46,19 @@ class MeshRecipe:
     def size(self) -> int:
         return self.config.parallel.hosts_per_replica
 
+    @property
+    def purpose(self) -> str:
+        """All that a mesh is formed for but its shape: with another one it does not do what this recipe asks for."""
+        model = self.config.model
+        return repr((self.model_dir, model.dtype, model.max_model_len, self.config.engine, self.config.cluster.tls))
+
 
 @dataclass(frozen=True)
 class FormedMesh:
     """A mesh that is ready to run; ``hosts`` and ``shards`` are in rank order."""
 
     credentials: Credentials
-    address: str  # host:port of the leader's gRPC server
+    address: str  # host:port of the leader's server
     tp_size: int
     hosts: tuple[RemoteHost, ...]
     shards: tuple[ShardInfo, ...]
@@ -204,7 +210,8 @@ class _Forming:
     async def _form_rank(self, assignment: ShardAssignment) -> FormReport:
         """Raises ClusterError or _RankFailed."""
         rank, model = assignment.rank, self._recipe.config.model
-        call = asyncio.create_task(self._hosts[rank].form(assignment, model.source, model.revision))
+        forming = self._hosts[rank].form(assignment, self._recipe.purpose, model.source, model.revision)
+        call = asyncio.create_task(forming)
         try:
             await self._watch(rank, call)
         finally:

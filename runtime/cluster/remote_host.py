@@ -54,10 +54,10 @@ class RemoteHost:
         host, port = await self._ask("open_rendezvous", call, timeout_s)
         return host, port
 
-    async def form(self, assignment: ShardAssignment, source: str, revision: str | None) -> FormReport:
+    async def form(self, assignment: ShardAssignment, purpose: str, source: str, revision: str | None) -> FormReport:
         """Has no deadline of its own: who waits for it also watches ``progress``."""
         frame = msgspec.msgpack.encode(assignment)
-        report = await self._ask("form", self._actor.form.remote(frame, source, revision), None)
+        report = await self._ask("form", self._actor.form.remote(frame, purpose, source, revision), None)
         return msgspec.msgpack.decode(report, type=FormReport)
 
     async def run(self) -> RunReport:

@@ -61,7 +61,7 @@ class ReplicaSet:
         owner, recipe = uuid.uuid4().hex, MeshRecipe(config, str(model_dir))
         try:
             need = await in_ray(hosts_need, config)
-            found = await take_over(owner, recipe)
+            found = await take_over(owner, recipe, need.gpus_per_host > 0)
         except BaseException:
             await asyncio.to_thread(session.stop)
             raise

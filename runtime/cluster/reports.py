@@ -83,6 +83,7 @@ class HostState(msgspec.Struct, frozen=True, kw_only=True):
     """What a host holds: all that a driver needs that has not formed it itself."""
 
     assignment: ShardAssignment | None = None  # None: no place in a mesh
+    purpose: str = ""  # of the recipe that it was formed for
     shard: ShardInfo | None = None  # None: not formed yet
     port: int | None = None  # of the leader's server
     runs: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 from collections.abc import Sequence
@@ -101,12 +102,32 @@ async def test_a_host_that_dies_while_another_driver_takes_over_is_done_without(
     async with hosts_of(config) as hosts:
         for host in hosts:
             assert await host.renew("the driver before", 60.0)
-        claiming = asyncio.create_task(take_over("the next driver", MeshRecipe(config, str(tiny_llama))))
+        claiming = asyncio.create_task(take_over("the next driver", MeshRecipe(config, str(tiny_llama)), False))
         await asyncio.sleep(1.0)  # it waits until the other has been silent for long
         os.kill(hosts[0].info.pid, signal.SIGKILL)
         found = await claiming
         assert [host.info.pid for host in found.idle] == [hosts[1].info.pid]
         assert found.meshes == ()
+
+
+async def test_a_mesh_is_taken_over_if_it_runs_with_the_same_settings_on_the_same_devices(
+    local_ray: RaySession, tiny_llama: Path
+) -> None:
+    config = fleet_config(tiny_llama, tp_size=2)
+    same = MeshRecipe(config, str(tiny_llama))
+    changed = dataclasses.replace(config, engine=dataclasses.replace(config.engine, share_weights=False))
+    async with hosts_of(config) as hosts:
+        mesh = await form_from(hosts, config)
+        watch, pids = MeshWatch(mesh, step_timeout_s=30), {host.info.pid for host in hosts}
+        assert await generate(mesh) == reference_ids(tiny_llama)
+        [(taken, _)] = (await take_over("a driver", same, on_gpus=False)).meshes
+        assert await generate(taken) == reference_ids(tiny_llama)
+        found = await take_over("a driver", dataclasses.replace(same, config=changed), on_gpus=False)
+        assert (found.meshes, {host.info.pid for host in found.idle}) == ((), pids)
+        found = await take_over("a driver", same, on_gpus=True)
+        assert (found.meshes, found.idle) == ((), ())
+        assert await until_gone(list(pids)) == []
+        await watch.stop(timeout_s=1)
 
 
 async def form_then_dissolve(hosts: Sequence[RemoteHost], config: Config) -> None:
