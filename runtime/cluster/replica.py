@@ -13,7 +13,6 @@ from shardray.runtime.cluster.errors import ClusterError, FormError, PlacementEr
 from shardray.runtime.cluster.events import (
     EventSink,
     PlacementWaiting,
-    ReplicaFormed,
     ReplicaGaveUp,
     ReplicaLost,
     ReplicaRecovered,
@@ -245,7 +244,6 @@ class Replica:
         except ConnectionError:
             await self._slot.let_go()
             raise
-        self._events(ReplicaFormed(self.replica_id))
 
     async def _grow_back(self) -> None:
         """Once there is room for the configured shape, form it."""
