@@ -135,23 +135,21 @@ class FleetController:
             fleet.recipe = before
             outcome = await self._go_back(before, num_lost)
             raise OperationFailedError(f"{error}; {outcome}") from error
-        self._config = recipe.config
 
     async def _go_back(self, recipe: MeshRecipe, num_removed: int) -> str:
         """What became of the fleet."""
         for replica in self._fleet.replicas:
             if _shape(replica.recipe) != _shape(recipe):
                 await replica.reshape_at_last(recipe)
-        for _ in range(_TRIES_TO_GO_BACK if num_removed else 0):
+        if not num_removed:
+            return "the fleet runs as before"
+        for _ in range(_TRIES_TO_GO_BACK):
             try:
                 await self._add(num_removed)
-                break
+                return "the fleet runs as before"
             except (ClusterError, ConnectionError) as error:
                 _log.error("%d replicas could not be formed again: %s", num_removed, error)
-        else:
-            if num_removed:
-                return f"the fleet runs in its old shape, but {num_removed} of its replicas could not be formed again"
-        return "the fleet runs as before"
+        return f"the fleet runs in its old shape, but {num_removed} of its replicas could not be formed again"
 
     async def _add(self, num_replicas: int) -> None:
         """Raises ClusterError or ConnectionError; the driver knows none of them then."""
