@@ -24,12 +24,11 @@ from shardray.runtime.cluster.events import (
 from shardray.runtime.cluster.form import FormedMesh, MeshRecipe
 from shardray.runtime.cluster.replica import Replica
 from shardray.runtime.cluster.replica_set import ReplicaSet
-from shardray.runtime.cluster.reports import RankFailure
 from shardray.runtime.cluster.trace import RankTrace, trace_meshes
 from shardray.runtime.config import Config, ParallelSettings
 from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.fit import check_room, load_recipe
-from shardray.runtime.driver.fleet import FailureStatus, FleetState
+from shardray.runtime.driver.fleet import FleetState
 from shardray.runtime.driver.operation_run import OperationRun, Say
 from shardray.runtime.driver.operations import (
     OperationConflictError,
@@ -208,7 +207,7 @@ class FleetController:
             case ShardProgress(replica_id, rank, host, _, doing, fraction):
                 self._show(replica_id, f"rank {rank} on {host}: {doing}", fraction)
             case ReplicaLost(replica_id, _, cause):
-                self._driver.fleet.set_failure(replica_id, _failure_status(cause))
+                self._driver.fleet.set_failure(replica_id, cause)
             case ShardMeasured(replica_id, rank, load):
                 self._driver.fleet.set_load(replica_id, rank, load)
             case ReplicaGaveUp(replica_id, reason):
@@ -264,16 +263,3 @@ def _changed(recipe: MeshRecipe, change: ShapeChange) -> MeshRecipe:
 def _shape(recipe: MeshRecipe) -> ParallelSettings:
     """What every replica of a recipe looks like."""
     return dataclasses.replace(recipe.config.parallel, replicas=1)
-
-
-def _failure_status(failure: RankFailure) -> FailureStatus:
-    return FailureStatus(
-        cause=failure.cause,
-        stage=failure.stage,
-        tp_rank=failure.tp_rank,
-        host=failure.host,
-        pid=failure.pid,
-        kind=failure.kind,
-        step=failure.step,
-        collective=failure.collective or "",
-    )
