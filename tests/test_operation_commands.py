@@ -19,8 +19,8 @@ import pytest
 
 from shardray.runtime.cli.app import run
 from shardray.runtime.cli.fleet_words import describe_failure
+from shardray.runtime.cluster.reports import FailureKind, RankFailure
 from shardray.runtime.driver.driver import Driver
-from shardray.runtime.driver.fleet import FailureStatus
 from shardray.runtime.driver.operations import OperationKind, OperationProgress, OperationStatus, ShapeChange
 from shardray.v1 import control_pb2
 from tests.serving import Serving, eventually, serving
@@ -166,7 +166,8 @@ def test_drain_ends_with_the_last_request(fleet: Fleet) -> None:
 
 
 def test_status_shows_recoveries_the_last_failure_and_the_spares(fleet: Fleet) -> None:
-    failure = FailureStatus(stage=1, tp_rank=0, host="10.0.0.2", pid=77, kind="died", step=12, cause="killed")
+    place = {"rank": 1, "stage": 1, "tp_rank": 0, "host": "10.0.0.2", "pid": 77}
+    failure = RankFailure(**place, kind=FailureKind.DIED, step=12, cause="killed")
     state = fleet.up.driver.fleet
     fleet.call(state.set_recovering, 0, "loading weights", 0.5)
     fleet.call(state.set_failure, 0, failure)

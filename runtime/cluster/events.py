@@ -31,13 +31,6 @@ class ShardProgress:
 
 
 @dataclass(frozen=True)
-class ReplicaFormed:
-    """A replica is ready for requests."""
-
-    replica_id: int
-
-
-@dataclass(frozen=True)
 class ReplicaLost:
     """A replica's mesh is gone; it is formed again."""
 
@@ -91,9 +84,7 @@ class ShardMeasured:
     load: ShardLoad
 
 
-ClusterEvent = (
-    PlacementWaiting | ShardProgress | ReplicaFormed | ReplicaLost | ReplicaRecovered | ReplicaGaveUp | ShardMeasured
-)
+ClusterEvent = PlacementWaiting | ShardProgress | ReplicaLost | ReplicaRecovered | ReplicaGaveUp | ShardMeasured
 EventSink = Callable[[ClusterEvent], None]  # called in the driver's event loop; must not block
 
 

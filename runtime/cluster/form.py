@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from shardray.parallel.credentials import Credentials
 from shardray.parallel.tls import TlsFiles
 from shardray.runtime.cluster.errors import ClusterError, FormError, HostDied, HostSilent
-from shardray.runtime.cluster.layout import CoreShare, rank_order
+from shardray.runtime.cluster.layout import CoreShare, own_memory, rank_order
 from shardray.runtime.cluster.remote_host import RemoteHost
 from shardray.runtime.cluster.reports import FailureKind, FormReport, RankFailure, place_text
 from shardray.runtime.config import Config
@@ -46,13 +46,19 @@ class MeshRecipe:
     def size(self) -> int:
         return self.config.parallel.hosts_per_replica
 
+    @property
+    def purpose(self) -> str:
+        """All that a mesh is formed for but its shape: with another one it does not do what this recipe asks for."""
+        model = self.config.model
+        return repr((self.model_dir, model.dtype, model.max_model_len, self.config.engine, self.config.cluster.tls))
+
 
 @dataclass(frozen=True)
 class FormedMesh:
     """A mesh that is ready to run; ``hosts`` and ``shards`` are in rank order."""
 
     credentials: Credentials
-    address: str  # host:port of the leader's gRPC server
+    address: str  # host:port of the leader's server
     tp_size: int
     hosts: tuple[RemoteHost, ...]
     shards: tuple[ShardInfo, ...]
@@ -149,7 +155,7 @@ async def _assign(
             max_prefill_beside_decodes=config.engine.max_prefill_beside_decodes,
             prefix_caching=config.engine.prefix_caching,
             block_size=config.engine.block_size,
-            memory_utilization=_own_memory(config.engine.memory_utilization, nodes, rank, shares[rank]),
+            memory_utilization=own_memory(config.engine.memory_utilization, host.info, nodes, shares[rank]),
             kv_memory_bytes=config.engine.kv_memory_bytes,
             tensor_split=config.parallel.tensor_split,
             stage_layers=config.parallel.stage_layers,
@@ -175,14 +181,6 @@ async def _while_it_answers(host: RemoteHost, call: Coroutine[Any, Any, _T], sil
         return task.result()
     finally:
         task.cancel()
-
-
-def _own_memory(utilization: float, nodes: Sequence[str], rank: int, share: CoreShare) -> float:
-    """The part of ``utilization`` that this mesh may take where other replicas have hosts on the same node.
-
-    The ranks of one mesh divide it among themselves.
-    """
-    return utilization * nodes.count(nodes[rank]) / share.hosts_on_node
 
 
 class _Forming:
@@ -212,7 +210,8 @@ class _Forming:
     async def _form_rank(self, assignment: ShardAssignment) -> FormReport:
         """Raises ClusterError or _RankFailed."""
         rank, model = assignment.rank, self._recipe.config.model
-        call = asyncio.create_task(self._hosts[rank].form(assignment, model.source, model.revision))
+        forming = self._hosts[rank].form(assignment, self._recipe.purpose, model.source, model.revision)
+        call = asyncio.create_task(forming)
         try:
             await self._watch(rank, call)
         finally:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import psutil
 import ray
 
 from shardray.parallel.credentials import Credentials
@@ -55,6 +54,7 @@ class Host:
         self._progress: tuple[str, float] = ("waiting for a place", 0.0)
         self._joined_s = 0.0  # when the groups of the mesh were open
         self._assignment: ShardAssignment | None = None
+        self._purpose = ""
         self._rendezvous: Rendezvous | None = None
         self._shard: Shard | None = None
         self._server: LeaderServer | None = None
@@ -77,7 +77,6 @@ class Host:
             device=_device(),
             gpu_ids=tuple(str(gpu) for gpu in ray.get_gpu_ids()),
             cpu_ids=self._cpu_ids,
-            free_memory_bytes=psutil.virtual_memory().available,
         )
         return msgspec.msgpack.encode(info)
 
@@ -107,13 +106,14 @@ class Host:
         self._rendezvous = open_rendezvous(bind_host, msgspec.msgpack.decode(credentials, type=Credentials), size)
         return self._rendezvous.host, self._rendezvous.port
 
-    def form(self, assignment: bytes, source: str, revision: str | None) -> bytes:
+    def form(self, assignment: bytes, purpose: str, source: str, revision: str | None) -> bytes:
         """Take the place that ``assignment`` (a ShardAssignment) names; a FormReport comes back, whatever happens.
 
-        Where its ``model_dir`` does not exist on this machine, the model is resolved from ``source``.
+        Where its ``model_dir`` does not exist on this machine, the model is resolved from ``source``. By ``purpose`` a
+        driver that was not there knows what the mesh is for.
         """
         place = msgspec.msgpack.decode(assignment, type=ShardAssignment)
-        self._assignment = place
+        self._assignment, self._purpose = place, purpose
         try:
             report = self._take_place(_with_local_model(place, source, revision, self._note))
         except Exception as error:  # the boundary to the driver: every failure leaves as data
@@ -140,7 +140,7 @@ class Host:
         """The host's HostState."""
         runs = self._runner is not None and not self._ended.is_set()
         shard = None if self._shard is None else self._shard.info
-        state = HostState(assignment=self._assignment, shard=shard, port=self._port, runs=runs)
+        state = HostState(assignment=self._assignment, purpose=self._purpose, shard=shard, port=self._port, runs=runs)
         return msgspec.msgpack.encode(state)
 
     @ray.method(concurrency_group="control")

@@ -63,6 +63,15 @@ def core_shares(infos: Sequence[HostInfo], threads_per_host: int | None) -> list
     return [shares[index] for index in range(len(infos))]
 
 
+def own_memory(utilization: float, info: HostInfo, nodes: Sequence[str], share: CoreShare) -> float:
+    """The part of ``utilization`` that a host's mesh, which is on ``nodes``, may take of the memory that the host uses.
+
+    A GPU is its host's alone. A node's memory is for the hosts of all replicas there; those of one mesh divide its part
+    among themselves.
+    """
+    return utilization * nodes.count(info.node_id) / share.hosts_on_node if info.device == "cpu" else utilization
+
+
 def _by_node(infos: Sequence[HostInfo]) -> dict[str, list[int]]:
     """Indices of the hosts on each node, in the order of their GPUs."""
     nodes: dict[str, list[int]] = defaultdict(list)

@@ -13,5 +13,5 @@ class Outlet(Protocol):
     async def up(self, replica_id: int, mesh: FormedMesh) -> None:
         """Use ``mesh`` from now on, also for what its forerunner has not finished. Raises ConnectionError."""
 
-    def down(self, replica_id: int, reason: str) -> None:
-        """The mesh is no more; keep its requests until the next one is up."""
+    def down(self, replica_id: int, reason: str, failed: bool) -> None:
+        """The mesh is no more; keep its requests until the next one is up. ``failed``: it ended by itself."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from shardray.runtime.cluster.errors import PlacementError
+from shardray.runtime.cluster.ray_call import in_ray
 
 Resources = Mapping[str, float]
 WaitSink = Callable[[str, float], None]  # (reason, seconds left)
@@ -46,12 +46,12 @@ async def place(need: HostsNeed, name: str, timeout_s: float, can_grow: bool, on
     """A placement group that holds one bundle per host, and outlives this process.
 
     Waits up to ``timeout_s`` for room, telling ``on_wait`` why; at once refuses what a cluster that cannot grow will
-    never hold. Raises PlacementError.
+    never hold. Raises ClusterError, PlacementError where there is no room.
     """
-    reason = await asyncio.to_thread(shortage_now, need)
+    reason = await in_ray(shortage_now, need)
     if reason is not None and not can_grow:
         raise PlacementError(reason)
-    group: PlacementGroup = await asyncio.to_thread(
+    group: PlacementGroup = await in_ray(
         placement_group, [need.bundle] * need.num_hosts, strategy=need.strategy, name=name, lifetime="detached"
     )
     placed = False
@@ -59,7 +59,7 @@ async def place(need: HostsNeed, name: str, timeout_s: float, can_grow: bool, on
         placed = await _wait_until_placed(group, need, timeout_s, on_wait)
     finally:
         if not placed:
-            await asyncio.to_thread(remove_placement_group, group)
+            await in_ray(remove_placement_group, group)
     return group
 
 
@@ -67,9 +67,9 @@ async def _wait_until_placed(group: PlacementGroup, need: HostsNeed, timeout_s: 
     deadline = time.monotonic() + timeout_s
     while True:
         remaining_s = deadline - time.monotonic()
-        if await asyncio.to_thread(group.wait, max(0.01, min(_POLL_S, remaining_s))):
+        if await in_ray(group.wait, max(0.01, min(_POLL_S, remaining_s))):
             return True
-        reason = await asyncio.to_thread(lambda: shortage_now(need) or _busy(need, free_bundles(need)))
+        reason = await in_ray(lambda: shortage_now(need) or _busy(need, free_bundles(need)))
         if remaining_s <= 0:
             raise PlacementError(f"{reason}; gave up after {timeout_s:g} s (ray.form_timeout_s)")
         on_wait(reason, remaining_s)
@@ -113,6 +113,14 @@ def free_bundles(need: HostsNeed) -> int:
     """An upper bound of bundles that fit now: Ray tells what is free in all, not where. Blocks on Ray."""
     free = ray.available_resources()  # type: ignore[no-untyped-call]
     return _num_fitting(need.bundle, free)
+
+
+def node_memory(need: HostsNeed) -> list[int]:
+    """Bytes that each node on which a bundle fits had free when Ray was started there. Blocks on Ray."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    able = [node for node in nodes if _num_fitting(need.bundle, node)]
+    # Ray keeps a part of it for its object store, of which hosts use next to nothing.
+    return [int(node.get("memory", 0) + node.get("object_store_memory", 0)) for node in able]
 
 
 def _num_fitting(bundle: Resources, node: Resources) -> int:

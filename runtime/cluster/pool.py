@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from shardray.runtime.cluster.errors import ClusterError, PlacementError
 from shardray.runtime.cluster.lease import RENEWAL_S
 from shardray.runtime.cluster.placement import WaitSink, shortage_now
+from shardray.runtime.cluster.ray_call import in_ray
 from shardray.runtime.cluster.remote_host import RemoteHost
 from shardray.runtime.cluster.seating import HostKind, Seat, Seating
 
@@ -53,8 +54,8 @@ class HostPool:
     ) -> list[RemoteHost]:
         """``num_hosts`` hosts without a place in a mesh: ``held``, then idle ones, then new ones.
 
-        ``fresh``: all of them in one new group. Waits up to ``timeout_s`` for room. Raises PlacementError, HostDied or
-        HostSilent; ``held`` stay the caller's then.
+        ``fresh``: all of them in one new group. Waits up to ``timeout_s`` for room. Raises ClusterError; ``held`` stay
+        the caller's then.
         """
         hosts = list(held)
         self._num_takers += 1
@@ -187,6 +188,8 @@ class HostPool:
                     await self._settle()
                 except ClusterError as error:
                     _log.warning("no spare could be started: %s", error)
+                except Exception:  # nobody waits for this task: without a word there would be no spares any more
+                    _log.exception("the hosts could not be looked after; it is tried again")
             self._on_spares(len(self._idle))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), _SPARE_CHECK_S if self._num_spares else None)
@@ -202,7 +205,7 @@ class HostPool:
     async def _start_spare(self) -> None:
         if usable := await self._seating.usable(self._seating.vacant):
             seats = usable[:1]
-        elif await asyncio.to_thread(shortage_now, self.kind.need.of(1)) is None:
+        elif await in_ray(shortage_now, self.kind.need.of(1)) is None:
             seats = await self._seating.add_group(1, lambda reason, remaining_s: None, _SPARE_CHECK_S)
         else:
             return

@@ -20,6 +20,7 @@ from shardray.parallel.tls import TlsFiles
 from shardray.runtime.cluster.errors import ClusterError, HostDied, HostSilent
 from shardray.runtime.cluster.host import HostActor
 from shardray.runtime.cluster.placement import HostsNeed
+from shardray.runtime.cluster.ray_call import in_one_line, in_ray
 from shardray.runtime.cluster.reports import FormReport, HostInfo, HostProgress, HostState, RunReport, SpanReport
 from shardray.runtime.engine.assignment import ShardAssignment
 
@@ -53,10 +54,10 @@ class RemoteHost:
         host, port = await self._ask("open_rendezvous", call, timeout_s)
         return host, port
 
-    async def form(self, assignment: ShardAssignment, source: str, revision: str | None) -> FormReport:
+    async def form(self, assignment: ShardAssignment, purpose: str, source: str, revision: str | None) -> FormReport:
         """Has no deadline of its own: who waits for it also watches ``progress``."""
         frame = msgspec.msgpack.encode(assignment)
-        report = await self._ask("form", self._actor.form.remote(frame, source, revision), None)
+        report = await self._ask("form", self._actor.form.remote(frame, purpose, source, revision), None)
         return msgspec.msgpack.decode(report, type=FormReport)
 
     async def run(self) -> RunReport:
@@ -95,8 +96,8 @@ class RemoteHost:
     async def kill(self) -> None:
         """End the host's process, whatever it is doing; a host that is dead already is fine."""
         try:
-            await asyncio.to_thread(ray.kill, self._actor)
-        except (RayError, ConnectionError) as error:  # the cluster itself is gone
+            await in_ray(ray.kill, self._actor)
+        except ClusterError as error:  # the cluster itself is gone
             _log.warning("%s could not be told to end: %s", self.info, error)
 
     async def _ask(self, what: str, ref: Any, timeout_s: float | None) -> Any:
@@ -113,23 +114,28 @@ async def start_host(
         num_gpus=need.gpus_per_host,
         scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
     )
-    actor = await asyncio.to_thread(options.remote, group_name, bundle)
+    actor = await in_ray(options.remote, group_name, bundle)
     return await _meet(actor, f"the host of bundle {bundle}", timeout_s)
 
 
 async def find_hosts(timeout_s: float) -> list[RemoteHost]:
     """The hosts of this Ray namespace that answer; the others are ended."""
-    names = await asyncio.to_thread(list_named_actors)
-    actors = [await asyncio.to_thread(ray.get_actor, name) for name in names if name.startswith(_NAME_PREFIX)]
-    found = await asyncio.gather(*(_meet(actor, "a host", timeout_s) for actor in actors), return_exceptions=True)
-    return [host for host in found if isinstance(host, RemoteHost)]
+    names = [name for name in await in_ray(list_named_actors) if name.startswith(_NAME_PREFIX)]
+
+    async def find(name: str) -> RemoteHost | None:
+        try:
+            return await _meet(await in_ray(ray.get_actor, name), "a host", timeout_s)
+        except ClusterError:  # it has died since it was listed, or it does not answer
+            return None
+
+    return [host for host in await asyncio.gather(*map(find, names)) if host is not None]
 
 
 async def _meet(actor: Any, name: str, timeout_s: float) -> RemoteHost:
     try:
         frame = await _answer(actor.describe.remote(), timeout_s, f"{name} has not started", name)
     except BaseException:
-        await asyncio.to_thread(ray.kill, actor)
+        await in_ray(ray.kill, actor)
         raise
     return RemoteHost(actor, msgspec.msgpack.decode(frame, type=HostInfo))
 
@@ -148,7 +154,7 @@ async def _answer(ref: Any, timeout_s: float | None, silence: str, name: str) ->
         raise HostDied(f"{name} died: {_plain_cause(error)}") from error
     except RayError as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
-        raise ClusterError(f"{name}: {type(cause).__name__}: {' '.join(str(cause).split())}") from error
+        raise ClusterError(f"{name}: {in_one_line(cause)}") from error
 
 
 def _take(future: asyncio.Future[Any]) -> None:

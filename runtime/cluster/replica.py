@@ -13,7 +13,6 @@ from shardray.runtime.cluster.errors import ClusterError, FormError, PlacementEr
 from shardray.runtime.cluster.events import (
     EventSink,
     PlacementWaiting,
-    ReplicaFormed,
     ReplicaGaveUp,
     ReplicaLost,
     ReplicaRecovered,
@@ -126,7 +125,7 @@ class Replica:
             async with self._lock:
                 if self.is_given_up:
                     return
-                self._outlet.down(self.replica_id, "its shape is being changed back")
+                self._outlet.down(self.replica_id, "its shape is being changed back", failed=False)
                 await self._slot.let_go()
                 self.recipe = recipe
                 await self._form_until_it_runs(str(error))
@@ -181,7 +180,7 @@ class Replica:
 
     async def _recover(self, failure: MeshFailure) -> None:
         began_s = time.monotonic()
-        self._outlet.down(self.replica_id, failure.reason)
+        self._outlet.down(self.replica_id, failure.reason, failed=True)
         _log.error("replica %d lost its mesh: %s", self.replica_id, failure.reason)
         self._events(ReplicaLost(self.replica_id, failure.reason, failure.failures[0]))
         self._crash_loop.note_end(self._slot.age_s)
@@ -245,7 +244,6 @@ class Replica:
         except ConnectionError:
             await self._slot.let_go()
             raise
-        self._events(ReplicaFormed(self.replica_id))
 
     async def _grow_back(self) -> None:
         """Once there is room for the configured shape, form it."""
@@ -259,11 +257,11 @@ class Replica:
                     hosts = await self._pool.take(self.recipe.size, self._ignore_wait, _ROOM_S, slot.hosts)
                 except ClusterError:
                     continue
-                self._outlet.down(self.replica_id, "there is room for its configured shape again")
-                added = hosts[len(slot.hosts) :]
-                await slot.let_go()
-                slot.hosts += added
-                await self._form_until_it_runs("")
+                with self._pool.forming():
+                    self._pool.give_back(hosts[len(slot.hosts) :])  # so that they are not lost if this is broken off
+                    self._outlet.down(self.replica_id, "there is room for its configured shape again", failed=False)
+                    await slot.let_go()
+                    await self._form_until_it_runs("")
                 return
 
     async def _reshape_beside(self, recipe: MeshRecipe, slot: MeshSlot) -> None:
@@ -279,7 +277,7 @@ class Replica:
         await before[1].retire()
 
     async def _reshape_in_place(self, recipe: MeshRecipe) -> None:
-        self._outlet.down(self.replica_id, "its shape is being changed")
+        self._outlet.down(self.replica_id, "its shape is being changed", failed=False)
         await self._slot.let_go()
         before, self.recipe = self.recipe, recipe
         try:

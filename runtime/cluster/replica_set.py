@@ -17,8 +17,9 @@ from shardray.runtime.cluster.events import EventSink, ignore_events
 from shardray.runtime.cluster.form import MeshRecipe, tls_files
 from shardray.runtime.cluster.layout import CoreShare, core_shares
 from shardray.runtime.cluster.outlet import Outlet
-from shardray.runtime.cluster.placement import HostsNeed, free_bundles
+from shardray.runtime.cluster.placement import HostsNeed, free_bundles, node_memory
 from shardray.runtime.cluster.pool import HostPool
+from shardray.runtime.cluster.ray_call import in_ray
 from shardray.runtime.cluster.ray_session import RaySession
 from shardray.runtime.cluster.remote_host import RemoteHost
 from shardray.runtime.cluster.replica import Replica
@@ -59,8 +60,8 @@ class ReplicaSet:
         session = await _open_session(config)
         owner, recipe = uuid.uuid4().hex, MeshRecipe(config, str(model_dir))
         try:
-            need = await asyncio.to_thread(hosts_need, config)
-            found = await take_over(owner, recipe)
+            need = await in_ray(hosts_need, config)
+            found = await take_over(owner, recipe, need.gpus_per_host > 0)
         except BaseException:
             await asyncio.to_thread(session.stop)
             raise
@@ -81,7 +82,7 @@ class ReplicaSet:
         try:
             pool.start_renewing()
             await fleet._adopt(found)
-            await fleet.add(config.parallel.replicas - len(found.meshes))
+            await fleet.add(config.parallel.replicas - len(fleet.replicas))
         except BaseException:
             await fleet.stop()
             raise
@@ -100,8 +101,13 @@ class ReplicaSet:
             replica = self._make(len(self._replicas))
             self.recipe = replica.recipe = recipe
             self._replicas[replica.replica_id] = replica
-            await replica.adopt(mesh)
-            _log.warning("replica %d was taken over as it runs, on %d hosts", replica.replica_id, recipe.size)
+            try:
+                await replica.adopt(mesh)
+            except ConnectionError as error:  # it has ended since it was found
+                _log.warning("replica %d could not be taken over: %s", replica.replica_id, error)
+                await self.remove(replica)
+            else:
+                _log.warning("replica %d was taken over as it runs, on %d hosts", replica.replica_id, recipe.size)
 
     async def add(self, num_replicas: int) -> None:
         """Form more replicas. Raises ClusterError or ConnectionError; none of them is left then."""
@@ -122,25 +128,24 @@ class ReplicaSet:
 
     async def shortage_of(self, num_hosts: int) -> str | None:
         """Why there can be no ``num_hosts`` hosts, those that the replicas have included; None if there can."""
-        num_free = await asyncio.to_thread(free_bundles, self.pool.kind.need)
+        num_free = await in_ray(free_bundles, self.pool.kind.need)
         num_own = sum(len(replica.hosts) for replica in self.replicas)
         if num_hosts <= num_free + num_own:
             return None
         unit = self.pool.kind.need.unit
         return f"needs {num_hosts} {unit} bundles, the fleet has {num_own} and the cluster {num_free} free"
 
-    def memory_of_nodes(self) -> list[int]:
-        """Bytes that each node of the hosts had free when the first of them started."""
-        free: dict[str, int] = {}
-        for replica in self.replicas:
-            for host in replica.hosts:
-                free[host.info.node_id] = max(free.get(host.info.node_id, 0), host.info.free_memory_bytes)
-        return list(free.values())
+    @property
+    def is_on_gpus(self) -> bool:
+        """Whether each host has a GPU."""
+        return self.pool.kind.need.gpus_per_host > 0
 
-    def memory_of_gpus(self) -> list[int]:
-        """Bytes of each GPU in a mesh; empty for a fleet of CPUs, and while no mesh runs."""
+    async def memory_of_devices(self) -> list[int]:
+        """Bytes of each GPU in a mesh, none while no mesh runs; on CPUs, of each node that could hold a host."""
+        if not self.is_on_gpus:
+            return await in_ray(node_memory, self.pool.kind.need)
         meshes = [replica.mesh for replica in self.replicas if replica.mesh is not None]
-        return [shard.device_bytes for mesh in meshes for shard in mesh.shards if shard.device_bytes]
+        return [shard.device_bytes for mesh in meshes for shard in mesh.shards]
 
     async def stop(self) -> None:
         """Stop every replica and leave Ray; a local Ray ends. Idempotent."""

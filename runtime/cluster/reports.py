@@ -19,7 +19,6 @@ class HostInfo(msgspec.Struct, frozen=True, kw_only=True):
     device: str  # "cpu" or "cuda:0": a host sees its own GPU only
     gpu_ids: tuple[str, ...] = ()  # as its node counts them
     cpu_ids: tuple[int, ...]  # cores it may run on
-    free_memory_bytes: int  # of its node
     group: str  # name of the placement group that it sits in
     bundle: int  # of that group
 
@@ -84,6 +83,7 @@ class HostState(msgspec.Struct, frozen=True, kw_only=True):
     """What a host holds: all that a driver needs that has not formed it itself."""
 
     assignment: ShardAssignment | None = None  # None: no place in a mesh
+    purpose: str = ""  # of the recipe that it was formed for
     shard: ShardInfo | None = None  # None: not formed yet
     port: int | None = None  # of the leader's server
     runs: bool = False

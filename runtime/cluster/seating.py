@@ -18,6 +18,7 @@ from ray.util.placement_group import PlacementGroup, get_placement_group, placem
 from shardray.parallel.tls import TlsFiles
 from shardray.runtime.cluster.lease import give_back_groups, group_prefix
 from shardray.runtime.cluster.placement import HostsNeed, WaitSink, place
+from shardray.runtime.cluster.ray_call import in_ray
 from shardray.runtime.cluster.remote_host import RemoteHost, start_host
 
 
@@ -72,8 +73,8 @@ class Seating:
         """Those whose node is there; Ray looks for another place for the rest."""
         if not seats:
             return []
-        alive = await asyncio.to_thread(_alive_nodes)
-        tables = [await asyncio.to_thread(placement_group_table, seat.group) for seat in seats]
+        alive = await in_ray(_alive_nodes)
+        tables = [await in_ray(placement_group_table, seat.group) for seat in seats]
         return [
             seat
             for seat, table in zip(seats, tables, strict=True)
@@ -81,7 +82,7 @@ class Seating:
         ]
 
     async def add_group(self, num_seats: int, on_wait: WaitSink, timeout_s: float) -> list[Seat]:
-        """New seats, for hosts to be started on at once. Raises PlacementError."""
+        """New seats, for hosts to be started on at once. Raises ClusterError."""
         name = f"{group_prefix(self._kind.namespace)}{uuid.uuid4().hex}"
         need = self._kind.need.of(num_seats)
         group = await place(need, name, timeout_s, can_grow=self._kind.can_grow, on_wait=on_wait)
@@ -100,9 +101,9 @@ class Seating:
     async def adopt(self, hosts: Sequence[RemoteHost]) -> None:
         """Know the seats of hosts that another driver started; groups of this fleet without any are given back."""
         names = {host.info.group for host in hosts}
-        await asyncio.to_thread(give_back_groups, self._kind.namespace, names)
+        await in_ray(give_back_groups, self._kind.namespace, names)
         for name in names:
-            group = await asyncio.to_thread(get_placement_group, name)
+            group = await in_ray(get_placement_group, name)
             sitting = {host.info.bundle: host for host in hosts if host.info.group == name}
             self._seats += [Seat(group, name, bundle, sitting.get(bundle)) for bundle in range(group.bundle_count)]
 
@@ -123,13 +124,13 @@ class Seating:
         kept = {seat.group_name for seat in self._seats if not seat.is_vacant}
         empty = {seat.group_name: seat.group for seat in self._seats if seat.group_name not in kept}
         self._seats = [seat for seat in self._seats if seat.group_name in kept]
-        await asyncio.gather(*(asyncio.to_thread(remove_placement_group, group) for group in empty.values()))
+        await asyncio.gather(*(in_ray(remove_placement_group, group) for group in empty.values()))
 
     async def give_back_all(self) -> None:
         """Let Ray have every group; who still sits there is ended."""
         groups = {seat.group_name: seat.group for seat in self._seats}
         self._seats = []
-        await asyncio.gather(*(asyncio.to_thread(remove_placement_group, group) for group in groups.values()))
+        await asyncio.gather(*(in_ray(remove_placement_group, group) for group in groups.values()))
 
     async def _start(self, seat: Seat) -> RemoteHost:
         try:

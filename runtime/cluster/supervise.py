@@ -49,6 +49,7 @@ class MeshWatch:
         self._on_load = on_load
         self._silence_s = step_timeout_s
         self._stopping = False
+        self._ending = asyncio.Lock()  # held by who ends it: a moment later its hosts may be in another mesh
         self._runs = [asyncio.create_task(host.run()) for host in mesh.hosts]
         self._pulses = [asyncio.create_task(self._pulse(rank, host)) for rank, host in enumerate(mesh.hosts)]
 
@@ -60,9 +61,20 @@ class MeshWatch:
     async def failure(self) -> MeshFailure | None:
         """Wait for the mesh's end. None if ``stop`` asked for it."""
         await asyncio.wait([*self._runs, *self._pulses], return_when=asyncio.FIRST_COMPLETED)
-        if self._stopping:
-            return None
         noticed_s = time.monotonic()
+        async with self._ending:
+            return None if self._stopping else await self._end(noticed_s)
+
+    async def stop(self, timeout_s: float) -> None:
+        """End the mesh cleanly: its leader stops between two steps. Hosts that do not follow are left to the caller."""
+        async with self._ending:
+            self._stopping = True
+            hosts = self._mesh.hosts
+            await asyncio.gather(*(host.stop(timeout_s) for host in hosts), return_exceptions=True)
+            await asyncio.wait([self._runs[0]], timeout=timeout_s)
+            self._cancel()
+
+    async def _end(self, noticed_s: float) -> MeshFailure:
         await self._settle()
         reported = self._ended()
         await self._tell_to_leave()
@@ -72,14 +84,6 @@ class MeshWatch:
         survivors = await self._dissolve({*hung, *died})
         self._cancel()
         return MeshFailure("; ".join(_causes(failures)), tuple(failures), tuple(survivors), noticed_s)
-
-    async def stop(self, timeout_s: float) -> None:
-        """End the mesh cleanly: its leader stops between two steps. Hosts that do not follow are left to the caller."""
-        self._stopping = True
-        hosts = self._mesh.hosts
-        await asyncio.gather(*(host.stop(timeout_s) for host in hosts), return_exceptions=True)
-        await asyncio.wait([self._runs[0]], timeout=timeout_s)
-        self._cancel()
 
     async def _pulse(self, rank: int, host: RemoteHost) -> None:
         """Ends when the host stops answering."""

@@ -39,7 +39,10 @@ class Autoscaler:
         """Until it is cancelled; returns at once if there is nothing to scale. A scale under way then goes on."""
         while self._settings.max_replicas is not None:
             await asyncio.sleep(self._settings.metrics_interval_s)
-            await self.look()
+            try:
+                await self.look()
+            except Exception:  # nobody waits for this task: without a word the load would be left to itself
+                _log.exception("the autoscaler failed; it looks again")
 
     async def look(self) -> None:
         """Take a sample, and scale if it is time to. A fleet that is given up as a whole is left to the operator."""

@@ -24,12 +24,11 @@ from shardray.runtime.cluster.events import (
 from shardray.runtime.cluster.form import FormedMesh, MeshRecipe
 from shardray.runtime.cluster.replica import Replica
 from shardray.runtime.cluster.replica_set import ReplicaSet
-from shardray.runtime.cluster.reports import RankFailure
 from shardray.runtime.cluster.trace import RankTrace, trace_meshes
 from shardray.runtime.config import Config, ParallelSettings
 from shardray.runtime.driver.driver import Driver
 from shardray.runtime.driver.fit import check_room, load_recipe
-from shardray.runtime.driver.fleet import FailureStatus, FleetState
+from shardray.runtime.driver.fleet import FleetState
 from shardray.runtime.driver.operation_run import OperationRun, Say
 from shardray.runtime.driver.operations import (
     OperationConflictError,
@@ -75,8 +74,8 @@ class FleetController:
     async def up(self, replica_id: int, mesh: FormedMesh) -> None:
         await self._driver.attach(replica_id, mesh.address, mesh.credentials, mesh.shards)
 
-    def down(self, replica_id: int, reason: str) -> None:
-        self._driver.suspend(replica_id, reason)
+    def down(self, replica_id: int, reason: str, failed: bool) -> None:
+        self._driver.suspend(replica_id, reason, failed)
 
     # The operator's side.
 
@@ -135,23 +134,21 @@ class FleetController:
             fleet.recipe = before
             outcome = await self._go_back(before, num_lost)
             raise OperationFailedError(f"{error}; {outcome}") from error
-        self._config = recipe.config
 
     async def _go_back(self, recipe: MeshRecipe, num_removed: int) -> str:
         """What became of the fleet."""
         for replica in self._fleet.replicas:
             if _shape(replica.recipe) != _shape(recipe):
                 await replica.reshape_at_last(recipe)
-        for _ in range(_TRIES_TO_GO_BACK if num_removed else 0):
+        if not num_removed:
+            return "the fleet runs as before"
+        for _ in range(_TRIES_TO_GO_BACK):
             try:
                 await self._add(num_removed)
-                break
+                return "the fleet runs as before"
             except (ClusterError, ConnectionError) as error:
                 _log.error("%d replicas could not be formed again: %s", num_removed, error)
-        else:
-            if num_removed:
-                return f"the fleet runs in its old shape, but {num_removed} of its replicas could not be formed again"
-        return "the fleet runs as before"
+        return f"the fleet runs in its old shape, but {num_removed} of its replicas could not be formed again"
 
     async def _add(self, num_replicas: int) -> None:
         """Raises ClusterError or ConnectionError; the driver knows none of them then."""
@@ -210,7 +207,7 @@ class FleetController:
             case ShardProgress(replica_id, rank, host, _, doing, fraction):
                 self._show(replica_id, f"rank {rank} on {host}: {doing}", fraction)
             case ReplicaLost(replica_id, _, cause):
-                self._driver.fleet.set_failure(replica_id, _failure_status(cause))
+                self._driver.fleet.set_failure(replica_id, cause)
             case ShardMeasured(replica_id, rank, load):
                 self._driver.fleet.set_load(replica_id, rank, load)
             case ReplicaGaveUp(replica_id, reason):
@@ -266,16 +263,3 @@ def _changed(recipe: MeshRecipe, change: ShapeChange) -> MeshRecipe:
 def _shape(recipe: MeshRecipe) -> ParallelSettings:
     """What every replica of a recipe looks like."""
     return dataclasses.replace(recipe.config.parallel, replicas=1)
-
-
-def _failure_status(failure: RankFailure) -> FailureStatus:
-    return FailureStatus(
-        cause=failure.cause,
-        stage=failure.stage,
-        tp_rank=failure.tp_rank,
-        host=failure.host,
-        pid=failure.pid,
-        kind=failure.kind,
-        step=failure.step,
-        collective=failure.collective or "",
-    )

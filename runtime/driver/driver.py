@@ -159,14 +159,17 @@ class Driver:
         if before is not None:
             await before.close()
 
-    def suspend(self, replica_id: int, reason: str) -> None:
-        """A replica is gone for now: what it ran waits, for it or for another one."""
+    def suspend(self, replica_id: int, reason: str, failed: bool) -> None:
+        """A replica is gone for now: what it ran waits, for it or for another one.
+
+        ``failed``: it was not to end, and a request that it ran may be why.
+        """
         link = self._dispatches.links.pop(replica_id, None)
         self._router.detach(replica_id)
         self.fleet.set_recovering(replica_id, reason)
         if link is not None:
-            lost = self._take_back(replica_id, None)
-            if (culprit := self._trials.judge(lost, self._waiting)) is not None:
+            lost = self._take_back(replica_id, None if failed else link)
+            if failed and (culprit := self._trials.judge(lost, self._waiting)) is not None:
                 message = f"this request breaks the step that runs it, also alone: {reason}"
                 culprit.stream.fail(BrokenRequestError(message))
                 self._end(culprit)
@@ -186,7 +189,7 @@ class Driver:
 
     def give_up(self, replica_id: int, reason: str) -> None:
         """A replica failed for good; without any other, every request fails with ``reason``."""
-        self.suspend(replica_id, reason)
+        self.suspend(replica_id, reason, failed=False)
         self._models.pop(replica_id, None)
         self.fleet.set_failed(replica_id, reason)
         if not self.fleet.has_hope:
@@ -247,7 +250,10 @@ class Driver:
             self._dispatches.send(live, replica_id)
 
     def _take_back(self, replica_id: int, link: ReplicaLink | None) -> list[LiveRequest]:
-        """Put what a replica runs back into its place in the queue; ``link`` tells it to stop."""
+        """Put what a replica runs back into its place in the queue.
+
+        ``link`` tells it to stop, and a trial there is made again; None: it has stopped, and its trial is to be judged.
+        """
         taken = self._dispatches.withdraw_all(replica_id, link)
         for live in taken:
             self._waiting.push(live.request_id, live.entry.priority, live.arrival)
@@ -312,5 +318,5 @@ class Driver:
 
     def _on_link_closed(self, replica_id: int, link: ReplicaLink, reason: str) -> None:
         if self._dispatches.links.get(replica_id) is link:
-            self.suspend(replica_id, reason)
+            self.suspend(replica_id, reason, failed=True)
             self.on_link_lost(replica_id)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from shardray.runtime.cluster.reports import RankFailure
 from shardray.runtime.driver.operations import OperationStatus
 from shardray.runtime.engine.assignment import ShardInfo, ShardLoad
 from shardray.runtime.engine.request import EngineStats
@@ -33,21 +34,6 @@ _MOST_TELLING = (FleetState.READY, FleetState.RECOVERING, FleetState.LOADING, Fl
 
 
 @dataclasses.dataclass(frozen=True)
-class FailureStatus:
-    """The end of a shard, and with it of its mesh. Stage, rank, host and pid are those of the shard, if it was one."""
-
-    cause: str  # one line
-    stage: int | None = None
-    tp_rank: int | None = None
-    host: str = ""
-    pid: int | None = None
-    kind: str = ""  # "died", "hung", "raised", "lost peer"
-    step: int | None = None  # None: in no step
-    collective: str = ""  # that it, or who waited for it, was in
-    time_s: float = dataclasses.field(default_factory=time.time)  # when it was noticed, in seconds since 1970
-
-
-@dataclasses.dataclass(frozen=True)
 class ReplicaStatus:
     """One replica, at one moment."""
 
@@ -62,7 +48,8 @@ class ReplicaStatus:
     output_tokens_per_s: float = 0.0
     state_time_s: float = 0.0  # when it entered its state, in seconds since 1970
     num_recoveries: int = 0  # times that it was ready again after a failure
-    last_failure: FailureStatus | None = None
+    last_failure: RankFailure | None = None
+    last_failure_s: float = 0.0  # when that was noticed, in seconds since 1970
 
     def load_of(self, shard: ShardInfo) -> ShardLoad | None:
         """What a shard told last; None before it has."""
@@ -132,11 +119,11 @@ class Fleet:
         """A replica is formed again, its requests wait: ``step`` in a few words, ``progress`` in [0, 1]."""
         self._enter(replica_id, FleetState.RECOVERING, step, progress=progress, output_tokens_per_s=0.0)
 
-    def set_failure(self, replica_id: int, failure: FailureStatus) -> None:
+    def set_failure(self, replica_id: int, failure: RankFailure) -> None:
         """Keep the latest failure of a replica; when it is ready next, that was a recovery."""
         if replica_id in self._replicas:
             self._broken.add(replica_id)
-            self._update(replica_id, last_failure=failure)
+            self._update(replica_id, last_failure=failure, last_failure_s=time.time())
 
     def set_spares(self, num_ready: int, num_wanted: int) -> None:
         """Hosts that wait to take the place of one that is lost, and how many should."""

@@ -9,7 +9,8 @@ import grpc
 import grpc.aio
 import msgspec
 
-from shardray.runtime.driver.fleet import FailureStatus, Fleet, FleetState, FleetStatus, ReplicaStatus
+from shardray.runtime.cluster.reports import RankFailure
+from shardray.runtime.driver.fleet import Fleet, FleetState, FleetStatus, ReplicaStatus
 from shardray.runtime.driver.operations import FleetOperator, OperationKind, OperationStatus
 from shardray.runtime.engine.assignment import ShardInfo, ShardLoad
 from shardray.runtime.engine.request import FieldError
@@ -138,7 +139,7 @@ def _replica_to_proto(replica: ReplicaStatus) -> control_pb2.Replica:
         num_live_requests=replica.num_live_requests,
         output_tokens_per_s=replica.output_tokens_per_s,
         num_recoveries=replica.num_recoveries,
-        last_failure=None if replica.last_failure is None else _failure_to_proto(replica.last_failure),
+        last_failure=_failure_to_proto(replica.last_failure, replica.last_failure_s),
     )
     message.state_time.FromMilliseconds(round(replica.state_time_s * 1000))
     return message
@@ -150,7 +151,9 @@ def _shard_to_proto(shard: ShardInfo, load: ShardLoad | None) -> control_pb2.Sha
     return control_pb2.Shard(**msgspec.structs.asdict(shard), load=told)
 
 
-def _failure_to_proto(failure: FailureStatus) -> control_pb2.Failure:
+def _failure_to_proto(failure: RankFailure | None, time_s: float) -> control_pb2.Failure | None:
+    if failure is None:
+        return None
     message = control_pb2.Failure(
         stage=failure.stage,
         tp_rank=failure.tp_rank,
@@ -158,8 +161,8 @@ def _failure_to_proto(failure: FailureStatus) -> control_pb2.Failure:
         pid=failure.pid,
         kind=failure.kind,
         step=failure.step,
-        collective=failure.collective,
+        collective=failure.collective or "",
         cause=failure.cause,
     )
-    message.time.FromMilliseconds(round(failure.time_s * 1000))
+    message.time.FromMilliseconds(round(time_s * 1000))
     return message

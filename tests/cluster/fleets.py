@@ -126,7 +126,7 @@ class RecordingOutlet:
             self.meshes[replica_id] = mesh
             self._changed.notify_all()
 
-    def down(self, replica_id: int, reason: str) -> None:
+    def down(self, replica_id: int, reason: str, failed: bool) -> None:
         self.meshes.pop(replica_id, None)
         self.losses.append(reason)
 

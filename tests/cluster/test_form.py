@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 from collections.abc import Sequence
@@ -11,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from shardray.runtime.cluster.errors import FormError
-from shardray.runtime.cluster.form import dissolve
+from shardray.runtime.cluster.form import MeshRecipe, dissolve
 from shardray.runtime.cluster.ray_session import RaySession
 from shardray.runtime.cluster.remote_host import RemoteHost
 from shardray.runtime.cluster.supervise import MeshWatch
+from shardray.runtime.cluster.takeover import take_over
 from shardray.runtime.config import Config
 from tests.cluster.fleets import fleet_config, form_from, generate, hosts_of, reference_ids, until_gone
 
@@ -91,6 +93,41 @@ async def test_a_host_that_stops_answering_is_named_long_before_the_deadline(
             await asyncio.wait_for(form_from(hosts, config), timeout=30)
         assert failure.value.survivors == (hosts[0],)
         assert await until_gone([victim.pid]) == []
+
+
+async def test_a_host_that_dies_while_another_driver_takes_over_is_done_without(
+    local_ray: RaySession, tiny_llama: Path
+) -> None:
+    config = fleet_config(tiny_llama, tp_size=2)
+    async with hosts_of(config) as hosts:
+        for host in hosts:
+            assert await host.renew("the driver before", 60.0)
+        claiming = asyncio.create_task(take_over("the next driver", MeshRecipe(config, str(tiny_llama)), False))
+        await asyncio.sleep(1.0)  # it waits until the other has been silent for long
+        os.kill(hosts[0].info.pid, signal.SIGKILL)
+        found = await claiming
+        assert [host.info.pid for host in found.idle] == [hosts[1].info.pid]
+        assert found.meshes == ()
+
+
+async def test_a_mesh_is_taken_over_if_it_runs_with_the_same_settings_on_the_same_devices(
+    local_ray: RaySession, tiny_llama: Path
+) -> None:
+    config = fleet_config(tiny_llama, tp_size=2)
+    same = MeshRecipe(config, str(tiny_llama))
+    changed = dataclasses.replace(config, engine=dataclasses.replace(config.engine, share_weights=False))
+    async with hosts_of(config) as hosts:
+        mesh = await form_from(hosts, config)
+        watch, pids = MeshWatch(mesh, step_timeout_s=30), {host.info.pid for host in hosts}
+        assert await generate(mesh) == reference_ids(tiny_llama)
+        [(taken, _)] = (await take_over("a driver", same, on_gpus=False)).meshes
+        assert await generate(taken) == reference_ids(tiny_llama)
+        found = await take_over("a driver", dataclasses.replace(same, config=changed), on_gpus=False)
+        assert (found.meshes, {host.info.pid for host in found.idle}) == ((), pids)
+        found = await take_over("a driver", same, on_gpus=True)
+        assert (found.meshes, found.idle) == ((), ())
+        assert await until_gone(list(pids)) == []
+        await watch.stop(timeout_s=1)
 
 
 async def form_then_dissolve(hosts: Sequence[RemoteHost], config: Config) -> None:

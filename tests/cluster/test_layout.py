@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardray.runtime.cluster.layout import core_shares, rank_order
+from shardray.runtime.cluster.layout import core_shares, own_memory, rank_order
 from shardray.runtime.cluster.reports import HostInfo
+from shardray.runtime.engine.memory import MemoryGrant, room_on_cpu, room_on_gpu
+from shardray.runtime.engine.served import read_served
+from shardray.runtime.engine.shapes import cut
+from shardray.runtime.engine.sizing import HostMemory, plan_mesh
 
 
 def _host(node_id: str, gpu: int | None = None, num_cpus: int = 8) -> HostInfo:
@@ -19,7 +26,6 @@ def _host(node_id: str, gpu: int | None = None, num_cpus: int = 8) -> HostInfo:
         device="cpu" if gpu is None else "cuda:0",
         gpu_ids=() if gpu is None else (str(gpu),),
         cpu_ids=tuple(range(num_cpus)),
-        free_memory_bytes=1 << 30,
         group="g",
         bundle=0,
     )
@@ -81,3 +87,22 @@ def test_no_core_has_two_owners(nodes: list[str], num_cpus: int, threads: int | 
     owners = Counter((info.node_id, cpu) for info, share in zip(infos, shares, strict=True) for cpu in share.cpu_ids)
     assert all(count == 1 for count in owners.values())
     assert all(len(share.cpu_ids) in (0, share.num_threads) for share in shares)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2, 4])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_replicas_of_a_node_have_the_room_that_was_planned(tiny_llama: Path, device: str, num_replicas: int) -> None:
+    bounds = SimpleNamespace(max_num_seqs=100_000, max_num_batched_tokens=64, block_size=16)
+    served = read_served(tiny_llama, "float32", 512, bounds)
+    plan, is_shared, total = cut(served.spec, 2, 1, False), device == "cpu", 80 << 30
+    planned = plan_mesh(served, plan, HostMemory(device, total, is_shared, False, 0.9), num_replicas).hosts
+    in_use = [host.memory.loaded_bytes + host.runtime_bytes for host in planned]
+
+    hosts = [_host("a", gpu if device == "cuda" else None) for gpu in range(2 * num_replicas)]
+    share = own_memory(0.9, hosts[0], ["a", "a"], core_shares(hosts, None)[0])
+    memory = planned[0].memory
+    if device == "cuda":
+        room = room_on_gpu(total - in_use[0], total, memory, MemoryGrant(share))
+    else:
+        room = room_on_cpu(total - num_replicas * sum(in_use), memory, MemoryGrant(share, num_ranks_here=2))
+    assert room == pytest.approx(planned[0].room_bytes, abs=1)

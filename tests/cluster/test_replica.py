@@ -12,15 +12,20 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.exceptions import RaySystemError
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from shardray.runtime.cluster.errors import FormError, PlacementError
-from shardray.runtime.cluster.events import ClusterEvent, ReplicaFormed, ReplicaGaveUp, ReplicaLost, ShardProgress
+from shardray.runtime.cluster.events import ClusterEvent, ReplicaGaveUp, ReplicaLost, ShardProgress
 from shardray.runtime.cluster.form import MeshRecipe
+from shardray.runtime.cluster.placement import HostsNeed
+from shardray.runtime.cluster.pool import HostPool
 from shardray.runtime.cluster.ray_session import RaySession
 from shardray.runtime.cluster.remote_host import RemoteHost
 from shardray.runtime.cluster.replica_set import ReplicaSet
 from shardray.runtime.cluster.reports import FailureKind
+from shardray.runtime.cluster.seating import HostKind
+from shardray.runtime.driver.fit import check_room
 from tests.cluster.fleets import (
     RecordingOutlet,
     descendants,
@@ -55,8 +60,8 @@ async def test_two_replicas_answer_like_one_process_and_leave_nothing(local_ray:
         assert len(set(pids)) == 4
     assert await until_gone(pids) == []
     assert await _all_cpus_are_free()
-    assert {event.replica_id for event in events if isinstance(event, ReplicaFormed)} == {0, 1}
-    assert {event.rank for event in events if isinstance(event, ShardProgress)} == {0, 1}
+    told = {(event.replica_id, event.rank) for event in events if isinstance(event, ShardProgress)}
+    assert told == {(0, 0), (0, 1), (1, 0), (1, 1)}
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -91,6 +96,25 @@ async def test_a_warm_spare_takes_the_place_and_another_one_is_started(local_ray
     assert await _all_cpus_are_free()
 
 
+async def test_spares_are_kept_whatever_went_wrong_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("shardray.runtime.cluster.pool._SETTLE_S", 0.01)
+    monkeypatch.setattr("shardray.runtime.cluster.pool._SPARE_CHECK_S", 0.01)
+    kept = HostPool(HostKind(HostsNeed(1, 1.0, 0, "PACK"), 1, "", "", 1.0, False, "", "", 1.0), num_spares=1)
+    is_settled = asyncio.Event()
+
+    async def settle() -> None:
+        if "a defect of ours" not in caplog.text:
+            raise KeyError("a defect of ours")
+        is_settled.set()
+
+    monkeypatch.setattr(kept, "_settle", settle)
+    kept.start_keeping()
+    await asyncio.wait_for(is_settled.wait(), timeout=5)
+    await kept.close()
+
+
 async def test_a_host_that_dies_while_the_mesh_forms_is_replaced_too(local_ray: RaySession, tiny_llama: Path) -> None:
     async with running(fleet_config(tiny_llama, tp_size=3)) as (fleet, outlet):
         before, killed = outlet.meshes[0], []
@@ -103,6 +127,27 @@ async def test_a_host_that_dies_while_the_mesh_forms_is_replaced_too(local_ray: 
         mesh = await outlet.next_mesh(0, before)
         assert not {host.info.pid for host in mesh.hosts} & {before.hosts[2].info.pid, *killed}
         assert await generate(mesh) == reference_ids(tiny_llama)
+
+
+async def test_a_ray_that_does_not_answer_for_a_moment_is_asked_again(
+    local_ray: RaySession, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, num_asked = ray.nodes, 0
+
+    def nodes() -> list[dict[str, object]]:
+        nonlocal num_asked
+        num_asked += 1
+        if num_asked == 1:
+            raise RaySystemError("the control store is restarting")
+        return ask()
+
+    async with running(fleet_config(tiny_llama)) as (fleet, outlet):
+        before = outlet.meshes[0]
+        monkeypatch.setattr(ray, "nodes", nodes)
+        os.kill(before.hosts[0].info.pid, signal.SIGKILL)
+        assert len((await outlet.next_mesh(0, before)).hosts) == 1
+        assert not fleet.replicas[0].is_given_up
+    assert num_asked > 1
 
 
 async def test_a_mesh_that_cannot_be_formed_again_is_given_up_with_the_last_error(
@@ -192,6 +237,7 @@ async def test_a_replica_that_was_given_up_is_kept_again_in_the_next_shape(
         assert fleet.replicas[0].is_given_up
         assert isinstance(events[-1], ReplicaGaveUp)
         (tmp_path / "weights").rename(folder / "model.safetensors")
+        await check_room(fleet, _shape(fleet, 2, 1), 1)
         await fleet.replicas[0].reshape(_shape(fleet, 2, 1))
         mesh = outlet.meshes[0]
         os.kill(mesh.hosts[1].info.pid, signal.SIGKILL)
@@ -214,6 +260,26 @@ async def test_a_shape_is_gone_back_to_even_if_that_takes_several_forms(
         assert [(shard.stage, shard.tp_rank) for shard in outlet.meshes[0].shards] == [(0, 0), (1, 0)]
         assert await generate(outlet.meshes[0]) == reference_ids(tiny_llama)
     assert await _all_cpus_are_free()
+
+
+async def test_a_replica_that_is_removed_while_it_grows_back_leaves_nothing(
+    local_ray: RaySession, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(fleet_config(tiny_llama)) as (fleet, _):
+        replica = fleet.replicas[0]
+        let_go, is_there = replica._slot.let_go, asyncio.Event()
+
+        async def let_go_at_length() -> None:
+            monkeypatch.setattr(replica._slot, "let_go", let_go)
+            is_there.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(replica._slot, "let_go", let_go_at_length)
+        replica.recipe = _shape(fleet, 2, 1)  # as if it ran on fewer hosts than it was to
+        replica._growing = asyncio.create_task(replica._grow_back())
+        await asyncio.wait_for(is_there.wait(), timeout=20)
+        await fleet.remove(replica)
+        assert await _all_cpus_are_free()
 
 
 def _shape(fleet: ReplicaSet, tp_size: int, pp_size: int) -> MeshRecipe:

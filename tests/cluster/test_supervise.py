@@ -6,14 +6,16 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from shardray.runtime.cluster.form import FormedMesh
+from shardray.runtime.cluster import supervise
+from shardray.runtime.cluster.form import FormedMesh, dissolve
 from shardray.runtime.cluster.ray_session import RaySession
+from shardray.runtime.cluster.remote_host import RemoteHost
 from shardray.runtime.cluster.reports import FailureKind
 from shardray.runtime.cluster.supervise import MeshFailure, MeshWatch
 from tests.cluster.fleets import fleet_config, form_from, generate, hosts_of, until_gone
@@ -79,3 +81,26 @@ async def test_a_rank_that_hangs_while_idle_is_found_by_its_heartbeat(local_ray:
         assert failure.failures[0].kind is FailureKind.HUNG
         assert failure.failures[0].rank == 0
         assert "does not answer" in failure.reason
+
+
+async def test_a_failure_that_a_stop_meets_is_over_before_the_hosts_are_used_again(
+    local_ray: RaySession, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def dissolve_slowly(hosts: Sequence[RemoteHost]) -> list[RemoteHost]:
+        await asyncio.sleep(1.0)
+        return await dissolve(hosts)
+
+    monkeypatch.setattr(supervise, "dissolve", dissolve_slowly)
+    async with _watched_mesh(tiny_llama, tp_size=2, pp_size=1, step_timeout_s=30) as mesh:
+        watch = MeshWatch(mesh, step_timeout_s=30)
+        failing = asyncio.create_task(watch.failure())
+        os.kill(mesh.hosts[1].info.pid, signal.SIGKILL)
+        while not watch.is_ending:
+            await asyncio.sleep(0.01)
+        await watch.stop(timeout_s=5)
+        assert await dissolve(mesh.hosts) == [mesh.hosts[0]]
+        again = await form_from(mesh.hosts[:1], fleet_config(tiny_llama))
+        next_watch = MeshWatch(again, step_timeout_s=30)
+        await failing
+        assert len(await generate(again)) == 24
+        await next_watch.stop(timeout_s=5)

@@ -15,7 +15,6 @@ from shardray.runtime.driver.fleet import Fleet
 from shardray.runtime.driver.operations import (
     FleetOperator,
     OperationConflictError,
-    OperationError,
     OperationFailedError,
     OperationProgress,
     OperationRefusedError,
@@ -34,7 +33,7 @@ class Replicas(FleetOperator):
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
         self.asked: list[ShapeChange] = []
-        self.error: OperationError | None = None
+        self.error: Exception | None = None
 
     async def scale(self, change: ShapeChange) -> AsyncIterator[OperationProgress]:
         self.asked.append(change)
@@ -128,14 +127,19 @@ async def test_a_fleet_that_was_given_up_is_left_to_the_operator() -> None:
     assert scaled.operator.asked == []
 
 
-async def test_it_looks_by_itself_until_it_is_cancelled() -> None:
+async def test_it_looks_by_itself_until_it_is_cancelled_whatever_went_wrong(caplog: pytest.LogCaptureFixture) -> None:
     eager = AutoscalingSettings(
         max_replicas=2, target_ongoing_requests=1, upscale_delay_s=0, metrics_interval_s=0.01, look_back_period_s=1
     )
     scaled = Scaled(eager)
     scaled.fleet.set_requests(0, 5)
+    scaled.operator.error = KeyError("a defect of ours")
     running = asyncio.create_task(scaled.autoscaler.run())
     async with asyncio.timeout(5):
+        while len(scaled.operator.asked) < 2:
+            await asyncio.sleep(0.01)
+        assert "a defect of ours" in caplog.text
+        scaled.operator.error = None
         while len(scaled.fleet.ready_replicas()) < 2:
             await asyncio.sleep(0.01)
     running.cancel()

@@ -7,7 +7,8 @@ import asyncio
 import msgspec
 import pytest
 
-from shardray.runtime.driver.fleet import FailureStatus, Fleet, FleetState
+from shardray.runtime.cluster.reports import FailureKind, RankFailure
+from shardray.runtime.driver.fleet import Fleet, FleetState
 from shardray.runtime.engine.assignment import ShardLoad
 from shardray.runtime.engine.request import EngineStats
 from tests.serving import SHARD
@@ -114,9 +115,10 @@ async def test_a_recovering_replica_is_told_with_its_reason_unless_another_one_i
 async def test_ready_after_a_failure_is_one_recovery_however_often_it_failed_on_the_way() -> None:
     fleet = Fleet("m")
     fleet.set_ready(0, [])
+    place = {"rank": 0, "stage": 0, "tp_rank": 0, "host": "10.0.0.2", "pid": 77}
     for cause in ("killed", "killed again"):
         fleet.set_recovering(0, cause)
-        fleet.set_failure(0, FailureStatus(cause))
+        fleet.set_failure(0, RankFailure(**place, kind=FailureKind.DIED, cause=cause))
     fleet.set_ready(0, [])
     [replica] = fleet.snapshot().replicas
     assert (replica.num_recoveries, replica.last_failure and replica.last_failure.cause) == (1, "killed again")

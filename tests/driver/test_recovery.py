@@ -186,6 +186,28 @@ async def test_a_suspect_that_is_cancelled_lets_the_others_go_on(tokenizer: Toke
         assert await asyncio.gather(*answers) == [EXPECTED] * 3
 
 
+async def take_away(up: Serving, failed: bool) -> None:
+    """The replica goes, before anything could make progress there, and comes again."""
+    up.driver.suspend(0, "its shape is being changed", failed)
+    await up.driver.attach(0, up.replicas[0].address, SECRET, [SHARD])
+
+
+async def test_a_replica_that_goes_on_purpose_makes_no_request_a_suspect(slow: Serving) -> None:
+    answers = start(slow, 4)
+    for _ in range(3):
+        await take_away(slow, failed=False)
+    assert slow.driver.fleet.snapshot().replicas[0].num_live_requests == 4, "none of them has to run alone"
+    assert await asyncio.gather(*answers) == [EXPECTED] * 4
+
+
+async def test_a_trial_that_a_replica_leaves_on_purpose_convicts_nobody(slow: Serving) -> None:
+    answers = start(slow, 2)
+    for failed in (True, True, False, False, False):
+        await take_away(slow, failed)
+    assert slow.driver.fleet.snapshot().replicas[0].num_live_requests == 1, "a suspect runs alone"
+    assert await asyncio.gather(*answers) == [EXPECTED] * 2
+
+
 async def test_a_driver_that_never_had_a_replica_says_so(tokenizer: Tokenizer) -> None:
     driver = Driver("m", tokenizer, LimitsSettings(), 8)
     with pytest.raises(UnavailableError, match="no replica has been placed"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from ray.cluster_utils import Cluster
 
 from shardray.runtime.cluster.events import ClusterEvent, PlacementWaiting
 from shardray.runtime.cluster.form import FormedMesh
+from shardray.runtime.driver.fit import check_room
+from shardray.runtime.driver.operations import OperationRefusedError
 from tests.cluster.fleets import fleet_config, generate, make_tiny_llama, reference_ids, running, several_nodes
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio]
@@ -58,6 +61,17 @@ async def test_stages_span_nodes_and_tensor_groups_stay_on_one(cluster: Cluster,
         nodes = _nodes_of(outlet.meshes[0])
         assert nodes[0] == nodes[1] != nodes[2] == nodes[3]
         assert await generate(outlet.meshes[0]) == reference_ids(tiny_llama)
+
+
+async def test_a_fleet_may_grow_onto_nodes_where_it_has_no_host(cluster: Cluster, tiny_llama: Path) -> None:
+    node_bytes = ray.nodes()[0]["Resources"]["memory"]
+    async with running(fleet_config(tiny_llama, address="auto")) as (fleet, _):
+        config = fleet.recipe.config
+        engine = dataclasses.replace(config.engine, kv_memory_bytes=int(0.6 * node_bytes))
+        large = dataclasses.replace(fleet.recipe, config=dataclasses.replace(config, engine=engine))
+        await check_room(fleet, large, 2)
+        with pytest.raises(OperationRefusedError, match="use fewer replicas"):
+            await check_room(fleet, large, 4)
 
 
 async def test_a_replica_moves_off_a_lost_node_where_the_others_have_room(cluster: Cluster, tiny_llama: Path) -> None:

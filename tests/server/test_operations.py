@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from shardray.runtime.client import AsyncClient, Progress, ServerError
+from shardray.runtime.cluster.reports import FailureKind, RankFailure
 from shardray.runtime.driver.driver import Driver
-from shardray.runtime.driver.fleet import FailureStatus
 from shardray.runtime.driver.operations import OperationKind, OperationProgress, OperationStatus, ShapeChange
 from shardray.runtime.model.tokenizer import Tokenizer
 from shardray.v1 import control_pb2
@@ -209,9 +209,8 @@ async def test_a_server_without_an_operator_says_so(tokenizer: Tokenizer) -> Non
 
 
 async def test_the_fleet_tells_of_a_recovery_its_cause_and_the_spares(tokenizer: Tokenizer) -> None:
-    failure = FailureStatus(
-        stage=0, tp_rank=1, host="10.0.0.2", pid=77, kind="hung", step=12, collective="all_reduce", cause="no answer"
-    )
+    place = {"rank": 1, "stage": 0, "tp_rank": 1, "host": "10.0.0.2", "pid": 77}
+    failure = RankFailure(**place, kind=FailureKind.HUNG, step=12, collective="all_reduce", cause="no answer")
     async with serving(tokenizer) as up:
         assert not (await up.client.fleet()).replicas[0].HasField("last_failure")
         up.driver.fleet.set_recovering(0, "placing a host", 0.25)

@@ -84,7 +84,7 @@ async def test_health_follows_the_fleet(tokenizer: Tokenizer) -> None:
         await until_health(up, SERVING)
         assert await health(up, INFERENCE) == SERVING
         await up.client.wait_ready(timeout_s=1)
-        up.driver.suspend(0, "lost")
+        up.driver.suspend(0, "lost", failed=True)
         await asyncio.sleep(0.1)
         assert await health(up, INFERENCE) == SERVING, "requests are taken while it is formed again"
         up.driver.fleet.set_loading(0, "no room for its hosts")
