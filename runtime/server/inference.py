@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc.aio
 
+from shardray.runtime.config import GrpcSettings
 from shardray.runtime.driver.caller import public_id
 from shardray.runtime.driver.deltas import Delta, PositionLogprobs
 from shardray.runtime.driver.driver import Driver
@@ -25,6 +26,7 @@ from shardray.runtime.server.auth import CALLER
 from shardray.runtime.server.checks import (
     CheckedTexts,
     check_embed,
+    check_embeddings_fit,
     check_generate,
     check_request_id,
     check_resume,
@@ -44,9 +46,10 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     """Handlers raise the errors of the layers below; an interceptor turns them into statuses."""
 
-    def __init__(self, driver: Driver, log_prompts: bool = False) -> None:
+    def __init__(self, driver: Driver, settings: GrpcSettings) -> None:
         self._driver = driver
-        self._prompts = PromptLog(driver.tokenizer, log_prompts)
+        self._max_message_bytes = settings.max_message_bytes
+        self._prompts = PromptLog(driver.tokenizer, settings.log_prompts)
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: _Context
@@ -101,6 +104,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         async with contextlib.aclosing(self._embed(checked, context)) as embeddings:
             async for embedding in embeddings:
                 response.embeddings.add(values=array("f", embedding))
+                if len(response.embeddings) == 1:
+                    check_embeddings_fit(len(checked.texts), response.ByteSize(), self._max_message_bytes)
         return response
 
     async def _embed(self, checked: CheckedTexts, context: _Context) -> AsyncGenerator[bytes]:

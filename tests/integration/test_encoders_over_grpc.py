@@ -131,6 +131,25 @@ async def test_texts_of_a_call_count_for_its_caller(replica: RealReplica, tmp_pa
     assert {len(answer) for answer in answers if isinstance(answer, list)} == {40}
 
 
+async def test_an_answer_is_as_large_as_the_server_allows(tmp_path: Path) -> None:
+    """What every client takes unless told otherwise is 4 MiB; the client of this package takes more."""
+    shape = {"num_hidden_layers": 1, "hidden_size": 1040, "intermediate_size": 8}
+    save_config("bert", BERT | shape, tmp_path)
+    large = GrpcSettings(listen="127.0.0.1:0", max_message_bytes=8 << 20)
+    replica = RealReplica(tmp_path)
+    try:
+        async with serving(None, num_replicas=0) as up:
+            await attach(up, replica)
+            with pytest.raises(ServerError, match="inputs: has 1024 entries with embeddings of 41.. bytes") as caught:
+                await up.client.embed([[5]] * 1024)
+            assert caught.value.code == "INVALID_ARGUMENT"
+        async with serving(None, num_replicas=0, grpc=large) as up:
+            await attach(up, replica)
+            assert len(await up.client.embed([[5]] * 1024)) == 1024
+    finally:
+        replica.kill()
+
+
 async def test_an_embedding_outlives_its_replica(bert: EncoderReference) -> None:
     """The replica is killed while 400 texts are on their way; another one takes over."""
     texts = [[3 + index % 200] * (1 + index % 50) for index in range(400)]
