@@ -95,10 +95,9 @@ async def check_embed(
 def check_embeddings_fit(num_inputs: int, embedding_bytes: int, max_message_bytes: int) -> None:
     """Whether an answer with an embedding for each input can be sent. Raises FieldError."""
     if num_inputs * embedding_bytes > max_message_bytes:
-        larger = f"embeddings of {embedding_bytes} bytes, more than grpc.max_message_bytes ({max_message_bytes}) together"
-        raise FieldError(
-            "inputs", f"has {num_inputs} entries with {larger}; give at most {max_message_bytes // embedding_bytes}"
-        )
+        most = max_message_bytes // embedding_bytes
+        together = f"together more than grpc.max_message_bytes ({max_message_bytes}); give at most {most}"
+        raise FieldError("inputs", f"has {num_inputs} entries with embeddings of {embedding_bytes} bytes, {together}")
 
 
 async def _texts(

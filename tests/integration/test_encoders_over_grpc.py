@@ -140,7 +140,7 @@ async def test_an_answer_is_as_large_as_the_server_allows(tmp_path: Path) -> Non
     try:
         async with serving(None, num_replicas=0) as up:
             await attach(up, replica)
-            with pytest.raises(ServerError, match="inputs: has 1024 entries with embeddings of 41.. bytes") as caught:
+            with pytest.raises(ServerError, match=r"inputs: has 1024 entries with embeddings of 41.. bytes") as caught:
                 await up.client.embed([[5]] * 1024)
             assert caught.value.code == "INVALID_ARGUMENT"
         async with serving(None, num_replicas=0, grpc=large) as up:
