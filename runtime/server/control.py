@@ -9,8 +9,8 @@ import grpc
 import grpc.aio
 import msgspec
 
-from shardray.runtime.driver.fleet import FailureStatus, Fleet, FleetState, FleetStatus, ReplicaStatus
-from shardray.runtime.driver.operations import FleetOperator, OperationKind, OperationStatus
+from shardray.runtime.driver.fleet import FailureStatus, Fleet, FleetStatus, ReplicaStatus
+from shardray.runtime.driver.operations import FleetOperator, OperationStatus
 from shardray.runtime.engine.assignment import ShardInfo, ShardLoad
 from shardray.runtime.engine.request import FieldError
 from shardray.runtime.server.messages import stats_to_proto
@@ -22,19 +22,6 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 _DEFAULT_INTERVAL_MS = 500
 _MAX_INTERVAL_MS = 60_000
 _NO_OPERATOR = "this server has a fixed fleet: it was started without an operator"
-_STATES = {
-    FleetState.LOADING: control_pb2.FLEET_STATE_LOADING,
-    FleetState.READY: control_pb2.FLEET_STATE_READY,
-    FleetState.FAILED: control_pb2.FLEET_STATE_FAILED,
-    FleetState.STOPPING: control_pb2.FLEET_STATE_STOPPING,
-    FleetState.RECOVERING: control_pb2.FLEET_STATE_RECOVERING,
-}
-_KINDS = {
-    OperationKind.SCALE: control_pb2.OPERATION_KIND_SCALE,
-    OperationKind.RELOAD: control_pb2.OPERATION_KIND_RELOAD,
-    OperationKind.RESTART: control_pb2.OPERATION_KIND_RESTART,
-    OperationKind.DRAIN: control_pb2.OPERATION_KIND_DRAIN,
-}
 
 
 class ControlService(control_pb2_grpc.ControlServiceServicer):
@@ -107,7 +94,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
 def fleet_to_proto(status: FleetStatus) -> control_pb2.Fleet:
     fleet = control_pb2.Fleet(
         model_id=status.model_id,
-        state=_STATES[status.state],
+        state=control_pb2.FleetState.Value(f"FLEET_STATE_{status.state.name}"),
         reason=status.reason,
         replicas=[_replica_to_proto(replica) for replica in status.replicas],
         num_queued_requests=status.num_queued_requests,
@@ -122,7 +109,8 @@ def fleet_to_proto(status: FleetStatus) -> control_pb2.Fleet:
 
 def _operation_to_proto(operation: OperationStatus) -> control_pb2.Operation:
     progress = control_pb2.OperationProgress(doing=operation.progress.doing, fraction=operation.progress.fraction)
-    message = control_pb2.Operation(kind=_KINDS[operation.kind], progress=progress)
+    kind = control_pb2.OperationKind.Value(f"OPERATION_KIND_{operation.kind.name}")
+    message = control_pb2.Operation(kind=kind, progress=progress)
     message.start_time.FromMilliseconds(round(operation.start_time_s * 1000))
     return message
 
@@ -130,7 +118,7 @@ def _operation_to_proto(operation: OperationStatus) -> control_pb2.Operation:
 def _replica_to_proto(replica: ReplicaStatus) -> control_pb2.Replica:
     message = control_pb2.Replica(
         replica_id=replica.replica_id,
-        state=_STATES[replica.state],
+        state=control_pb2.FleetState.Value(f"FLEET_STATE_{replica.state.name}"),
         reason=replica.reason,
         progress=replica.progress,
         shards=[_shard_to_proto(shard, replica.load_of(shard)) for shard in replica.shards],
