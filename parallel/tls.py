@@ -95,10 +95,10 @@ def check_name(tls: ssl.SSLObject) -> None:
         raise ssl.SSLCertVerificationError(1, f"certificate is not valid for the name {NAME}")
 
 
-def reason_of(error: ssl.SSLError) -> str:
-    """What went wrong, without OpenSSL's codes and source lines."""
-    told = getattr(error, "verify_message", None) or error.reason
-    return str(told or error.strerror or error).replace("_", " ").lower()
+def reason_of(error: OSError) -> str:
+    """What went wrong with TLS or its files, without OpenSSL's codes and source lines."""
+    told = getattr(error, "verify_message", None) or getattr(error, "reason", None) or error.strerror
+    return str(told or error).replace("_", " ").lower()
 
 
 def _no_password() -> bytes:
