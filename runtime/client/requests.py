@@ -35,6 +35,16 @@ class SamplingOptions(TypedDict, total=False):
     forced: Sequence[int] | None  # ids
 
 
+class StreamOptions(SamplingOptions, total=False):
+    """What ``stream`` takes beside the prompt; its signature has the defaults."""
+
+    request_id: str
+    priority: int
+    timeout_s: float | None
+    resumable_s: float
+    wait_s: float
+
+
 class EmbedOptions(TypedDict, total=False):
     """How embeddings are made; what is left out, or None, is the model's own way."""
 
