@@ -116,11 +116,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 while under_way and (len(under_way) == _EMBED_WINDOW or not self._has_place()):
                     yield await _next_embedding(under_way)
                 await self._wait_for_place(driver.admission.bound_s(context.time_remaining()))
-                request_id, params = _own_id(f"emb-{uuid.uuid4().hex}"), SamplingParams(seed=0)
-                timeout_s, priority = context.time_remaining(), checked.priority
-                under_way.append(
-                    driver.submit(request_id, prompt_ids, params, timeout_s, priority, pooling=checked.pooling)
-                )
+                request_id, timeout_s = _own_id(f"emb-{uuid.uuid4().hex}"), context.time_remaining()
+                params, priority, pooling = SamplingParams(seed=0), checked.priority, checked.pooling
+                stream = driver.submit(request_id, prompt_ids, params, timeout_s, priority, pooling=pooling)
+                under_way.append(stream)
             while under_way:
                 yield await _next_embedding(under_way)
         finally:
