@@ -6,10 +6,12 @@ DNS names is what both sides ask for. Files are read where they are needed; key 
 
 from __future__ import annotations
 
+import re
 import ssl
 from dataclasses import dataclass
 
 NAME = "shardray"
+_CODES = re.compile(r"^\[[^]]*\] | ?\(_ssl\.c:\d+\)$")
 _CERT_BEGIN = b"-----BEGIN CERTIFICATE-----"
 
 
@@ -95,10 +97,10 @@ def check_name(tls: ssl.SSLObject) -> None:
         raise ssl.SSLCertVerificationError(1, f"certificate is not valid for the name {NAME}")
 
 
-def reason_of(error: ssl.SSLError) -> str:
-    """What went wrong, without OpenSSL's codes and source lines."""
-    told = getattr(error, "verify_message", None) or error.reason
-    return str(told or error.strerror or error).replace("_", " ").lower()
+def reason_of(error: OSError) -> str:
+    """What went wrong with TLS or its files, without OpenSSL's codes and source lines."""
+    told = getattr(error, "verify_message", None) or getattr(error, "reason", None) or error.strerror
+    return _CODES.sub("", str(told or error)).replace("_", " ").lower()
 
 
 def _no_password() -> bytes:

@@ -72,7 +72,7 @@ MAKERS = {
     "runtime/cluster/ray_check.py": (),
     "runtime/cluster/ray_session.py": ("_explain", "_check_reachable"),
     "runtime/cluster/remote_host.py": ("_plain_cause",),
-    "runtime/cluster/replica.py": (),
+    "runtime/cluster/replica.py": ("_form_until_it_runs", "_on_keeper_end"),
     "runtime/cluster/supervise.py": ("_end_of", "_order"),
     "runtime/config/errors.py": ("explain",),
     "runtime/config/load.py": ("_construct_mapping",),
@@ -148,12 +148,12 @@ def _constructed(node: ast.ClassDef) -> Iterator[str]:
 
 
 def _logged(node: ast.Call) -> Iterator[str]:
-    if ast.unparse(node.func) in ("_log.warning", "_log.error", "_log.exception"):
+    if ast.unparse(node.func) in ("_log.warning", "_log.error", "_log.exception", "_log.critical"):
         yield from _texts(node.args[0])
 
 
 def _made(node: ast.AST, names: tuple[str, ...]) -> Iterator[str]:
-    if isinstance(node, ast.FunctionDef) and node.name in names:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name in names:
         body = node.body[1:] if ast.get_docstring(node) else node.body
         yield from (text for statement in body for text in _texts(statement, _LEAST_CHARS_MADE))
     elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in names:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import msgspec
 
 from shardray.parallel.spans import Span, SpanKind
 from shardray.runtime.cluster.trace import RankTrace
 from shardray.runtime.driver.driver import Driver
+from shardray.runtime.driver.operation_run import OperationRun, Say
 from shardray.runtime.driver.operations import (
     OperationConflictError,
     OperationFailedError,
+    OperationKind,
     OperationProgress,
     OperationRefusedError,
     ShapeChange,
@@ -25,8 +27,6 @@ STEP_TIME_S = 0.01
 
 
 class StubOperator:
-    """Only the iteration drives an operation: one that goes on without its client was carried by the server."""
-
     def __init__(self, driver: Driver) -> None:
         self.asked: list[object] = []
         self.may_go_on = asyncio.Event()  # cleared: an operation waits after its first step
@@ -35,23 +35,19 @@ class StubOperator:
         self.drained = asyncio.Event()
         self._driver = driver
         self._added: dict[int, StubReplica] = {}
-        self._busy = False
+        self._operation: OperationRun | None = None
 
-    async def scale(self, change: ShapeChange) -> AsyncIterator[OperationProgress]:
-        async for step in self._alone(change, self._scale(change)):
-            yield step
+    def scale(self, change: ShapeChange) -> AsyncIterator[OperationProgress]:
+        return self._alone(OperationKind.SCALE, change, lambda say: self._scale(change, say))
 
-    async def reload(self, source: str) -> AsyncIterator[OperationProgress]:
-        async for step in self._alone(source, self._replace(f"loading {source}")):
-            yield step
+    def reload(self, source: str) -> AsyncIterator[OperationProgress]:
+        return self._alone(OperationKind.RELOAD, source, lambda say: self._replace(f"loading {source}", say))
 
-    async def restart(self) -> AsyncIterator[OperationProgress]:
-        async for step in self._alone("restart", self._replace("starting new hosts")):
-            yield step
+    def restart(self) -> AsyncIterator[OperationProgress]:
+        return self._alone(OperationKind.RESTART, "restart", lambda say: self._replace("starting new hosts", say))
 
-    async def drain(self, timeout_s: float) -> AsyncIterator[OperationProgress]:
-        async for step in self._alone(timeout_s, self._drain(timeout_s)):
-            yield step
+    def drain(self, timeout_s: float) -> AsyncIterator[OperationProgress]:
+        return self._alone(OperationKind.DRAIN, timeout_s, lambda say: self._drain(timeout_s, say))
 
     async def trace(self, seconds: float) -> list[RankTrace]:
         self.asked.append(seconds)
@@ -65,44 +61,39 @@ class StubOperator:
         for replica in self._added.values():
             replica.kill()
 
-    async def _alone(self, asked: object, steps: AsyncIterator[OperationProgress]) -> AsyncIterator[OperationProgress]:
+    async def _alone(
+        self, kind: OperationKind, asked: object, work: Callable[[Say], Awaitable[None]]
+    ) -> AsyncIterator[OperationProgress]:
         self.asked.append(asked)
-        if self._busy:
+        if self._operation is not None and self._operation.is_under_way:
             raise OperationConflictError("another operation is under way; wait for its end")
-        self._busy = True
-        try:
-            async for step in steps:
-                yield step
-        finally:
-            self._busy = False
+        self._operation = OperationRun(kind, self._driver.fleet, work)
+        async for step in self._operation.steps():
+            yield step
 
-    async def _scale(self, change: ShapeChange) -> AsyncIterator[OperationProgress]:
+    async def _scale(self, change: ShapeChange, say: Say) -> None:
         ready = self._driver.fleet.ready_replicas()
         wanted = change.replicas or len(ready)
         if wanted > MAX_REPLICAS:
             raise OperationRefusedError(f"{wanted} replicas need {wanted} hosts, but there are {MAX_REPLICAS}")
-        yield OperationProgress(f"from {len(ready)} to {wanted} replicas", 0.0)
+        say(f"from {len(ready)} to {wanted} replicas", 0.0)
         await self._half_way()
         for replica_id in range(len(ready), wanted):
             await self._attach(replica_id, change.tensor_parallel_size or 1)
-            yield OperationProgress(f"replica {replica_id} serves", (replica_id + 1) / wanted)
+            say(f"replica {replica_id} serves", (replica_id + 1) / wanted)
         for replica_id in range(wanted, len(ready)):
             await self._remove(replica_id)
-        yield OperationProgress(f"{wanted} replicas serve", 1.0)
 
-    async def _replace(self, doing: str) -> AsyncIterator[OperationProgress]:
-        yield OperationProgress(doing, 0.0)
+    async def _replace(self, doing: str, say: Say) -> None:
+        say(doing, 0.0)
         await self._half_way()
         for replica in self._driver.fleet.ready_replicas():
             await self._attach(replica.replica_id, 1)
-        yield OperationProgress("done", 1.0)
 
-    async def _drain(self, timeout_s: float) -> AsyncIterator[OperationProgress]:
-        num_live = self._driver.fleet.snapshot().num_live_requests
-        yield OperationProgress(f"{num_live} requests in flight", 0.0)
+    async def _drain(self, timeout_s: float, say: Say) -> None:
+        say(f"{self._driver.fleet.snapshot().num_live_requests} requests in flight", 0.0)
         await self._driver.shutdown(timeout_s)
         self.drained.set()
-        yield OperationProgress("all requests have ended", 1.0)
 
     async def _half_way(self) -> None:
         await self.may_go_on.wait()

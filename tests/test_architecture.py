@@ -27,6 +27,7 @@ ALLOWED = {
     "runtime.observe": ("__version__", *(f"runtime.{part}" for part in ("config", "engine", "driver"))),
     "runtime.server": (
         "v1",
+        "parallel.tls",
         "__version__",
         *(f"runtime.{part}" for part in ("config", "model", "engine", "cluster", "driver", "observe")),
     ),

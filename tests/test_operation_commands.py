@@ -81,7 +81,7 @@ def test_scale_prints_a_line_for_each_step(fleet: Fleet) -> None:
     assert done.stdout.splitlines() == [
         "  0%  from 1 to 2 replicas",
         "100%  replica 1 serves",
-        "100%  2 replicas serve",
+        "100%  done",
     ]
     assert fleet.operator.asked == [ShapeChange(tensor_parallel_size=2, pipeline_parallel_size=3, replicas=2)]
 
@@ -161,7 +161,7 @@ def test_a_second_operation_is_refused_and_ctrl_c_leaves_the_first_running(fleet
 
 def test_drain_ends_with_the_last_request(fleet: Fleet) -> None:
     done = shardray("drain", "--timeout", "5", "--server", fleet.address)
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "100%  all requests have ended")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "100%  done")
     assert fleet.operator.asked == [5.0]
 
 

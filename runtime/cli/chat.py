@@ -28,10 +28,7 @@ def command(
 ) -> None:
     """Talk to the model."""
     from shardray.runtime.client import Client
-    from shardray.runtime.client.requests import SamplingOptions
 
-    sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    chosen = SamplingOptions(**{key: value for key, value in sampling.items() if value is not None})  # type: ignore[typeddict-item]
     opening = [{"role": "system", "content": system}] if system else []
     messages = list(opening)
     with Client(server) as client:
@@ -41,8 +38,10 @@ def command(
                 messages = list(opening)
             elif line:
                 messages.append({"role": "user", "content": line})
-                answer = _print_answer(client.stream(messages, **chosen))
-                messages.append({"role": "assistant", "content": answer})
+                deltas = client.stream(
+                    messages, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+                )
+                messages.append({"role": "assistant", "content": _print_answer(deltas)})
 
 
 def _lines() -> Iterator[str]:

@@ -22,11 +22,15 @@ def command(
 ) -> None:
     """Print the embedding of each text, one JSON list a line."""
     from shardray.runtime.client import Client
-    from shardray.runtime.client.requests import EmbedOptions
 
-    given = {"pooling": pooling, "normalize": normalize, "truncate": truncate}
-    chosen = EmbedOptions(**{key: value for key, value in given.items() if value is not None})  # type: ignore[typeddict-item]
     lines = options.text_or_stdin("-").splitlines() if texts == ["-"] else texts
     with Client(server) as client:
-        for embedding in client.embed(lines, timeout_s=timeout_s, **chosen):
+        embeddings = client.embed(
+            lines,
+            timeout_s=timeout_s,
+            pooling=pooling,  # type: ignore[arg-type]  # another word is refused there
+            normalize=normalize,
+            truncate=truncate,
+        )
+        for embedding in embeddings:
             print(json.dumps(embedding))

@@ -44,30 +44,29 @@ def command(
     With --json, one object a line: text, token ids, log-probabilities; usage and timing in the last.
     """
     from shardray.runtime.client import Client
-    from shardray.runtime.client.requests import SamplingOptions
 
-    sampling = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-        "seed": seed,
-        "min_tokens": min_tokens,
-        "ignore_eos": ignore_eos,
-        "stop": stop,
-        "logprobs": logprobs,
-        "forced": forced,
-    }
     prompt = options.text_or_stdin(text)
-    chosen = SamplingOptions(**{key: value for key, value in sampling.items() if value is not None})  # type: ignore[typeddict-item]
     show = _print_json if as_json else _print_text
     with Client(server) as client:
-        messages = [{"role": "user", "content": prompt}]
-        for delta in client.stream(messages if chat else prompt, timeout_s=timeout_s, **chosen):
+        deltas = client.stream(
+            [{"role": "user", "content": prompt}] if chat else prompt,
+            timeout_s=timeout_s,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            seed=seed,
+            min_tokens=min_tokens,
+            ignore_eos=ignore_eos,
+            stop=stop,
+            logprobs=logprobs,
+            forced=forced,
+        )
+        for delta in deltas:
             show(delta)
 
 

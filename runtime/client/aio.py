@@ -24,6 +24,7 @@ from shardray.runtime.client.requests import (
     EmbedOptions,
     Prompt,
     SamplingOptions,
+    StreamOptions,
     embed_request,
     generate_request,
     tokenize_request,
@@ -93,28 +94,9 @@ class AsyncClient:
             if stream.must_abort:
                 await self._abort_quietly(stream.request_id)
 
-    async def generate(
-        self,
-        prompt: Prompt,
-        *,
-        request_id: str = "",
-        priority: int = 0,
-        timeout_s: float | None = None,
-        resumable_s: float = RESUMABLE_S,
-        wait_s: float = 0.0,
-        **options: Unpack[SamplingOptions],
-    ) -> Completion:
+    async def generate(self, prompt: Prompt, **options: Unpack[StreamOptions]) -> Completion:
         """The whole answer at once. Parameters as for ``stream``."""
-        deltas = self.stream(
-            prompt,
-            request_id=request_id,
-            priority=priority,
-            timeout_s=timeout_s,
-            resumable_s=resumable_s,
-            wait_s=wait_s,
-            **options,
-        )
-        return join([delta async for delta in deltas])
+        return join([delta async for delta in self.stream(prompt, **options)])
 
     async def embed(
         self, texts: Sequence[str | Sequence[int]], *, timeout_s: float | None = None, **options: Unpack[EmbedOptions]

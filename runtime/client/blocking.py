@@ -24,6 +24,7 @@ from shardray.runtime.client.requests import (
     EmbedOptions,
     Prompt,
     SamplingOptions,
+    StreamOptions,
     embed_request,
     generate_request,
     tokenize_request,
@@ -75,29 +76,9 @@ class Client:
         stream = ResumingStream(self.address, request, timeout_s or self._timeout_s, resumable_s, wait_s)
         return self._deltas(stream, self._call(stream))
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        request_id: str = "",
-        priority: int = 0,
-        timeout_s: float | None = None,
-        resumable_s: float = RESUMABLE_S,
-        wait_s: float = 0.0,
-        **options: Unpack[SamplingOptions],
-    ) -> Completion:
+    def generate(self, prompt: Prompt, **options: Unpack[StreamOptions]) -> Completion:
         """The whole answer at once. Parameters as for ``stream``."""
-        return join(
-            self.stream(
-                prompt,
-                request_id=request_id,
-                priority=priority,
-                timeout_s=timeout_s,
-                resumable_s=resumable_s,
-                wait_s=wait_s,
-                **options,
-            )
-        )
+        return join(self.stream(prompt, **options))
 
     def embed(
         self, texts: Sequence[str | Sequence[int]], *, timeout_s: float | None = None, **options: Unpack[EmbedOptions]

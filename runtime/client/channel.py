@@ -97,6 +97,7 @@ def open_aio_channel(address: str, access: Access | None) -> grpc.aio.Channel:
 def channel_options(address: str) -> list[tuple[str, int]]:
     """Pings keep a long silent wait alive; a proxy of the environment is not asked for this machine."""
     options = [
+        ("grpc.max_receive_message_length", -1),  # the server bounds what it sends
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 20_000),
         # A server that is started again is found within a second.

@@ -15,31 +15,41 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 
 class SamplingOptions(TypedDict, total=False):
-    """Fields of ``SamplingParameters`` in common.proto; what is left out is the server's default."""
+    """Fields of ``SamplingParameters`` in common.proto; what is left out, or None, is the server's default."""
 
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: Mapping[int, float]
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
     seed: int | None
     max_tokens: int | None
-    min_tokens: int
-    ignore_eos: bool
-    stop_token_ids: Sequence[int]
-    stop: Sequence[str]
+    min_tokens: int | None
+    ignore_eos: bool | None
+    stop_token_ids: Sequence[int] | None
+    stop: Sequence[str] | None
     logprobs: int | None
     forced: Sequence[int] | None  # ids
 
 
-class EmbedOptions(TypedDict, total=False):
-    """How embeddings are made; what is left out is the model's own way."""
+class StreamOptions(SamplingOptions, total=False):
+    """What ``stream`` takes beside the prompt; its signature has the defaults."""
 
-    pooling: Literal["mean", "cls", "last"]
-    normalize: bool
+    request_id: str
+    priority: int
+    timeout_s: float | None
+    resumable_s: float
+    wait_s: float
+
+
+class EmbedOptions(TypedDict, total=False):
+    """How embeddings are made; what is left out, or None, is the model's own way."""
+
+    pooling: Literal["mean", "cls", "last"] | None
+    normalize: bool | None
     truncate: bool
     priority: int
 
@@ -68,13 +78,13 @@ def generate_request(
 def embed_request(texts: Sequence[str | Sequence[int]], options: EmbedOptions) -> inference_pb2.EmbedRequest:
     """Raises ServerError (INVALID_ARGUMENT) for a value that no message can hold."""
     request = inference_pb2.EmbedRequest(truncate=options.get("truncate", False), priority=options.get("priority", 0))
-    if "pooling" in options:
-        mode = f"POOLING_MODE_{str(options['pooling']).upper()}"
+    if (pooling := options.get("pooling")) is not None:
+        mode = f"POOLING_MODE_{str(pooling).upper()}"
         if mode not in common_pb2.PoolingMode.DESCRIPTOR.values_by_name:
-            raise _bad_field("pooling", f"{options['pooling']!r} is not known; give mean, cls or last")
+            raise _bad_field("pooling", f"{pooling!r} is not known; give mean, cls or last")
         request.pooling.mode = common_pb2.PoolingMode.Value(mode)
-    if "normalize" in options:
-        request.pooling.normalize = options["normalize"]
+    if (normalize := options.get("normalize")) is not None:
+        request.pooling.normalize = normalize
     for text in texts:
         entry = request.inputs.add()
         if isinstance(text, str):

@@ -8,12 +8,7 @@ from collections.abc import Iterable
 from shardray.runtime.engine.request import FinishReason
 from shardray.v1 import common_pb2, inference_pb2
 
-_FINISH_REASONS = {
-    common_pb2.FINISH_REASON_STOP: FinishReason.STOP,
-    common_pb2.FINISH_REASON_LENGTH: FinishReason.LENGTH,
-    common_pb2.FINISH_REASON_ABORTED: FinishReason.ABORTED,
-    common_pb2.FINISH_REASON_ERROR: FinishReason.ERROR,
-}
+_FINISH_REASONS = {common_pb2.FinishReason.Value(f"FINISH_REASON_{reason.name}"): reason for reason in FinishReason}
 
 
 @dataclasses.dataclass

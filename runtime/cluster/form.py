@@ -20,6 +20,7 @@ from shardray.runtime.cluster.layout import CoreShare, own_memory, rank_order
 from shardray.runtime.cluster.remote_host import RemoteHost
 from shardray.runtime.cluster.reports import FailureKind, FormReport, RankFailure, place_text
 from shardray.runtime.config import Config
+from shardray.runtime.config.units import join_listen
 from shardray.runtime.engine.assignment import ShardAssignment, ShardInfo
 
 RankProgress = Callable[[int, RemoteHost, str, float], None]  # (rank, host, doing, fraction)
@@ -90,7 +91,7 @@ async def form(
     leader = assignments[0]
     return FormedMesh(
         credentials=leader.credentials,
-        address=join_port(leader.bind_host, reports[0].port),
+        address=join_listen(leader.bind_host, reports[0].port or 0),
         tp_size=recipe.tp_size,
         hosts=ranked,
         shards=tuple(report.shard for report in reports if report.shard is not None),
@@ -280,8 +281,3 @@ def tls_files(config: Config) -> TlsFiles | None:
     """Where every process of the fleet finds its certificates."""
     tls = config.cluster.tls
     return None if tls is None else TlsFiles(tls.ca, tls.cert, tls.key)
-
-
-def join_port(host: str, port: int | None) -> str:
-    """host:port, as gRPC writes it."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

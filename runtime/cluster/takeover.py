@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from shardray.runtime.cluster.errors import ClusterError
-from shardray.runtime.cluster.form import FormedMesh, MeshRecipe, dissolve, join_port
+from shardray.runtime.cluster.form import FormedMesh, MeshRecipe, dissolve
 from shardray.runtime.cluster.lease import RENEWAL_S, SILENCE_S
 from shardray.runtime.cluster.remote_host import RemoteHost, find_hosts
 from shardray.runtime.cluster.reports import HostState
+from shardray.runtime.config.units import join_listen
 from shardray.runtime.engine.assignment import ShardAssignment
 
 _log = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def _mesh_of(ranks: list[_Rank], recipe: MeshRecipe) -> tuple[FormedMesh, MeshRe
         return None
     mesh = FormedMesh(
         credentials=leader.credentials,
-        address=join_port(leader.bind_host, ranked[0][1].port),
+        address=join_listen(leader.bind_host, ranked[0][1].port or 0),
         tp_size=leader.tp_size,
         hosts=tuple(host for host, _ in ranked),
         shards=tuple(state.shard for _, state in ranked if state.shard is not None),

@@ -162,7 +162,7 @@ class GrpcSettings:
     reflection: Flag | None = None
     """Whether tools such as grpcurl may list the services; null: only where everyone is let in."""
     max_message_bytes: Bytes = 4 * 1024 * 1024
-    """Largest message that a client may send."""
+    """Largest message that a client may send, and largest answer to Embed."""
     kserve: Flag = False
     """Whether clients of Triton are answered too (KServe's inference.GRPCInferenceService). Needs shardray[kserve]."""
     log_prompts: Flag = False

@@ -65,8 +65,12 @@ def join_listen(host: str, port: int) -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only this machine reaches ``host:port``. A name other than localhost may be any address."""
-    host, _ = parse_listen(address)
+    """Whether only this machine reaches ``host:port``."""
+    return is_loopback_host(parse_listen(address)[0])
+
+
+def is_loopback_host(host: str) -> bool:
+    """Whether ``host`` is this machine for itself. A name other than localhost may be any address."""
     if host == "localhost":
         return True
     try:

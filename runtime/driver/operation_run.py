@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from shardray.runtime.driver.fleet import Fleet
 from shardray.runtime.driver.operations import (
+    OperationError,
     OperationKind,
     OperationProgress,
     OperationRefusedError,
@@ -34,7 +35,7 @@ class OperationRun:
         self._detail = ""
         self._told: asyncio.Queue[OperationProgress | None] = asyncio.Queue()
         self._task = asyncio.create_task(self._run(work))
-        self._task.add_done_callback(lambda task: fleet.count_operation(kind, _outcome(task)))
+        self._task.add_done_callback(self._on_end)
 
     @property
     def is_under_way(self) -> bool:
@@ -73,8 +74,9 @@ class OperationRun:
             self._told.put_nowait(None)
 
     def _say(self, doing: str, fraction: float) -> None:
+        """The fraction never goes back, whatever the parts of an operation say of themselves."""
         _log.info("%s", doing)
-        self._step, self._detail = OperationProgress(doing, fraction), ""
+        self._step, self._detail = OperationProgress(doing, max(fraction, self._step.fraction)), ""
         self._step_began_s = time.monotonic()
         self._tell(self._step)
 
@@ -90,6 +92,14 @@ class OperationRun:
     def _tell(self, progress: OperationProgress) -> None:
         self._told.put_nowait(progress)
         self._fleet.set_operation(OperationStatus(self.kind, progress, self._start_time_s))
+
+    def _on_end(self, task: asyncio.Task[None]) -> None:
+        """Nobody may be there to hear of a failure, so the log does."""
+        outcome = _outcome(task)
+        self._fleet.count_operation(self.kind, outcome)
+        if outcome == "failed":
+            error = task.exception()
+            _log.error("an operation failed: %s", error, exc_info=None if isinstance(error, OperationError) else error)
 
 
 def _outcome(operation: asyncio.Task[None]) -> str:

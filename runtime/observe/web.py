@@ -14,7 +14,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from shardray.runtime.config.units import join_listen, parse_listen
+from shardray.runtime.config.units import is_loopback_host, join_listen, parse_listen
 
 Route = Callable[
     [str], tuple[str, bytes]
@@ -23,7 +23,6 @@ Route = Callable[
 _log = logging.getLogger(__name__)
 _MAX_CONNECTIONS = 64
 _IDLE_S = 10.0  # of a connection that sends no request, or takes no answer
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -68,7 +67,7 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, host: str, port: int, routes: Mapping[str, Route]) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.routes = routes
-        self.is_loopback = host in _LOOPBACK
+        self.is_loopback = is_loopback_host(host)
         self._room = threading.BoundedSemaphore(_MAX_CONNECTIONS)
         super().__init__((host, port), _Handler)
 
@@ -105,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         route = self.server.routes.get(self.path.partition("?")[0])
         # A page of a stranger whose name resolves to this machine must not read what the loopback interface shows.
-        if self.server.is_loopback and self._host() not in _LOOPBACK:
+        if self.server.is_loopback and not is_loopback_host(self._host()):
             return self._fail(HTTPStatus.FORBIDDEN, "ask for 127.0.0.1 or localhost")
         if route is None:
             return self._fail(HTTPStatus.NOT_FOUND, f"there are {', '.join(self.server.routes)}")

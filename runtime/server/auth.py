@@ -1,4 +1,4 @@
-"""Who calls, and whether they may: tokens from the metadata of a call, held against the roles of its service.
+"""Who calls, and whether they may: tokens from the metadata of a call, held against the roles of its method.
 
 Asked once a call, before anything of the call is read.
 """
@@ -22,11 +22,13 @@ CALLER: contextvars.ContextVar[Caller | None] = contextvars.ContextVar("caller",
 """Whoever makes the call that is being handled; None where nobody is asked."""
 
 _EXEMPT = "grpc.health.v1.Health"
-# What is not here is closed to everyone, so that a new service is opened on purpose.
+# Of services, and of methods that ask for others. What is not here is closed to everyone, so that a new service is
+# opened on purpose.
 _ROLES: dict[str, frozenset[Role]] = {
     "shardray.v1.InferenceService": frozenset({Role.INFERENCE}),
     "shardray.v1.ControlService": frozenset({Role.CONTROL}),
     "vllm.grpc.engine.VllmEngine": frozenset({Role.INFERENCE}),
+    "vllm.grpc.engine.VllmEngine/FlushCache": frozenset({Role.CONTROL}),  # what all callers share
     "inference.GRPCInferenceService": frozenset({Role.INFERENCE}),
     "grpc.reflection.v1.ServerReflection": frozenset(Role),
     "grpc.reflection.v1alpha.ServerReflection": frozenset(Role),
@@ -49,14 +51,14 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        service = handler_call_details.method.strip("/").partition("/")[0]
-        if service == _EXEMPT:
+        method = handler_call_details.method.strip("/")
+        if method.partition("/")[0] == _EXEMPT:
             return await continuation(handler_call_details)
         try:
             grant = self._grant(handler_call_details.invocation_metadata or ())
             handler = await continuation(handler_call_details)
             if handler is not None:
-                _check_role(grant, service)
+                _check_role(grant, method)
         except (UnauthenticatedError, RoleMissingError) as error:
             return self._refusal(error)
         CALLER.set(grant.caller)
@@ -88,9 +90,10 @@ class AuthInterceptor(grpc.aio.ServerInterceptor):
             self._told_s, self._num_untold = time.monotonic(), 0
 
 
-def _check_role(grant: Grant, service: str) -> None:
-    roles = _ROLES.get(service, frozenset())
+def _check_role(grant: Grant, method: str) -> None:
+    name = method if method in _ROLES else method.partition("/")[0]
+    roles = _ROLES.get(name, frozenset())
     if not roles & grant.roles:
         needed = " or ".join(sorted(roles)) or "that no token can have"
         has = ", ".join(sorted(grant.roles))
-        raise RoleMissingError(f"{grant.caller.name} has the role {has}, and {service} needs {needed}")
+        raise RoleMissingError(f"{grant.caller.name} has the role {has}, and {name} needs {needed}")

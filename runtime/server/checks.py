@@ -92,6 +92,14 @@ async def check_embed(
     return CheckedTexts(texts, pooling, request.priority)
 
 
+def check_embeddings_fit(num_inputs: int, embedding_bytes: int, max_message_bytes: int) -> None:
+    """Whether an answer with an embedding for each input can be sent. Raises FieldError."""
+    if num_inputs * embedding_bytes > max_message_bytes:
+        most = max_message_bytes // embedding_bytes
+        together = f"together more than grpc.max_message_bytes ({max_message_bytes}); give at most {most}"
+        raise FieldError("inputs", f"has {num_inputs} entries with embeddings of {embedding_bytes} bytes, {together}")
+
+
 async def _texts(
     request: inference_pb2.EmbedRequest, tokenizer: Tokenizer | None, vocab_size: int, most: int
 ) -> list[tuple[int, ...]]:

@@ -10,12 +10,12 @@ import grpc.aio
 import msgspec
 
 from shardray.runtime.cluster.reports import RankFailure
-from shardray.runtime.driver.fleet import Fleet, FleetState, FleetStatus, ReplicaStatus
-from shardray.runtime.driver.operations import FleetOperator, OperationKind, OperationStatus
+from shardray.runtime.driver.fleet import Fleet, FleetStatus, ReplicaStatus
+from shardray.runtime.driver.operations import FleetOperator, OperationProgress, OperationStatus
 from shardray.runtime.engine.assignment import ShardInfo, ShardLoad
 from shardray.runtime.engine.request import FieldError
 from shardray.runtime.server.messages import stats_to_proto
-from shardray.runtime.server.operations import OperationRunner, check_drain_timeout, check_scale, check_source
+from shardray.runtime.server.operations import check_drain_timeout, check_scale, check_source
 from shardray.runtime.server.traces import check_seconds, trace_to_proto
 from shardray.v1 import control_pb2, control_pb2_grpc
 
@@ -23,19 +23,6 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 _DEFAULT_INTERVAL_MS = 500
 _MAX_INTERVAL_MS = 60_000
 _NO_OPERATOR = "this server has a fixed fleet: it was started without an operator"
-_STATES = {
-    FleetState.LOADING: control_pb2.FLEET_STATE_LOADING,
-    FleetState.READY: control_pb2.FLEET_STATE_READY,
-    FleetState.FAILED: control_pb2.FLEET_STATE_FAILED,
-    FleetState.STOPPING: control_pb2.FLEET_STATE_STOPPING,
-    FleetState.RECOVERING: control_pb2.FLEET_STATE_RECOVERING,
-}
-_KINDS = {
-    OperationKind.SCALE: control_pb2.OPERATION_KIND_SCALE,
-    OperationKind.RELOAD: control_pb2.OPERATION_KIND_RELOAD,
-    OperationKind.RESTART: control_pb2.OPERATION_KIND_RESTART,
-    OperationKind.DRAIN: control_pb2.OPERATION_KIND_DRAIN,
-}
 
 
 class ControlService(control_pb2_grpc.ControlServiceServicer):
@@ -44,7 +31,6 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     def __init__(self, fleet: Fleet, operator: FleetOperator | None = None) -> None:
         self._fleet = fleet
         self._operator = operator
-        self._operations = OperationRunner()
 
     async def GetFleet(self, request: control_pb2.GetFleetRequest, context: _Context) -> control_pb2.GetFleetResponse:
         return control_pb2.GetFleetResponse(fleet=fleet_to_proto(self._fleet.snapshot()))
@@ -63,31 +49,31 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     ) -> AsyncIterator[control_pb2.ScaleResponse]:
         change = check_scale(request)
         operator = await self._require_operator(context)
-        async for progress in self._operations.run(operator.scale(change)):
-            yield control_pb2.ScaleResponse(progress=progress)
+        async for step in operator.scale(change):
+            yield control_pb2.ScaleResponse(progress=_progress_to_proto(step))
 
     async def Reload(
         self, request: control_pb2.ReloadRequest, context: _Context
     ) -> AsyncIterator[control_pb2.ReloadResponse]:
         source = check_source(request.source)
         operator = await self._require_operator(context)
-        async for progress in self._operations.run(operator.reload(source)):
-            yield control_pb2.ReloadResponse(progress=progress)
+        async for step in operator.reload(source):
+            yield control_pb2.ReloadResponse(progress=_progress_to_proto(step))
 
     async def Restart(
         self, request: control_pb2.RestartRequest, context: _Context
     ) -> AsyncIterator[control_pb2.RestartResponse]:
         operator = await self._require_operator(context)
-        async for progress in self._operations.run(operator.restart()):
-            yield control_pb2.RestartResponse(progress=progress)
+        async for step in operator.restart():
+            yield control_pb2.RestartResponse(progress=_progress_to_proto(step))
 
     async def Drain(
         self, request: control_pb2.DrainRequest, context: _Context
     ) -> AsyncIterator[control_pb2.DrainResponse]:
         timeout_s = check_drain_timeout(request)
         operator = await self._require_operator(context)
-        async for progress in self._operations.run(operator.drain(timeout_s)):
-            yield control_pb2.DrainResponse(progress=progress)
+        async for step in operator.drain(timeout_s):
+            yield control_pb2.DrainResponse(progress=_progress_to_proto(step))
 
     async def Trace(
         self, request: control_pb2.TraceRequest, context: _Context
@@ -108,7 +94,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
 def fleet_to_proto(status: FleetStatus) -> control_pb2.Fleet:
     fleet = control_pb2.Fleet(
         model_id=status.model_id,
-        state=_STATES[status.state],
+        state=control_pb2.FleetState.Value(f"FLEET_STATE_{status.state.name}"),
         reason=status.reason,
         replicas=[_replica_to_proto(replica) for replica in status.replicas],
         num_queued_requests=status.num_queued_requests,
@@ -121,9 +107,13 @@ def fleet_to_proto(status: FleetStatus) -> control_pb2.Fleet:
     return fleet
 
 
+def _progress_to_proto(progress: OperationProgress) -> control_pb2.OperationProgress:
+    return control_pb2.OperationProgress(doing=progress.doing, fraction=progress.fraction)
+
+
 def _operation_to_proto(operation: OperationStatus) -> control_pb2.Operation:
-    progress = control_pb2.OperationProgress(doing=operation.progress.doing, fraction=operation.progress.fraction)
-    message = control_pb2.Operation(kind=_KINDS[operation.kind], progress=progress)
+    kind = control_pb2.OperationKind.Value(f"OPERATION_KIND_{operation.kind.name}")
+    message = control_pb2.Operation(kind=kind, progress=_progress_to_proto(operation.progress))
     message.start_time.FromMilliseconds(round(operation.start_time_s * 1000))
     return message
 
@@ -131,7 +121,7 @@ def _operation_to_proto(operation: OperationStatus) -> control_pb2.Operation:
 def _replica_to_proto(replica: ReplicaStatus) -> control_pb2.Replica:
     message = control_pb2.Replica(
         replica_id=replica.replica_id,
-        state=_STATES[replica.state],
+        state=control_pb2.FleetState.Value(f"FLEET_STATE_{replica.state.name}"),
         reason=replica.reason,
         progress=replica.progress,
         shards=[_shard_to_proto(shard, replica.load_of(shard)) for shard in replica.shards],

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import secrets
+import time
 import uuid
 from array import array
-from collections.abc import AsyncGenerator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import grpc.aio
 
+from shardray.runtime.config import GrpcSettings
 from shardray.runtime.driver.caller import public_id
 from shardray.runtime.driver.deltas import Delta, PositionLogprobs
 from shardray.runtime.driver.driver import Driver
-from shardray.runtime.driver.errors import UnavailableError
+from shardray.runtime.driver.errors import RetryableError, UnavailableError
 from shardray.runtime.driver.stream import RequestStream
 from shardray.runtime.engine.request import SamplingParams
 from shardray.runtime.observe.logs import REQUEST_ID
@@ -21,6 +26,7 @@ from shardray.runtime.server.auth import CALLER
 from shardray.runtime.server.checks import (
     CheckedTexts,
     check_embed,
+    check_embeddings_fit,
     check_generate,
     check_request_id,
     check_resume,
@@ -33,15 +39,17 @@ from shardray.runtime.server.prompt_log import PromptLog
 from shardray.v1 import inference_pb2, inference_pb2_grpc
 
 _EMBED_WINDOW = 64  # texts of one call that are under way at once
+_RETRY_S = 0.01
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     """Handlers raise the errors of the layers below; an interceptor turns them into statuses."""
 
-    def __init__(self, driver: Driver, log_prompts: bool = False) -> None:
+    def __init__(self, driver: Driver, settings: GrpcSettings) -> None:
         self._driver = driver
-        self._prompts = PromptLog(driver.tokenizer, log_prompts)
+        self._max_message_bytes = settings.max_message_bytes
+        self._prompts = PromptLog(driver.tokenizer, settings.log_prompts)
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: _Context
@@ -90,28 +98,47 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         model = driver.check_available()
         driver.admission.check(CALLER.get())
         checked = await check_embed(request, driver.tokenizer, model)
+        driver.admission.check(CALLER.get())
         response = inference_pb2.EmbedResponse()
         response.usage.num_prompt_tokens = sum(map(len, checked.texts))
-        for first in range(0, len(checked.texts), _EMBED_WINDOW):
-            window = checked.texts[first : first + _EMBED_WINDOW]
-            for embedding in await self._embed(window, checked, context.time_remaining()):
+        async with contextlib.aclosing(self._embed(checked, context)) as embeddings:
+            async for embedding in embeddings:
                 response.embeddings.add(values=array("f", embedding))
+                if len(response.embeddings) == 1:
+                    check_embeddings_fit(len(checked.texts), response.ByteSize(), self._max_message_bytes)
         return response
 
-    async def _embed(
-        self, texts: Sequence[tuple[int, ...]], checked: CheckedTexts, timeout_s: float | None
-    ) -> list[bytes]:
-        driver, streams = self._driver, []
+    async def _embed(self, checked: CheckedTexts, context: _Context) -> AsyncGenerator[bytes]:
+        """In the order of the texts. The call was let in, so texts that find no place wait, and are not refused."""
+        driver, under_way = self._driver, deque[RequestStream]()
         try:
-            for prompt_ids in texts:
-                request_id, params = _own_id(f"emb-{uuid.uuid4().hex}"), SamplingParams(seed=0)
-                streams.append(
-                    driver.submit(request_id, prompt_ids, params, timeout_s, checked.priority, pooling=checked.pooling)
-                )
-            return [await _embedding_of(stream) for stream in streams]
+            for prompt_ids in checked.texts:
+                while under_way and (len(under_way) == _EMBED_WINDOW or not self._has_place()):
+                    yield await _next_embedding(under_way)
+                await self._wait_for_place(driver.admission.bound_s(context.time_remaining()))
+                request_id, timeout_s = _own_id(f"emb-{uuid.uuid4().hex}"), context.time_remaining()
+                params, priority, pooling = SamplingParams(seed=0), checked.priority, checked.pooling
+                stream = driver.submit(request_id, prompt_ids, params, timeout_s, priority, pooling=pooling)
+                under_way.append(stream)
+            while under_way:
+                yield await _next_embedding(under_way)
         finally:
-            for stream in streams:
+            for stream in under_way:
                 driver.release(stream)
+
+    def _has_place(self) -> bool:
+        with contextlib.suppress(RetryableError):
+            self._driver.admission.check(CALLER.get())
+            return True
+        return False
+
+    async def _wait_for_place(self, timeout_s: float) -> None:
+        """Raises what refuses a request still, after ``timeout_s``."""
+        ends_s = time.monotonic() + timeout_s
+        while not self._has_place():
+            if time.monotonic() > ends_s:
+                self._driver.admission.check(CALLER.get())
+            await asyncio.sleep(_RETRY_S)
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: _Context
@@ -151,8 +178,10 @@ def _own_id(request_id: str) -> str:
     return request_id if caller is None else caller.own_id(request_id)
 
 
-async def _embedding_of(stream: RequestStream) -> bytes:
-    deltas = [delta async for delta in stream]
+async def _next_embedding(under_way: deque[RequestStream]) -> bytes:
+    """Of the first stream, which is taken out once it has ended."""
+    deltas = [delta async for delta in under_way[0]]
+    under_way.popleft()
     if deltas[-1].embedding is None:  # ended by the operator's hand
         raise UnavailableError("the request was aborted", 0.0)
     return deltas[-1].embedding

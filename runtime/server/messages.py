@@ -14,13 +14,6 @@ from shardray.v1 import common_pb2
 
 DEFAULT_MAX_TOKENS = 256
 
-_FINISH_TO_PROTO = {
-    None: common_pb2.FINISH_REASON_UNSPECIFIED,
-    FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
-    FinishReason.ABORTED: common_pb2.FINISH_REASON_ABORTED,
-    FinishReason.ERROR: common_pb2.FINISH_REASON_ERROR,
-}
 _POOLING_MODES: dict[PoolingMode, common_pb2.PoolingMode.ValueType] = {
     "mean": common_pb2.POOLING_MODE_MEAN,
     "cls": common_pb2.POOLING_MODE_CLS,
@@ -28,7 +21,6 @@ _POOLING_MODES: dict[PoolingMode, common_pb2.PoolingMode.ValueType] = {
 }
 _MEAN = Pooling()
 _POOLING_FROM_PROTO = {number: mode for mode, number in _POOLING_MODES.items()}
-_FINISH_FROM_PROTO = {number: reason for reason, number in _FINISH_TO_PROTO.items()}
 # Fields that both sides name and type alike; proto3 `optional` ones among them keep the struct's default when unset.
 _OPTIONAL_FIELDS = ("temperature", "top_p", "repetition_penalty", "seed", "max_tokens", "logprobs")
 _PLAIN_FIELDS = ("top_k", "min_p", "presence_penalty", "frequency_penalty", "min_tokens", "ignore_eos")
@@ -52,8 +44,8 @@ def params_from_proto(
     )
 
 
-def finish_to_proto(reason: FinishReason | None) -> common_pb2.FinishReason.ValueType:
-    return _FINISH_TO_PROTO[reason]
+def finish_to_proto(reason: FinishReason) -> common_pb2.FinishReason.ValueType:
+    return common_pb2.FinishReason.Value(f"FINISH_REASON_{reason.name}")
 
 
 def logprob_to_proto(token_id: int, logprob: float) -> common_pb2.TokenLogprob:

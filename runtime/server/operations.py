@@ -1,24 +1,15 @@
-"""Operations as calls: what is asked for, checked, and a run that goes on when the client has left."""
+"""What is asked of the fleet's operator, checked."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import math
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from typing import Literal
 
-from shardray.runtime.driver.operations import (
-    OperationConflictError,
-    OperationError,
-    OperationProgress,
-    OperationRefusedError,
-    ShapeChange,
-)
+from shardray.runtime.driver.operations import ShapeChange
 from shardray.runtime.engine.request import FieldError
 from shardray.v1 import control_pb2
 
-_log = logging.getLogger(__name__)
 _MAX_COUNT = 1024  # of ranks, stages or replicas; a larger number is a slip of the hand
 _MAX_LAYERS = 65_536  # of one stage
 _MAX_SOURCE_LEN = 4096
@@ -57,43 +48,6 @@ def check_drain_timeout(request: control_pb2.DrainRequest) -> float:
     if not 0 <= timeout_s <= _MAX_DRAIN_S:  # false for NaN too
         raise FieldError("timeout_s", f"{timeout_s:g} is outside [0, {_MAX_DRAIN_S:g}]")
     return timeout_s
-
-
-class OperationRunner:
-    """Runs operations to their end, whether or not the client that asked for one still listens."""
-
-    def __init__(self) -> None:
-        self._running: set[asyncio.Task[None]] = set()
-
-    async def run(self, steps: AsyncIterator[OperationProgress]) -> AsyncIterator[control_pb2.OperationProgress]:
-        """Each step as a message; raises what the operation raises. To leave this iterator breaks nothing off.
-
-        The fraction never goes back, whatever the parts of an operation say of themselves.
-        """
-        told: asyncio.Queue[OperationProgress | None] = asyncio.Queue()
-        running = asyncio.create_task(_follow(steps, told))
-        self._running.add(running)
-        running.add_done_callback(self._on_end)
-        fraction = 0.0
-        while (step := await told.get()) is not None:
-            fraction = max(fraction, step.fraction)
-            yield control_pb2.OperationProgress(doing=step.doing, fraction=fraction)
-        await running
-
-    def _on_end(self, running: asyncio.Task[None]) -> None:
-        """Nobody may be there to hear of a failure, so the log does."""
-        self._running.discard(running)
-        error = None if running.cancelled() else running.exception()
-        if error is not None and not isinstance(error, OperationConflictError | OperationRefusedError):
-            _log.error("an operation failed: %s", error, exc_info=None if isinstance(error, OperationError) else error)
-
-
-async def _follow(steps: AsyncIterator[OperationProgress], told: asyncio.Queue[OperationProgress | None]) -> None:
-    try:
-        async for step in steps:
-            told.put_nowait(step)
-    finally:
-        told.put_nowait(None)
 
 
 def _count(

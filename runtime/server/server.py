@@ -80,7 +80,7 @@ class Server:
         check_listen("grpc.listen", self._settings.listen)
         raise_file_limit()
         self._server = grpc.aio.server(interceptors=self._interceptors(self._tokens), options=self._options())
-        inference = InferenceService(self._driver, self._settings.log_prompts)
+        inference = InferenceService(self._driver, self._settings)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._server)
         if self._settings.kserve:
             from shardray.runtime.server.kserve.service import SERVICE, add_to

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 
+from shardray.parallel.tls import reason_of
 from shardray.runtime.config import GrpcTlsSettings
 from shardray.runtime.server.secret_files import SecretFiles, SecretsError, read_file
 
@@ -55,19 +56,12 @@ def _check(settings: GrpcTlsSettings) -> None:
         context.load_cert_chain(settings.cert, settings.key, password=lambda: b"")
     except ssl.SSLError as error:
         fix = f"it has to be a certificate in PEM form, and {settings.key} its private key, not encrypted"
-        raise SecretsError(f"grpc.tls.cert: {settings.cert}: {_reason(error)}; {fix}") from None
+        raise SecretsError(f"grpc.tls.cert: {settings.cert}: {reason_of(error)}; {fix}") from None
     except OSError as error:
         raise SecretsError(f"grpc.tls.cert: {settings.cert} cannot be read: {error.strerror}") from None
     if settings.client_ca is not None:
         try:
             context.load_verify_locations(settings.client_ca)
-        except (ssl.SSLError, OSError) as error:
+        except OSError as error:
             fix = "it has to be a certificate in PEM form"
-            raise SecretsError(f"grpc.tls.client_ca: {settings.client_ca}: {_reason(error)}; {fix}") from None
-
-
-def _reason(error: OSError) -> str:
-    """What went wrong, without OpenSSL's codes and source lines."""
-    if isinstance(error, ssl.SSLError):
-        return (error.reason or "cannot be used").replace("_", " ").lower()
-    return str(error.strerror)
+            raise SecretsError(f"grpc.tls.client_ca: {settings.client_ca}: {reason_of(error)}; {fix}") from None

@@ -53,6 +53,15 @@ async def test_what_a_step_waited_for_is_forgotten_with_it() -> None:
     may_end.set()
 
 
+async def test_the_fraction_never_goes_back() -> None:
+    async def work(say: Say) -> None:
+        for fraction in (0.1, 0.5, 0.2, 0.6):
+            say("a part", fraction)
+
+    steps = OperationRun(OperationKind.RELOAD, Fleet("m"), work).steps()
+    assert [step.fraction async for step in steps] == [0.1, 0.5, 0.5, 0.6, 1.0]
+
+
 async def test_the_fleet_shows_the_operation_until_it_has_ended_however_it_ends() -> None:
     fleet, may_fail = Fleet("m"), asyncio.Event()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import grpc.aio
 import pytest
 from smg_grpc_proto import vllm_engine_pb2, vllm_engine_pb2_grpc
+from smg_grpc_proto.generated import common_pb2
 
 from shardray.runtime.cli.app import run
 from shardray.runtime.config import GatewaySettings, GrpcAuthSettings, GrpcSettings, GrpcTlsSettings
@@ -28,12 +29,15 @@ def secured(folder: Path) -> GrpcSettings:
     return GrpcSettings(listen="127.0.0.1:0", tls=tls, auth=auth)
 
 
-async def code_of(channel: grpc.aio.Channel, token: str | None = None) -> str:
+REQUESTS = {"GetServerInfo": vllm_engine_pb2.GetServerInfoRequest(), "FlushCache": common_pb2.FlushCacheRequest()}
+
+
+async def code_of(channel: grpc.aio.Channel, token: str | None = None, method: str = "GetServerInfo") -> str:
     """How a call ends."""
     metadata = () if token is None else (("authorization", f"Bearer {token}"),)
-    request = vllm_engine_pb2.GetServerInfoRequest()
+    call = getattr(vllm_engine_pb2_grpc.VllmEngineStub(channel), method)
     try:
-        await vllm_engine_pb2_grpc.VllmEngineStub(channel).GetServerInfo(request, metadata=metadata, timeout=10)
+        await call(REQUESTS[method], metadata=metadata, timeout=10)
     except grpc.aio.AioRpcError as error:
         return str(error.code().name)
     return "OK"
@@ -47,7 +51,7 @@ async def test_on_this_machine_or_where_it_is_said_so_everyone_is_let_in(
     gateway = GatewaySettings(listen=listen, allow_unauthenticated=listen.startswith("0"))
     async with serving(tokenizer, num_replicas=0, grpc=secured(tmp_path), gateway=gateway) as up:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{up.server.gateway_port}") as channel:
-            assert await code_of(channel) == "OK"
+            assert [await code_of(channel, method=method) for method in REQUESTS] == ["OK", "OK"]
 
 
 @pytest.mark.asyncio
@@ -63,6 +67,8 @@ async def test_elsewhere_certificates_and_tokens_are_those_of_the_public_port(
         async with grpc.aio.secure_channel(address, trusted) as channel:
             codes = [await code_of(channel, token) for token in (None, "wrong", OF_OPS, TOKEN)]
             assert codes == ["UNAUTHENTICATED", "UNAUTHENTICATED", "PERMISSION_DENIED", "OK"]
+            codes = [await code_of(channel, token, "FlushCache") for token in (TOKEN, OF_OPS)]
+            assert codes == ["PERMISSION_DENIED", "OK"], "what all callers share is the operator's to drop"
 
 
 def test_without_the_extra_the_command_says_which_one(

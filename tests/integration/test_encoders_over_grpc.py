@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
 
-from shardray.runtime.client import ServerError
+from shardray.runtime.client import Access, ServerError
+from shardray.runtime.config import GrpcAuthSettings, GrpcSettings, LimitsSettings
 from shardray.runtime.model.spec import Pooling
 from shardray.runtime.model.tokenizer import Tokenizer
 from tests.model.encoder_zoo import BERT, PAIRS, EncoderReference, PairReference, save_config, save_encoder
@@ -19,6 +21,7 @@ from tests.stub_replica import SECRET
 from tests.stub_tokenizer import write_tokenizer
 
 pytestmark = pytest.mark.asyncio
+T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,65 @@ async def test_a_bad_request_is_named_by_its_field(bert: EncoderReference, repli
             assert caught.value.code == "INVALID_ARGUMENT"
         with pytest.raises(ServerError, match="gives embeddings, and generates no text"):
             await up.client.generate("hello")
+
+
+async def most_live(up: Serving, calling: asyncio.Future[list[T]]) -> tuple[int, list[T]]:
+    """Requests that were in flight at once until ``calling`` had ended, and what it gave."""
+    most = 0
+
+    async def watch() -> None:
+        nonlocal most
+        async for status in up.driver.fleet.watch():
+            most = max(most, status.num_live_requests)
+
+    watching = asyncio.create_task(watch())
+    try:
+        answers = await calling
+        return most, answers
+    finally:
+        watching.cancel()
+
+
+async def test_texts_of_a_call_that_was_let_in_wait_for_a_place(bert: EncoderReference, replica: RealReplica) -> None:
+    texts = [[3 + index % 200] * (1 + index % 9) for index in range(80)]
+    async with serving(None, num_replicas=0, limits=LimitsSettings(max_queued_requests=3)) as up:
+        await attach(up, replica)
+        for text, embedding in zip(texts, await up.client.embed(texts), strict=True):
+            check(embedding, bert.embedding(tuple(text), Pooling()))
+
+
+async def test_texts_of_a_call_count_for_its_caller(replica: RealReplica, tmp_path: Path) -> None:
+    token, tokens = "token-of-few-0001", tmp_path / "tokens"
+    tokens.write_text(f"few inference {token} max_requests=2")
+    tokens.chmod(0o600)
+    settings = GrpcSettings(listen="127.0.0.1:0", auth=GrpcAuthSettings(tokens=str(tokens)))
+    async with serving(None, num_replicas=0, grpc=settings, access=Access(token=token)) as up:
+        await attach(up, replica)
+        calls = (up.client.embed([[5 + call]] * 40) for call in range(4))
+        most, answers = await most_live(up, asyncio.gather(*calls, return_exceptions=True))
+    assert most == 2
+    refused = [answer for answer in answers if isinstance(answer, BaseException)]
+    assert all(isinstance(answer, ServerError) and answer.reason == "CALLER_LIMIT" for answer in refused)
+    assert {len(answer) for answer in answers if isinstance(answer, list)} == {40}
+
+
+async def test_an_answer_is_as_large_as_the_server_allows(tmp_path: Path) -> None:
+    """What every client takes unless told otherwise is 4 MiB; the client of this package takes more."""
+    shape = {"num_hidden_layers": 1, "hidden_size": 1040, "intermediate_size": 8}
+    save_config("bert", BERT | shape, tmp_path)
+    large = GrpcSettings(listen="127.0.0.1:0", max_message_bytes=8 << 20)
+    replica = RealReplica(tmp_path)
+    try:
+        async with serving(None, num_replicas=0) as up:
+            await attach(up, replica)
+            with pytest.raises(ServerError, match=r"inputs: has 1024 entries with embeddings of 41.. bytes") as caught:
+                await up.client.embed([[5]] * 1024)
+            assert caught.value.code == "INVALID_ARGUMENT"
+        async with serving(None, num_replicas=0, grpc=large) as up:
+            await attach(up, replica)
+            assert len(await up.client.embed([[5]] * 1024)) == 1024
+    finally:
+        replica.kill()
 
 
 async def test_an_embedding_outlives_its_replica(bert: EncoderReference) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import importlib.util
 import json
 import socket
@@ -135,6 +136,20 @@ def test_nothing_else_is_answered(
     answer, text = observed.get(path, method, **headers)
     assert (answer.status, says in text) == (status, True)
     assert "Content-Security-Policy" in answer.headers
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.2:0", "localhost:0"])
+def test_every_loopback_address_refuses_the_names_of_strangers(listen: str) -> None:
+    server = WebServer(listen, {"/": lambda accept: ("text/plain", b"here")})
+    server.start()
+    try:
+        for host, status in {"attacker.example": 403, "127.0.0.2:80": 200, "[::1]:80": 200, "localhost": 200}.items():
+            connection = http.client.HTTPConnection(*server.address.split(":"))
+            connection.request("GET", "/", headers={"Host": host})
+            assert connection.getresponse().status == status
+            connection.close()
+    finally:
+        server.stop()
 
 
 def test_a_query_is_left_out_of_account(observed: Observed) -> None:

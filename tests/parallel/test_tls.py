@@ -102,7 +102,7 @@ def test_an_encrypted_key_is_refused_without_asking_for_a_password(tls: TlsFiles
             serialization.BestAvailableEncryption(b"secret"),
         )
     )
-    with pytest.raises(TlsError, match=r"cluster\.tls\.key: .*not encrypted"):
+    with pytest.raises(TlsError, match=r"cluster\.tls\.key: /.*key\.pem: pem lib; .*not encrypted"):
         replace(tls, key=str(encrypted)).check()
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from shardray.runtime.client import Client, Prompt, ServerError
-from shardray.runtime.client.requests import generate_request
+from shardray.runtime.client.requests import SamplingOptions, embed_request, generate_request
 from shardray.runtime.engine.request import FinishReason
 from shardray.runtime.model.tokenizer import Tokenizer
 from tests.serving import serving
@@ -91,6 +91,9 @@ def test_an_unknown_option_is_refused_with_the_known_ones() -> None:
 
 
 def test_options_that_are_none_are_left_to_the_server() -> None:
+    unset = dict.fromkeys(SamplingOptions.__annotations__)
+    assert generate_request("a", "", 0, unset) == generate_request("a", "", 0, {})  # type: ignore[arg-type]
+    assert embed_request(["a"], {"pooling": None, "normalize": None}) == embed_request(["a"], {})
     request = generate_request("a", "", 0, {"seed": None, "max_tokens": None, "temperature": 0.0})
     assert not request.sampling.HasField("seed")
     assert not request.sampling.HasField("max_tokens")

@@ -167,9 +167,12 @@ async def test_probes_need_neither_certificate_nor_token_and_reach_nothing_else(
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ("cert", r"grpc\.tls\.cert: /.*cert\.pem: .*it has to be a certificate in PEM form"),
-        ("key", r"grpc\.tls\.cert: /.*cert\.pem: .*key\.pem its private key, not encrypted"),
-        ("ca", r"grpc\.tls\.client_ca: /.*ca\.pem: .*it has to be a certificate in PEM form"),
+        ("cert", r"grpc\.tls\.cert: /.*cert\.pem: pem lib; it has to be a certificate in PEM form"),
+        ("key", r"grpc\.tls\.cert: /.*cert\.pem: key values mismatch; .*key\.pem its private key, not encrypted"),
+        (
+            "ca",
+            r"grpc\.tls\.client_ca: /.*ca\.pem: no certificate or crl found; it has to be a certificate in PEM form",
+        ),
     ],
 )
 async def test_files_that_cannot_be_used_are_named(broken: str, message: str, tmp_path: Path) -> None:
