@@ -49,6 +49,11 @@ class ModelSettings:
     revision: Text | None = None
     """Branch, tag or commit of a hub id; null takes the default branch."""
 
+    @property
+    def identity(self) -> str:
+        """The weights and their type by name: what begins with one model cannot be ended by another."""
+        return f"{self.source} revision {self.revision} {self.dtype}"
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)
 class ParallelSettings:
