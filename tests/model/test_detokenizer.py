@@ -87,7 +87,7 @@ def test_a_character_never_completed_shows_at_the_end_only(tokenizer: Tokenizer)
 
 
 def test_special_tokens_are_dropped_or_shown_as_asked(tokenizer: Tokenizer) -> None:
-    end_id = min(tokenizer.eos_token_ids)
+    end_id = min(tokenizer.special_token_ids)
     ids = [*tokenizer.encode("hello", add_special_tokens=False), end_id, end_id + 10**6]
     assert Detokenizer(tokenizer).push(ids) == "hello"
     shown = Detokenizer(tokenizer, skip_special_tokens=False).push(ids)
