@@ -115,7 +115,7 @@ class Engine:
         while not self._stopping.is_set():
             idle = not self._scheduler.has_work and not outputs
             if idle:
-                self._scheduler.check_integrity()
+                self._scheduler.check_idle()
             try:
                 message = self._inbox.get(block=idle)
             except queue.Empty:

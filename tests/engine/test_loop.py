@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -256,3 +257,15 @@ def test_requests_from_many_threads_all_end(running: Running) -> None:
         for index in range(5):
             assert len(running.rest_of(f"{thread_number}-{index}")) == 4
     wait_until_idle(running.engine)
+
+
+def test_an_idle_engine_looks_at_no_page_however_many_there_are(shard: Shard) -> None:
+    limits = replace(shard._limits, num_pages=500_000)
+    engine = Engine(limits, shard.engine._executor, shard.engine.info)
+    for number in range(20):  # each is followed by a moment without work
+        engine.cancel(f"unknown {number}")
+    running = Running(engine)
+    while not engine._inbox.empty():
+        time.sleep(0.01)
+    running.stop()
+    assert running.cpu_s < 0.5  # a walk through the pages takes 0.1 s
