@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -310,7 +309,7 @@ def _mesh_spec(assignment: ShardAssignment) -> MeshSpec:
         rank=assignment.rank,
         tp_size=assignment.tp_size,
         pp_size=assignment.pp_size,
-        nodes=assignment.nodes or (socket.gethostname(),) * (assignment.tp_size * assignment.pp_size),
+        nodes=assignment.nodes,
         store_host=assignment.store_host,
         store_port=assignment.store_port,
         bind_host=assignment.bind_host,
