@@ -15,8 +15,6 @@ from shardray.runtime.driver.ends import RequestEnd
 from shardray.runtime.driver.journal_entry import JournalEntry
 from shardray.runtime.engine.request import FinishReason, TokenOutput
 
-__all__ = ["DEFAULT_RETAIN_S", "Journal", "JournalEntry", "MemoryJournal", "is_retained"]
-
 DEFAULT_RETAIN_S = 300.0
 _MAX_RETAINED_BYTES = 8 << 20
 

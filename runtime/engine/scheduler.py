@@ -19,8 +19,6 @@ from shardray.runtime.engine.sequence_pages import SequencePages
 from shardray.runtime.engine.step import EncoderRow, PageGrant, Row, SlotStart, StepPlan, StepResult
 from shardray.runtime.engine.traced import TracedStep
 
-__all__ = ["Scheduler", "SchedulerLimits"]
-
 
 @dataclass(slots=True)
 class _Draft:

@@ -47,7 +47,7 @@ from shardray.runtime.model.load import ParameterLoader
 from shardray.runtime.model.parameters import num_cached_layers
 from shardray.runtime.model.spec import ModelConfigError
 
-__all__ = ["Rendezvous", "Shard", "ShardAssignment", "ShardInfo", "form_shard", "open_rendezvous", "warm_up"]
+__all__ = ["Rendezvous", "Shard", "form_shard", "open_rendezvous", "warm_up"]
 
 Progress = Callable[[str, float], None]
 

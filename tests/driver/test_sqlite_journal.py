@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from shardray.runtime.driver.ends import RequestEnd
 from shardray.runtime.driver.errors import DeadlineExceededError
-from shardray.runtime.driver.journal import Journal, JournalEntry, MemoryJournal
+from shardray.runtime.driver.journal import Journal, MemoryJournal
+from shardray.runtime.driver.journal_entry import JournalEntry
 from shardray.runtime.driver.journal_file import JournalError
 from shardray.runtime.driver.sqlite_journal import SqliteJournal
 from shardray.runtime.engine.request import FieldError, FinishReason, SamplingParams, TokenOutput
