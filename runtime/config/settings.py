@@ -51,7 +51,7 @@ class ModelSettings:
 
     @property
     def identity(self) -> str:
-        """The weights and their type by name: what begins with one model cannot be ended by another."""
+        """The weights and their type, by name: what the tokens of a request depend on."""
         return f"{self.source} revision {self.revision} {self.dtype}"
 
 
