@@ -83,7 +83,7 @@ class Door:
 
     def __init__(self, bind_host: str, credentials: Credentials, what: str) -> None:
         self._tls = None if credentials.tls is None else credentials.tls.server_context()
-        self._socket = socket.create_server((bind_host, 0), family=_family(bind_host))
+        self._socket = listen_on(bind_host)
         self._socket.setblocking(False)
         self._credentials = credentials
         self._strangers = Strangers(what)
@@ -201,6 +201,12 @@ class LinkListener:
         self._door.close()
 
 
+def listen_on(bind_host: str) -> socket.socket:
+    """A listener on a free port of an IPv4 or IPv6 address."""
+    family = socket.AF_INET6 if ":" in bind_host else socket.AF_INET
+    return socket.create_server((bind_host, 0), family=family)
+
+
 def hello(credentials: Credentials, rank: int) -> bytes:
     """What whoever connects to a door says first; an empty frame comes back."""
     return msgspec.json.encode(_Hello(credentials.epoch, credentials.secret, rank))
@@ -243,10 +249,6 @@ def _welcomed(link: Link) -> bool:
         link.close()
         return False
     return True
-
-
-def _family(bind_host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in bind_host else socket.AF_INET
 
 
 def _guests(selector: selectors.BaseSelector) -> list[_Guest]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import socket
 import time
 from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
+
+from shardray.parallel.greeting import listen_on
 
 _POLL_S = 0.5
 
@@ -57,7 +58,7 @@ class MeetingStore(dist.Store):
 
 def open_torch_store(bind_host: str) -> tuple[dist.Store, int]:
     """A store that listens on ``bind_host``, and its port. It asks nobody who they are."""
-    listener = socket.create_server((bind_host, 0))
+    listener = listen_on(bind_host)
     port: int = listener.getsockname()[1]
     descriptor = listener.detach()
     return dist.TCPStore(bind_host, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor), port

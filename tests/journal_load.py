@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from shardray.runtime.driver.ends import RequestEnd
-from shardray.runtime.driver.journal import JournalEntry
+from shardray.runtime.driver.journal_entry import JournalEntry
 from shardray.runtime.driver.sqlite_journal import SqliteJournal
 from shardray.runtime.engine.request import FinishReason, SamplingParams, TokenOutput
 

@@ -196,7 +196,7 @@ class _Rank:
         """Kinds of steps that run as a program of a CPU."""
         assert self._shard is not None
         programs = self._shard._runner._recorded
-        return 0 if programs is None else sum(recorded is not None for recorded in programs._known.values())
+        return 0 if programs is None else len(programs._programs)
 
     def start_trace(self, _: None) -> None:
         assert self._shard is not None

@@ -117,6 +117,11 @@ def test_settings_cannot_be_changed_after_they_were_made() -> None:
             "limits.default_deadline_s: 7200.0 exceeds max_deadline_s 3600; lower it or raise max_deadline_s",
         ),
         (
+            "engine.max_num_batched_tokens=64",
+            "engine.max_num_batched_tokens: 64 has to exceed max_num_seqs 64, so that a step full of decodes has room "
+            "for a prompt; raise it or lower max_num_seqs",
+        ),
+        (
             "autoscaling={min_replicas: 3, max_replicas: 2}",
             "autoscaling.min_replicas: 3 exceeds max_replicas 2; lower it or raise max_replicas",
         ),

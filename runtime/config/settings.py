@@ -49,6 +49,11 @@ class ModelSettings:
     revision: Text | None = None
     """Branch, tag or commit of a hub id; null takes the default branch."""
 
+    @property
+    def identity(self) -> str:
+        """The weights and their type, by name: what the tokens of a request depend on."""
+        return f"{self.source} revision {self.revision} {self.dtype}"
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)
 class ParallelSettings:
@@ -101,7 +106,7 @@ class EngineSettings:
     max_num_seqs: Count = 64
     """Requests that run at the same time in one replica."""
     max_num_batched_tokens: Count = 2048
-    """Tokens of one step, prefill chunks and decodes together."""
+    """Tokens of one step, prefill chunks and decodes together; more than max_num_seqs."""
     max_prefill_beside_decodes: Count | None = None
     """Tokens of prompts in a step in which others decode; null: 64 on CPUs, 512 on GPUs. Fewer keep streams steady.
     Up to four times as many are read while that many more requests wait than run."""
@@ -121,6 +126,14 @@ class EngineSettings:
     """CPU threads of each host; null divides the machine's cores among its hosts."""
     share_weights: Flag | None = None
     """Whether replicas on one machine's CPUs keep weights once; null: where Linux gives shared memory huge pages."""
+
+    def __post_init__(self) -> None:
+        if self.max_num_batched_tokens <= self.max_num_seqs:
+            message = (
+                f"has to exceed max_num_seqs {self.max_num_seqs}, so that a step full of decodes has room for "
+                "a prompt; raise it or lower max_num_seqs"
+            )
+            _refuse("max_num_batched_tokens", self.max_num_batched_tokens, message)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT_KEYS)

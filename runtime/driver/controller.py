@@ -168,6 +168,7 @@ class FleetController:
         await self._reshape_all(recipe, say)
         self._fleet.recipe = recipe
         self._driver.fleet.model_id = source
+        self._driver.journal.set_model(recipe.config.model.identity)
 
     async def _reshape_all(self, recipe: MeshRecipe, say: Say, but: ParallelSettings | None = None) -> None:
         """One replica after the other, so that the others go on serving; all go back when one fails.

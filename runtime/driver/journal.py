@@ -15,8 +15,6 @@ from shardray.runtime.driver.ends import RequestEnd
 from shardray.runtime.driver.journal_entry import JournalEntry
 from shardray.runtime.engine.request import FinishReason, TokenOutput
 
-__all__ = ["DEFAULT_RETAIN_S", "Journal", "JournalEntry", "MemoryJournal", "is_retained"]
-
 DEFAULT_RETAIN_S = 300.0
 _MAX_RETAINED_BYTES = 8 << 20
 
@@ -43,6 +41,9 @@ class Journal(Protocol):
 
     def entries(self) -> Iterable[JournalEntry]:
         """Requests in flight, oldest first; at start those that an earlier driver left."""
+
+    def set_model(self, identity: str) -> None:
+        """Requests in flight go on with this model from now on."""
 
     async def find_ended(self, request_id: str) -> JournalEntry | None:
         """A retained request. Raises SuspendedError after ``stop``, if the next driver will know."""
@@ -88,6 +89,9 @@ class MemoryJournal:
 
     def entries(self) -> list[JournalEntry]:
         return list(self._entries.values())
+
+    def set_model(self, identity: str) -> None:
+        """Nothing to do: there is no later driver that could serve another one."""
 
     async def find_ended(self, request_id: str) -> JournalEntry | None:
         expires_s, data = self._retained.get(request_id, (0.0, b""))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import sqlite3
 import time
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
+_log = logging.getLogger(__name__)
 _APPLICATION_ID = 0x53684A6C  # "ShJl": this file is a journal of ours
 _SCHEMA_VERSION = 1
 _SCHEMA = f"""
@@ -89,7 +91,13 @@ class Forgotten(NamedTuple):
     request_id: str
 
 
-Change: TypeAlias = Opened | Started | Appended | Closed | Forgotten
+class Identified(NamedTuple):
+    """The requests in flight go on with another model."""
+
+    model: str
+
+
+Change: TypeAlias = Opened | Started | Appended | Closed | Forgotten | Identified
 
 
 class LiveRow(NamedTuple):
@@ -168,12 +176,20 @@ class JournalFile:
         if is_new:
             self._connection.executescript(_SCHEMA)
         with self._transaction():
-            if self._connection.execute("SELECT identity FROM model").fetchall() != [(model,)]:
-                self._connection.execute("DELETE FROM model")
-                self._connection.execute("INSERT INTO model VALUES (?)", (model,))
-                self._connection.execute("DELETE FROM tokens")
-                self._connection.execute("DELETE FROM requests WHERE expires_s IS NULL")
+            before = [identity for (identity,) in self._connection.execute("SELECT identity FROM model")]
+            if before != [model]:
+                self._forget_live(before, model)
+                self._apply(Identified(model))
             self._delete_expired()
+
+    def _forget_live(self, models: list[str], model: str) -> None:
+        self._connection.execute("DELETE FROM tokens")
+        num_lost = self._connection.execute("DELETE FROM requests WHERE expires_s IS NULL").rowcount
+        if num_lost:
+            _log.warning(
+                "driver.journal: %s: %d requests in flight are forgotten: they began with %s, and %s is served",
+                self.path, num_lost, ", ".join(models), model,
+            )  # fmt: skip
 
     def _check_schema(self) -> bool:
         """Whether the file is new. Raises JournalError if it is not a journal of this version."""
@@ -206,6 +222,9 @@ class JournalFile:
                     execute(query, (entry, expires_s, key))
             case Forgotten():
                 execute("DELETE FROM requests WHERE request_id = ? AND expires_s IS NOT NULL", change)
+            case Identified():
+                execute("DELETE FROM model")
+                execute("INSERT INTO model VALUES (?)", change)
 
     def _delete_expired(self) -> None:
         self._connection.execute("DELETE FROM requests WHERE expires_s <= ?", (time.time(),))

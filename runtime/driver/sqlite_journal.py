@@ -33,6 +33,7 @@ from shardray.runtime.driver.journal_file import (
     Change,
     Closed,
     Forgotten,
+    Identified,
     JournalError,
     JournalFile,
     LiveRow,
@@ -109,6 +110,9 @@ class SqliteJournal:
 
     def entries(self) -> list[JournalEntry]:
         return list(self._entries.values())
+
+    def set_model(self, identity: str) -> None:
+        self._change(Identified(identity))
 
     async def find_ended(self, request_id: str) -> JournalEntry | None:
         if self._is_stopped:
@@ -189,11 +193,10 @@ class SqliteJournal:
 
 def open_journal(config: Config) -> Journal:
     """The journal that the settings ask for. Raises JournalError."""
-    settings, model = config.driver, config.model
+    settings = config.driver
     if settings.journal is None:
         return MemoryJournal(settings.retain_s)
-    identity = f"{model.source} revision {model.revision} {model.dtype}"
-    return SqliteJournal(Path(settings.journal), identity, settings.retain_s)
+    return SqliteJournal(Path(settings.journal), config.model.identity, settings.retain_s)
 
 
 def _discard(changes: list[Change]) -> None:

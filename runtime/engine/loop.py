@@ -11,6 +11,7 @@ from typing import Protocol
 
 import msgspec
 
+from shardray.runtime.engine.limits import SchedulerLimits
 from shardray.runtime.engine.request import (
     EngineRequest,
     EngineStats,
@@ -19,7 +20,7 @@ from shardray.runtime.engine.request import (
     ServedModel,
     TokenOutput,
 )
-from shardray.runtime.engine.scheduler import Scheduler, SchedulerLimits
+from shardray.runtime.engine.scheduler import Scheduler
 from shardray.runtime.engine.step import StepPlan, StepResult
 
 Publish = Callable[[list[TokenOutput]], None]
@@ -115,7 +116,7 @@ class Engine:
         while not self._stopping.is_set():
             idle = not self._scheduler.has_work and not outputs
             if idle:
-                self._scheduler.check_integrity()
+                self._scheduler.check_idle()
             try:
                 message = self._inbox.get(block=idle)
             except queue.Empty:

@@ -9,6 +9,7 @@ A CUDA graph takes the same place on a GPU (see recorded.py).
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -120,7 +121,8 @@ class StepPrograms:
         self._slots = slots
         self._hidden_like = hidden_like
         self._samples = samples
-        self._known: dict[_Kind, _Recorded | None] = {}  # None once such a step has run; the last used last
+        self._seen: set[_Kind] = set()  # that one step has been of, at least: the next one is recorded
+        self._programs: OrderedDict[_Kind, _Recorded] = OrderedDict()  # the last used last
         self._rooms: dict[int, _Room] = {}
         self.spans: Spans | None = None
 
@@ -136,22 +138,19 @@ class StepPrograms:
         kind = self._kind_of(plan, lay_out)
         if kind.has_prompts and kind.num_tokens > _MOST_TOKENS:
             return None
-        was_seen = kind in self._known
-        recorded = self._known.pop(kind, None)
-        if recorded is not None:
+        if kind not in self._seen:
+            self._seen.add(kind)
+            return None
+        if (recorded := self._programs.get(kind)) is None:
+            output, slots = self._record(kind, plan, lay_out, hidden)
+        else:
+            self._programs.move_to_end(kind)
             self._fill(recorded.room, kind, plan, lay_out, hidden)
             if self.spans is None:
                 recorded.program.run()
             else:
                 recorded.program.run_timed(self.spans)
             output, slots = recorded.output, recorded.inputs.sampling_slots
-        elif was_seen:
-            recorded, output, slots = self._record(kind, plan, lay_out, hidden)
-        self._known[kind] = recorded
-        if len(self._known) > _MOST_PROGRAMS:
-            del self._known[next(iter(self._known))]
-        if not was_seen:
-            return None
         if kind.is_decode or not self._samples:
             return output, slots
         num_sampled = len(lay_out().inputs.sampled_tokens)
@@ -168,7 +167,7 @@ class StepPrograms:
 
     def _record(
         self, kind: _Kind, plan: StepPlan, lay_out: Callable[[], LaidOut], hidden: Tensor | None
-    ) -> tuple[_Recorded | None, StepOutput, Tensor]:
+    ) -> tuple[StepOutput, Tensor]:
         """Run a step and keep how, unless torch computed something in it: then it will in all others."""
         assert self._recorder is not None
         size = 1 << (kind.num_tokens - 1).bit_length()
@@ -187,8 +186,15 @@ class StepPrograms:
         output, program = self._recorder.record(run)
         if program is None:
             self._recorder = None
-        recorded = None if program is None else _Recorded(room, inputs, output, program)
-        return recorded, output, inputs.sampling_slots
+        else:
+            self._keep(kind, _Recorded(room, inputs, output, program))
+        return output, inputs.sampling_slots
+
+    def _keep(self, kind: _Kind, recorded: _Recorded) -> None:
+        self._programs[kind] = recorded
+        if len(self._programs) > _MOST_PROGRAMS:
+            given_up, _ = self._programs.popitem(last=False)
+            self._seen.remove(given_up)
 
     def _kind_of(self, plan: StepPlan, lay_out: Callable[[], LaidOut]) -> _Kind:
         if plan.rows and all(row.samples and row.num_tokens == 1 for row in plan.rows):

@@ -64,9 +64,9 @@ class ShardRunner:
             spans.attach(mesh.upstream, "recv", SpanKind.BUBBLE, f"wait for stage {mesh.spec.stage - 1}")
         if mesh.downstream is not None:
             spans.attach(mesh.downstream, "send", SpanKind.HANDOVER, f"to stage {mesh.spec.stage + 1}")
-        self._spans = spans
-        if self._recorded is not None:
-            self._recorded.spans = spans
+        self._spans, recorded = spans, self._recorded
+        if recorded is not None:
+            recorded.spans = spans
 
     def stop_trace(self) -> Spans:
         """What was written down; empty if no trace was on."""
@@ -128,7 +128,8 @@ class ShardRunner:
         lay_out, mesh = functools.cache(lambda: self._slots.lay_out(plan)), self._mesh
         hidden = None if mesh.upstream is None else mesh.upstream.recv(plan.num_tokens)
         self._begin_ns = time.time_ns()
-        done = None if self._recorded is None else self._recorded.run(plan, lay_out, hidden)
+        recorded = self._recorded  # read once: it may be forgotten meanwhile
+        done = None if recorded is None else recorded.run(plan, lay_out, hidden)
         if done is not None:
             output, slots = done
         else:

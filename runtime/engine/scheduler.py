@@ -19,12 +19,9 @@ from shardray.runtime.engine.sequence_pages import SequencePages
 from shardray.runtime.engine.step import EncoderRow, PageGrant, Row, SlotStart, StepPlan, StepResult
 from shardray.runtime.engine.traced import TracedStep
 
-__all__ = ["Scheduler", "SchedulerLimits"]
-
 _NOT_FINITE = (
     "the model's logits are not numbers; serve it in bfloat16 or float32 if this is float16, or check its weights"
 )
-
 
 @dataclass(slots=True)
 class _Draft:
@@ -205,8 +202,17 @@ class Scheduler:
             num_prefix_hits=pages.num_prefix_hits,
         )
 
+    def check_idle(self) -> None:
+        """Raise RuntimeError if a page or a slot is held while no request is live. Costs nothing."""
+        num_pages, num_slots = self._pages.pool.num_used, self._limits.max_num_seqs - len(self._free_slots)
+        if num_pages or num_slots:
+            raise RuntimeError(f"{num_pages} pages and {num_slots} slots are held, but no request is live")
+
     def check_integrity(self) -> None:
-        """Raise RuntimeError unless every page and every slot has exactly the holders it is counted to have."""
+        """Raise RuntimeError unless every page and every slot has exactly the holders it is counted to have.
+
+        For tests: it looks at every page.
+        """
         self._pages.pool.check_integrity(page for sequence in self._running for page in sequence.pages)
         slots = sorted([*self._free_slots, *(sequence.slot for sequence in self._running if sequence.slot is not None)])
         if slots != list(range(self._limits.max_num_seqs)):

@@ -90,7 +90,7 @@ class Sequence:
 
     def adopt(self, prefix: Prefix, pages: list[int], num_tokens: int) -> PageGrant | None:
         """Begin behind the ``num_tokens`` tokens of a prefix, computed by others."""
-        if self.num_generated == 0:
+        if self.last_step < 0:  # after a preemption it finds what it has computed itself
             self.num_found = num_tokens
         self.prefix, self.num_computed = prefix, num_tokens
         return self.grant(pages) if pages else None

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -47,7 +47,7 @@ from shardray.runtime.model.load import ParameterLoader
 from shardray.runtime.model.parameters import num_cached_layers
 from shardray.runtime.model.spec import ModelConfigError
 
-__all__ = ["Rendezvous", "Shard", "ShardAssignment", "ShardInfo", "form_shard", "open_rendezvous", "warm_up"]
+__all__ = ["Rendezvous", "Shard", "form_shard", "open_rendezvous", "warm_up"]
 
 Progress = Callable[[str, float], None]
 
@@ -83,6 +83,13 @@ def warm_up(model_dir: str, dtype: str, device: str, num_threads: int) -> None:
         choose_exchange()
 
 
+class _Lead(NamedTuple):
+    """What the leader has beside its shard."""
+
+    engine: Engine
+    executor: MeshExecutor
+
+
 @dataclass
 class Shard:
     """A formed shard. The leader drives ``engine``; every other rank calls ``serve``."""
@@ -91,24 +98,15 @@ class Shard:
     info: ShardInfo
     _mesh: Mesh
     _runner: ShardRunner
-    _limits: SchedulerLimits
+    _lead: _Lead | None  # on the leader only
     _num_borrowed_bytes: int  # of weights that another process loaded, and counts
 
-    @cached_property
+    @property
     def engine(self) -> Engine:
         """The engine of the whole mesh; on the leader only."""
-        if self.assignment.rank != 0:
+        if self._lead is None:
             raise RuntimeError(f"rank {self.assignment.rank} has no engine; the leader is rank 0")
-        limits = self._limits
-        info = ServedModel(
-            vocab_size=self.info.vocab_size,
-            max_model_len=limits.max_model_len,
-            eos_token_ids=tuple(sorted(limits.eos_token_ids)),
-            num_kv_tokens=limits.num_pages * limits.block_size,
-            encoder=limits.encoder,
-            prefix_block_size=limits.prefix_block_size,
-        )
-        return Engine(limits, self._executor, info, self._runner.expert_imbalance)
+        return self._lead.engine
 
     def serve(self) -> None:
         """Run the leader's plans until it says goodbye. Raises MeshError."""
@@ -132,20 +130,15 @@ class Shard:
         """Break off whatever this rank is blocked in. Thread-safe."""
         self._runner.forget_recorded()
         self._mesh.abort()
-        if self.assignment.rank == 0:
-            self.engine.stop()
+        if self._lead is not None:
+            self._lead.engine.stop()
 
     def close(self) -> None:
         """Leave the mesh; memory, ports and groups are free afterwards."""
-        if "_executor" in self.__dict__:
-            self._executor.close()
+        if self._lead is not None:
+            self._lead.executor.close()
         self._runner.forget_recorded()
         self._mesh.close()
-
-    @cached_property
-    def _executor(self) -> MeshExecutor:
-        # Nothing that refers to this shard: its memory is to go with it, not when garbage is collected.
-        return MeshExecutor(self._mesh, self._runner, partial(_use_cores, self.assignment))
 
 
 def form_shard(
@@ -250,7 +243,24 @@ def _assemble(
         runner.use_recorded(
             StepPrograms(recorder, runner.compute, slots, hidden if place.stage else None, samples_here)
         )
-    return Shard(assignment, info, mesh, runner, limits, num_borrowed_bytes)
+    lead = _take_lead(assignment, mesh, runner, limits, spec.vocab_size) if place.rank == 0 else None
+    return Shard(assignment, info, mesh, runner, lead, num_borrowed_bytes)
+
+
+def _take_lead(
+    assignment: ShardAssignment, mesh: Mesh, runner: ShardRunner, limits: SchedulerLimits, vocab_size: int
+) -> _Lead:
+    """Refers to nothing of the shard: its memory is to go with it, not when garbage is collected."""
+    info = ServedModel(
+        vocab_size=vocab_size,
+        max_model_len=limits.max_model_len,
+        eos_token_ids=tuple(sorted(limits.eos_token_ids)),
+        num_kv_tokens=limits.num_pages * limits.block_size,
+        encoder=limits.encoder,
+        prefix_block_size=limits.prefix_block_size,
+    )
+    executor = MeshExecutor(mesh, runner, partial(_use_cores, assignment))
+    return _Lead(Engine(limits, executor, info, runner.expert_imbalance), executor)
 
 
 def _allocate_pages(assignment: ShardAssignment, served: ServedSpec, plan: ShardPlan, mesh: Mesh) -> KVPages:
@@ -301,7 +311,7 @@ def _mesh_spec(assignment: ShardAssignment) -> MeshSpec:
         rank=assignment.rank,
         tp_size=assignment.tp_size,
         pp_size=assignment.pp_size,
-        nodes=assignment.nodes or (socket.gethostname(),) * (assignment.tp_size * assignment.pp_size),
+        nodes=assignment.nodes,
         store_host=assignment.store_host,
         store_port=assignment.store_port,
         bind_host=assignment.bind_host,

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from shardray.runtime.model.folder import read_json
+from shardray.runtime.model.folder import read_json, read_special_tokens
 from shardray.runtime.model.template_process import SHARED, TemplateError, TemplateProcess
 
 
@@ -33,9 +32,8 @@ class ChatTemplate:
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate | None:
         """The template of a model folder, or None if it has none."""
-        config = read_json(folder / "tokenizer_config.json")
-        source = _find_source(folder, config)
-        return None if source is None else cls(source, _special_tokens(config))
+        source = _find_source(folder)
+        return None if source is None else cls(source, read_special_tokens(folder))
 
     def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         """The messages as one text, ending where the assistant's answer begins if ``add_generation_prompt``."""
@@ -46,22 +44,12 @@ class ChatTemplate:
             raise ChatTemplateError(str(error)) from None
 
 
-def _find_source(folder: Path, config: Mapping[str, Any]) -> str | None:
+def _find_source(folder: Path) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    source = config.get("chat_template")
+    source = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(source, list):  # several, by name
         by_name = {entry["name"]: entry["template"] for entry in source}
         source = by_name.get("default")
     return source if isinstance(source, str) else None
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    tokens: dict[str, str] = {}
-    for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        value = config.get(role)
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str):
-            tokens[role] = text
-    return tokens

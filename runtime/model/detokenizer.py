@@ -16,14 +16,12 @@ class Detokenizer:
 
     ``prompt_tail_ids`` are the ids just before the first one pushed (any number; the last few are enough): the text
     goes on from them, so a SentencePiece leading space is kept, and a character begun there is completed. Without
-    them, what ``push`` and ``finish`` return adds up to ``tokenizer.decode`` of all ids pushed.
+    them, what ``push`` and ``finish`` return adds up to ``tokenizer.decode`` of all ids pushed. Special tokens have no
+    text.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, prompt_tail_ids: Sequence[int] = (), skip_special_tokens: bool = True
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_tail_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._skipped_ids = tokenizer.special_token_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds the bytes of half a character
         self._has_begun = False
         self.push(prompt_tail_ids)
@@ -37,7 +35,7 @@ class Detokenizer:
         return self._utf8.decode(b"", final=True)
 
     def _bytes_of(self, token_id: int) -> bytes:
-        if token_id in self._skipped_ids:
+        if token_id in self._tokenizer.special_token_ids:
             return b""
         piece = self._tokenizer.piece(token_id)
         if self._has_begun or not piece:
@@ -47,14 +45,13 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Ends a text before (or, with ``include_in_output``, after) the stop string that is completed first.
+    """Ends a text before the stop string that is completed first.
 
     Text that could still become a stop string is held back, so none of one is ever sent.
     """
 
-    def __init__(self, stops: tuple[str, ...], include_in_output: bool = False) -> None:
+    def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = stops
-        self._include_in_output = include_in_output
         self._held = ""
         self._matched = False
 
@@ -67,9 +64,9 @@ class StopStrings:
         text = self._held + text
         found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
         if found:
-            end, start = min(found)
+            _, start = min(found)
             self._held, self._matched = "", True
-            return text[: end if self._include_in_output else start], True
+            return text[:start], True
         safe_len = len(text) - self._held_len(text)
         self._held = text[safe_len:]
         return text[:safe_len], False

@@ -24,8 +24,24 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_eos_token_ids(folder: Path) -> frozenset[int]:
-    """The ids that end a text: those of ``generation_config.json``, or of ``config.json`` where that names none."""
-    return frozenset(read_token_ids(folder, "eos_token_id"))
+    """The ids that end a text: those of ``generation_config.json``, of ``config.json`` where that names none, or else
+    the one of the tokenizer's ``eos_token``."""
+    if found := read_token_ids(folder, "eos_token_id"):
+        return frozenset(found)
+    text = read_special_tokens(folder).get("eos_token")
+    added = read_json(folder / "tokenizer.json").get("added_tokens") or ()
+    return frozenset(token["id"] for token in added if token["content"] == text)
+
+
+def read_special_tokens(folder: Path) -> dict[str, str]:
+    """The texts of the special tokens that ``tokenizer_config.json`` names, by ``bos_token``, ``eos_token`` ..."""
+    config, tokens = read_json(folder / "tokenizer_config.json"), {}
+    for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        value = config.get(role)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            tokens[role] = text
+    return tokens
 
 
 def read_token_ids(folder: Path, field: str) -> tuple[int, ...]:

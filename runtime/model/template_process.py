@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -54,14 +55,12 @@ class TemplateProcess:
         data = json.dumps(question).encode() + b"\n"
         with self._lock:
             process = self._running()
-            assert process.stdin is not None
-            assert process.stdout is not None
             try:
-                process.stdin.write(data)
-                process.stdin.flush()
-                answer = process.stdout.readline()
-            except BrokenPipeError:
-                answer = b""
+                answer = _exchange(process, data)
+            except BaseException:  # Ctrl-C, say: the next question would get this one's answer
+                process.kill()
+                self._stop(process)
+                raise
             if not answer:
                 raise TemplateError(self._why_ended(process))
         told = json.loads(answer)
@@ -88,11 +87,24 @@ class TemplateProcess:
     def _stop(self, process: subprocess.Popen[bytes]) -> int:
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # part of a question that it will not read
+            process.stdin.close()
         code = process.wait()
         process.stdout.close()
         self._process = None
         return code
+
+
+def _exchange(process: subprocess.Popen[bytes], question: bytes) -> bytes:
+    """Its answer; empty if it has ended."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(question)
+        process.stdin.flush()
+        return process.stdout.readline()
+    except BrokenPipeError:
+        return b""
 
 
 SHARED = TemplateProcess()

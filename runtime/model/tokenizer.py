@@ -10,7 +10,7 @@ from pathlib import Path
 import tokenizers
 
 from shardray.runtime.model.chat_template import ChatTemplate, ChatTemplateError
-from shardray.runtime.model.folder import read_eos_token_ids, read_json
+from shardray.runtime.model.folder import read_json
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -24,9 +24,12 @@ class Tokenizer:
     """The tokenizer and chat template of one model. Safe to use from several threads."""
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, eos_token_ids: frozenset[int], chat_template: ChatTemplate | None,
-        continues_prompts: bool = True, folder: Path | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        backend: tokenizers.Tokenizer,
+        chat_template: ChatTemplate | None,
+        continues_prompts: bool = True,
+        folder: Path | None = None,
+    ) -> None:
         """``continues_prompts``: the output is the rest of the prompt's text, not a text of its own."""
         backend.no_truncation()  # some files cut prompts at their training length
         backend.no_padding()
@@ -35,7 +38,6 @@ class Tokenizer:
         self.continues_prompts = continues_prompts
         self.folder = folder  # that it was read from
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self.eos_token_ids = eos_token_ids
         added = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._anchor_id = _find_anchor(backend)
@@ -54,9 +56,8 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{path}: tokenizers {tokenizers.__version__} cannot read it: {error}") from error
-        eos_token_ids = read_eos_token_ids(folder) | _tokenizer_eos_id(folder, backend)
         has_encoder = bool(read_json(folder / "config.json").get("is_encoder_decoder"))
-        return cls(backend, eos_token_ids, ChatTemplate.load(folder), not has_encoder, folder)
+        return cls(backend, ChatTemplate.load(folder), not has_encoder, folder)
 
     @classmethod
     def load_optional(cls, folder: Path) -> Tokenizer | None:
@@ -134,10 +135,3 @@ def _find_anchor(backend: tokenizers.Tokenizer) -> int | None:
         if token_id is not None and backend.decode([token_id, token_id]) == 2 * letter:
             return token_id
     return None
-
-
-def _tokenizer_eos_id(folder: Path, backend: tokenizers.Tokenizer) -> frozenset[int]:
-    eos = read_json(folder / "tokenizer_config.json").get("eos_token")
-    text = eos.get("content") if isinstance(eos, dict) else eos
-    token_id = backend.token_to_id(text) if isinstance(text, str) else None
-    return frozenset() if token_id is None else frozenset({token_id})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +16,13 @@ from shardray.runtime.config import Config, ModelSettings
 from shardray.runtime.driver import controller
 from shardray.runtime.driver.controller import FleetController
 from shardray.runtime.driver.fleet import FleetState
+from shardray.runtime.driver.journal_entry import JournalEntry
 from shardray.runtime.driver.operations import OperationFailedError, ShapeChange
+from shardray.runtime.driver.sqlite_journal import SqliteJournal
+from shardray.runtime.engine.request import SamplingParams
 from shardray.runtime.model.tokenizer import Tokenizer
 from tests.serving import Serving, serving
+from tests.tiny_models import save_llama
 
 pytestmark = pytest.mark.asyncio
 
@@ -106,3 +111,23 @@ async def test_of_surplus_replicas_those_that_were_given_up_go_first(
         await scale(up, fleet, monkeypatch, 1)
         assert [replica.replica_id for replica in fleet.replicas] == [0]
         assert fleet.reshaped == []
+
+
+async def test_after_a_reload_the_journal_is_of_the_model_that_is_served(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after = save_llama(tmp_path / "before"), save_llama(tmp_path / "after")
+    recipe = MeshRecipe(Config(model=ModelSettings(source=str(before))), str(before))
+    async with serving(tokenizer) as up:
+        fleet = StubReplicas(recipe)
+        fleet.replicas = [fleet.replica(0, is_given_up=True)]
+        operator = FleetController(recipe.config, up.driver, lambda event: None)
+        monkeypatch.setattr(operator, "_replicas", fleet)
+        journal = up.driver.journal = SqliteJournal(tmp_path / "journal.db", recipe.config.model.identity)
+        journal.open(JournalEntry("a", (1, 2), SamplingParams(max_tokens=5), resumable_s=30))
+        async for _ in operator.reload(str(after)):
+            pass
+        await journal.stop()
+    journal = SqliteJournal(tmp_path / "journal.db", ModelSettings(source=str(after)).identity)
+    assert [entry.request_id for entry in journal.entries()] == ["a"]
+    await journal.stop()

@@ -17,7 +17,8 @@ from shardray.runtime.driver.errors import (
     QueueFullError,
     UnavailableError,
 )
-from shardray.runtime.driver.journal import JournalEntry, MemoryJournal
+from shardray.runtime.driver.journal import MemoryJournal
+from shardray.runtime.driver.journal_entry import JournalEntry
 from shardray.runtime.driver.stream import RequestStream
 from shardray.runtime.engine.request import FinishReason, SamplingParams
 from shardray.runtime.model.tokenizer import Tokenizer

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from shardray.runtime.driver.ends import RequestEnd
 from shardray.runtime.driver.errors import DeadlineExceededError
-from shardray.runtime.driver.journal import Journal, JournalEntry, MemoryJournal
+from shardray.runtime.driver.journal import Journal, MemoryJournal
+from shardray.runtime.driver.journal_entry import JournalEntry
 from shardray.runtime.driver.journal_file import JournalError
 from shardray.runtime.driver.sqlite_journal import SqliteJournal
 from shardray.runtime.engine.request import FieldError, FinishReason, SamplingParams, TokenOutput
@@ -173,13 +174,29 @@ async def test_an_error_comes_back_as_it_was(error: Exception) -> None:
     assert (type(restored), str(restored)) == (type(error), str(error))
 
 
-async def test_requests_for_another_model_are_forgotten(tmp_path: Path) -> None:
+async def test_requests_for_another_model_are_forgotten_and_the_log_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "journal.db"
     journal = SqliteJournal(path, "small")
     journal.open(make_entry())
     journal = await reopen(journal, path, "small")
     assert len(journal.entries()) == 1
+    assert not caplog.records
     journal = await reopen(journal, path, "large")
+    assert journal.entries() == []
+    assert "1 requests in flight are forgotten: they began with small, and large is served" in caplog.text
+    await journal.stop()
+
+
+async def test_requests_that_went_on_with_another_model_are_kept_for_that_one(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    journal = SqliteJournal(path, "small")
+    journal.open(make_entry())
+    journal.set_model("large")
+    journal = await reopen(journal, path, "large")
+    assert len(journal.entries()) == 1
+    journal = await reopen(journal, path, "small")
     assert journal.entries() == []
     await journal.stop()
 

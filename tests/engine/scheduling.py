@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from shardray.runtime.engine.limits import SchedulerLimits
 from shardray.runtime.engine.request import EngineRequest, SamplingParams, TokenOutput
-from shardray.runtime.engine.scheduler import Scheduler, SchedulerLimits
+from shardray.runtime.engine.scheduler import Scheduler
 from shardray.runtime.engine.step import Sampled, StepPlan, StepResult
 
 EOS_ID, STOP_ID, PLAIN_ID = 0, 1, 7

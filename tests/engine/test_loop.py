@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from shardray.runtime.engine.assignment import ShardAssignment
 from shardray.runtime.engine.loop import Engine
 from shardray.runtime.engine.request import EngineRequest, FieldError, FinishReason, SamplingParams, TokenOutput
+from shardray.runtime.engine.runner import ShardRunner
 from shardray.runtime.engine.shard import Shard, form_shard
 from tests.tiny_models import save_llama
 
@@ -233,6 +235,26 @@ def test_an_exception_of_the_runner_comes_out_of_run(shard: Shard, monkeypatch: 
     assert str(running.failure) == "a layer broke"
 
 
+def test_recorded_steps_that_are_forgotten_while_one_is_launched_break_nothing(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = shard._runner._recorded
+    assert recorded is not None
+    reads = iter([recorded])  # by the second look another thread has forgotten them
+    monkeypatch.setattr(ShardRunner, "_recorded", property(lambda runner: next(reads, None)), raising=False)
+    running = Running(shard.engine)
+    running.engine.submit(request("a", params=SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)))
+    assert len(running.rest_of("a")) == 3
+    running.stop()
+
+
+def test_a_shard_that_is_broken_off_before_its_engine_runs_starts_nothing(shard: Shard) -> None:
+    num_threads = threading.active_count()
+    shard.abort()
+    assert threading.active_count() == num_threads
+    shard.engine.run(lambda outputs: None)  # returns at once
+
+
 def test_an_idle_engine_uses_no_cpu(shard: Shard) -> None:
     running = Running(shard.engine)
     time.sleep(0.3)
@@ -256,3 +278,15 @@ def test_requests_from_many_threads_all_end(running: Running) -> None:
         for index in range(5):
             assert len(running.rest_of(f"{thread_number}-{index}")) == 4
     wait_until_idle(running.engine)
+
+
+def test_an_idle_engine_looks_at_no_page_however_many_there_are(shard: Shard) -> None:
+    limits = replace(shard.engine._limits, num_pages=500_000)
+    engine = Engine(limits, shard.engine._executor, shard.engine.info)
+    for number in range(20):  # each is followed by a moment without work
+        engine.cancel(f"unknown {number}")
+    running = Running(engine)
+    while not engine._inbox.empty():
+        time.sleep(0.01)
+    running.stop()
+    assert running.cpu_s < 0.5  # a walk through the pages takes 0.1 s

@@ -166,6 +166,17 @@ def test_a_preempted_request_finds_what_is_left_of_its_pages() -> None:
     scheduler.check_integrity()
 
 
+def test_what_a_request_finds_of_its_own_after_a_preemption_was_not_computed_for_others() -> None:
+    scheduler = Scheduler(replace(SHARING, num_pages=6, max_prefill_beside_decodes=1))
+    add(scheduler, "urgent", prompt_len=4, max_tokens=14)
+    stepped(scheduler)
+    add(scheduler, "late", prompt_len=12, priority=1, prefix_scope="other", params=ONE_TOKEN)
+    outputs = run_to_end(scheduler)
+    stats = scheduler.stats()
+    assert (stats.num_preemptions, stats.num_prefix_hits) == (1, 4)
+    assert [one.num_cached_prompt_tokens for one in outputs if one.request_id == "late"] == [0]
+
+
 def test_shared_pages_are_not_asked_for_twice_at_admission() -> None:
     scheduler = Scheduler(replace(SHARING, num_pages=8, max_num_batched_tokens=32))
     add(scheduler, "a", prompt_len=18, max_tokens=2)

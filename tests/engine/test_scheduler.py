@@ -304,3 +304,14 @@ def test_a_plan_and_its_commit_take_little_time_at_256_sequences_with_ten_thousa
         stepped(scheduler)
         durations_s.append(time.perf_counter() - began)
     assert min(durations_s) < 0.01  # about 0.001 on a quiet machine
+
+
+@pytest.mark.parametrize("num_pages", [1, 3])
+def test_a_page_that_is_held_for_nobody_is_noticed_as_soon_as_no_request_is_live(num_pages: int) -> None:
+    scheduler = Scheduler(LIMITS)
+    add(scheduler, "a")
+    run_to_end(scheduler)
+    scheduler.check_idle()
+    scheduler._pages.pool.allocate(num_pages)
+    with pytest.raises(RuntimeError, match=f"^{num_pages} pages and 0 slots are held, but no request is live"):
+        scheduler.check_idle()

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from shardray.runtime.engine.limits import SchedulerLimits
 from shardray.runtime.engine.request import EngineRequest, SamplingParams
-from shardray.runtime.engine.scheduler import SchedulerLimits
 from tests.engine.toy_mesh import EOS_ID, VOCAB_SIZE, ToyService, undisturbed_run
 
 NUM_KV_TOKENS = 48  # at least; a request of any_request needs at most this many, and a few of them do not fit together

@@ -10,8 +10,9 @@ import zlib
 from collections import deque
 from dataclasses import dataclass, field
 
+from shardray.runtime.engine.limits import SchedulerLimits
 from shardray.runtime.engine.request import EngineRequest, FinishReason, SamplingParams, TokenOutput
-from shardray.runtime.engine.scheduler import Scheduler, SchedulerLimits
+from shardray.runtime.engine.scheduler import Scheduler
 from shardray.runtime.engine.step import Row, Sampled, SlotStart, StepPlan, StepResult
 
 VOCAB_SIZE = 12

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +94,32 @@ def test_a_hostile_template_ends_with_an_error_and_the_next_one_renders(source: 
     with pytest.raises(ChatTemplateError, match=message):
         ChatTemplate(source, {}, BOUNDED).render(MESSAGES)
     assert ChatTemplate("{{ messages[0].content }}", {}, BOUNDED).render(MESSAGES) == "hi"
+
+
+def test_after_ctrl_c_in_the_middle_of_one_rendering_the_next_has_its_own_answer() -> None:
+    process = TemplateProcess()
+    slow = ChatTemplate("{% for i in range(9999) %}{% for j in range(999) %}{% endfor %}{% endfor %}slow", {}, process)
+    interrupt = threading.Timer(0.1, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        slow.render(MESSAGES)
+    assert ChatTemplate("{{ messages[0].content }}", {}, process).render(MESSAGES) == "hi"
+    process.close()
+
+
+def test_a_process_that_ends_just_before_it_is_asked_is_an_error_and_the_next_one_renders(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    process = TemplateProcess()
+    template = ChatTemplate("{{ messages[0].content }}", {}, process)
+    assert process._process is not None
+    process._process.kill()
+    os.waitid(os.P_PID, process._process.pid, os.WEXITED | os.WNOWAIT)
+    monkeypatch.setattr(process._process, "poll", lambda: None)  # it was looked at before
+    with pytest.raises(ChatTemplateError, match="ended with code -9"):
+        template.render(MESSAGES)
+    assert template.render(MESSAGES) == "hi"
+    process.close()
 
 
 def test_what_another_process_renders_comes_back_as_it_was() -> None:

@@ -57,13 +57,11 @@ def test_after_a_prompt_the_text_is_what_the_answer_adds_to_it(
 
 
 @settings(max_examples=150, deadline=None)
-@given(ids=st.lists(st.integers(0, 49151), max_size=30), skip=st.booleans())
-def test_random_byte_level_ids_decode_as_a_whole_would(
-    smollm2_tokenizer: Tokenizer, ids: list[int], skip: bool
-) -> None:
-    detokenizer = Detokenizer(smollm2_tokenizer, skip_special_tokens=skip)
+@given(ids=st.lists(st.integers(0, 49151), max_size=30))
+def test_random_byte_level_ids_decode_as_a_whole_would(smollm2_tokenizer: Tokenizer, ids: list[int]) -> None:
+    detokenizer = Detokenizer(smollm2_tokenizer)
     text = "".join(detokenizer.push([token_id]) for token_id in ids) + detokenizer.finish()
-    assert text == smollm2_tokenizer.decode(ids, skip_special_tokens=skip)
+    assert text == smollm2_tokenizer.decode(ids)
 
 
 def test_an_emoji_comes_with_its_last_byte(tokenizer: Tokenizer) -> None:
@@ -86,13 +84,10 @@ def test_a_character_never_completed_shows_at_the_end_only(tokenizer: Tokenizer)
     assert detokenizer.finish() == "\ufffd"
 
 
-def test_special_tokens_are_dropped_or_shown_as_asked(tokenizer: Tokenizer) -> None:
-    end_id = min(tokenizer.eos_token_ids)
+def test_special_and_unknown_tokens_have_no_text(tokenizer: Tokenizer) -> None:
+    end_id = min(tokenizer.special_token_ids)
     ids = [*tokenizer.encode("hello", add_special_tokens=False), end_id, end_id + 10**6]
     assert Detokenizer(tokenizer).push(ids) == "hello"
-    shown = Detokenizer(tokenizer, skip_special_tokens=False).push(ids)
-    assert shown == tokenizer.decode(ids, skip_special_tokens=False)
-    assert shown.startswith("hello<")
 
 
 def test_a_leading_space_is_dropped_at_the_start_of_a_text_only(sentencepiece_tokenizer: Tokenizer) -> None:
@@ -110,8 +105,8 @@ def test_invalid_bytes_without_end_are_yielded_as_they_come(smollm2_tokenizer: T
     assert time.perf_counter() - start_s < 5  # linear: quadratic work would take minutes
 
 
-def run_stops(stops: tuple[str, ...], pieces: list[str], include: bool = False) -> tuple[str, bool]:
-    matcher = StopStrings(stops, include_in_output=include)
+def run_stops(stops: tuple[str, ...], pieces: list[str]) -> tuple[str, bool]:
+    matcher = StopStrings(stops)
     sent = ""
     for piece in pieces:
         text, matched = matcher.push(piece)
@@ -125,22 +120,21 @@ def run_stops(stops: tuple[str, ...], pieces: list[str], include: bool = False) 
 @given(
     text=st.text(alphabet="abc", max_size=20),
     stops=st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=3).map(tuple),
-    include=st.booleans(),
     data=st.data(),
 )
 def test_stops_are_found_across_borders_and_cut_where_the_first_is_complete(
-    text: str, stops: tuple[str, ...], include: bool, data: st.DataObject
+    text: str, stops: tuple[str, ...], data: st.DataObject
 ) -> None:
     cuts = data.draw(st.lists(st.integers(0, len(text)), max_size=6).map(sorted))
     pieces = [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     ends = [end for end in range(len(text) + 1) if text[:end].endswith(stops)]
-    sent, matched = run_stops(stops, pieces, include)
+    sent, matched = run_stops(stops, pieces)
     assert matched == bool(ends)
     if not ends:
         assert sent == text
         return
     longest = max(len(stop) for stop in stops if text[: ends[0]].endswith(stop))
-    assert sent == text[: ends[0] if include else ends[0] - longest]
+    assert sent == text[: ends[0] - longest]
 
 
 def test_only_what_could_become_a_stop_is_held_back() -> None:

@@ -46,25 +46,24 @@ def check_equal(folder: Path, dtype: str) -> StepPrograms:
 
 
 def test_a_recording_serves_any_rows_of_as_many_tokens(folder: Path) -> None:
-    known = check_equal(folder, "bfloat16")._known
+    found = check_equal(folder, "bfloat16")._programs
     kinds = {(12, False, True), (12, True, True), (3, True, False), (3, True, True)}
-    found = {kind for kind, recorded in known.items() if recorded is not None}
     assert {(kind.num_tokens, kind.has_decodes, kind.has_prompts) for kind in found} == kinds
 
 
 def test_layers_in_which_torch_computes_are_not_recorded(folder: Path) -> None:
     found = check_equal(folder, "float32")
     assert found._recorder is None
-    assert not any(found._known.values())
+    assert not found._programs
 
 
 def test_the_recording_that_was_not_used_for_longest_gives_way(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(programs, "_MOST_PROGRAMS", 2)
-    known = check_equal(folder, "bfloat16")._known
-    assert [kind.num_tokens for kind in known] == [3, 3]
+    kept = check_equal(folder, "bfloat16")._programs
+    assert [kind.num_tokens for kind in kept] == [3, 3]
 
 
 def test_long_steps_with_prompts_run_one_by_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(programs, "_MOST_TOKENS", 11)
-    known = check_equal(folder, "bfloat16")._known
-    assert {kind.num_tokens for kind in known} == {3}
+    seen = check_equal(folder, "bfloat16")._seen
+    assert {kind.num_tokens for kind in seen} == {3}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import threading
 import time
 
@@ -11,6 +12,7 @@ import torch
 
 from shardray.parallel.errors import CollectiveTimeout, MeshAborted, PeerLost
 from shardray.parallel.mesh import Mesh, open_mesh
+from shardray.parallel.store import join_torch_store, open_torch_store
 from tests.parallel.rank_processes import (
     HIDDEN_SIZE,
     MAX_TOKENS,
@@ -43,6 +45,23 @@ def test_a_mesh_of_one_needs_nobody() -> None:
     assert mesh.agree_on_minimum("pages", 5) == 5
     mesh.abort()
     mesh.close()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_the_store_of_a_group_on_gpus_is_found_on_either_kind_of_address(host: str) -> None:
+    if ":" in host and not has_ipv6():
+        pytest.skip("this machine has no IPv6")
+    store, port = open_torch_store(host)
+    join_torch_store(host, port, timeout_s=5.0).set("who", "a rank")
+    assert store.get("who") == b"a rank"
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
 
 
 def test_an_aborted_rendezvous_frees_who_waits_there_for_a_rank_that_does_not_come() -> None:
