@@ -23,6 +23,7 @@ _NOT_FINITE = (
     "the model's logits are not numbers; serve it in bfloat16 or float32 if this is float16, or check its weights"
 )
 
+
 @dataclass(slots=True)
 class _Draft:
     """A plan in the making, and the sequences of its sampling rows in their order."""
