@@ -140,7 +140,7 @@ class SamplingParameters(_message.Message):
     frequency_penalty: _builtins.float
     """Subtracted from the logit for every occurrence in the output, in [-100, 100]."""
     seed: _builtins.int
-    """Unset: the server draws one; the response to the first token says which."""
+    """Unset: the server draws one; the first response of the call says which."""
     max_tokens: _builtins.int
     """Most tokens to generate, at least 1. Unset: 256, or what the context window leaves if that is less."""
     min_tokens: _builtins.int
