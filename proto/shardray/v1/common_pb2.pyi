@@ -142,9 +142,11 @@ class SamplingParameters(_message.Message):
     seed: _builtins.int
     """Unset: the server draws one; the first response of the call says which."""
     max_tokens: _builtins.int
-    """Most tokens to generate, at least 1. Unset: 256, or what the context window leaves if that is less."""
+    """Most tokens to generate, at least 1. Unset: 256, or min_tokens if that is more; less if the context window or
+    the key-value cache leaves less.
+    """
     min_tokens: _builtins.int
-    """No end-of-sequence id, stop id or stop string ends the text before this many tokens."""
+    """No end-of-sequence id, stop id or stop string ends the text before this many tokens. At most max_tokens."""
     ignore_eos: _builtins.bool
     """Go on after an end-of-sequence id."""
     logprobs: _builtins.int
@@ -163,8 +165,8 @@ class SamplingParameters(_message.Message):
 
     @_builtins.property
     def forced(self) -> Global___TokenIds:
-        """What the output begins with: a translation's language, say. Neither sent back nor counted in max_tokens. Unset: what the
-        model's own configuration forces.
+        """What the output begins with: a translation's language, say. Neither sent back nor counted in max_tokens. At most 128
+        ids. Unset: what the model's own configuration forces.
         """
 
     def __init__(
