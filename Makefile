@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/installed
 
-.PHONY: help demo test test-all test-gpu chaos load lint format proto bench bench-all bench-peers ci clean
+.PHONY: help demo test test-all test-gpu chaos load lint format proto released bench bench-all bench-peers ci clean
 
 help:
 	@echo "make demo      fetch a small model, serve it from two hosts on this machine, ask it a question"
@@ -12,9 +12,10 @@ help:
 	@echo "make test-gpu  the tests that need CUDA devices"
 	@echo "make chaos     kill, stop and scale a served fleet at random, five minutes a seed: SEEDS=\"1 2 3\""
 	@echo "make load      k6 streams from 64 clients for a minute, with thresholds: STREAMS=64 SECONDS=60 ADDRESS=HOST:PORT"
-	@echo "make lint      ruff, mypy, buf, freshness of the generated code"
+	@echo "make lint      ruff, mypy, buf (style, and what would break clients), freshness of the generated code"
 	@echo "make format    ruff format and the fixes that are safe"
 	@echo "make proto     generate proto/shardray/v1/*_pb2* again"
+	@echo "make released  keep proto/ as what later versions may not break; at a release"
 	@echo "make bench     shardray beside its peers, and the table of targets (half an hour)"
 	@echo "make bench-all everything of docs/performance.md, and the page itself (an hour)"
 	@echo "make bench-peers  an environment for each peer (llama.cpp: compiles)"
@@ -68,6 +69,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict
 	$(BIN)/buf lint
+	$(BIN)/buf breaking --against proto/released.binpb
 	$(BIN)/python proto/generate.py --check
 
 format: $(READY)
@@ -76,6 +78,9 @@ format: $(READY)
 
 proto: $(READY)
 	$(BIN)/python proto/generate.py
+
+released: $(READY)
+	$(BIN)/buf build --exclude-source-info -o proto/released.binpb
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import subprocess
 import sys
 import time
@@ -17,9 +16,11 @@ import openai
 import pytest
 
 from shardray.runtime.model.tokenizer import Tokenizer
+from tests.ports import free_ports
 from tests.stub_tokenizer import write_tokenizer
 
 _START_S = 60.0
+_TRIES = 3
 
 
 @pytest.fixture(scope="session")
@@ -38,20 +39,41 @@ class Smg:
 @pytest.fixture(scope="session")
 def smg(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Smg]:
     folder = tmp_path_factory.mktemp("smg")
-    port, metrics_port, discovery_file = free_port(), free_port(), str(folder / "workers.json")
+    discovery_file = str(folder / "workers.json")
+    for _ in range(_TRIES):  # another program may take a port before smg does, which then ends
+        port, metrics_port = free_ports(2)
+        process = _launch(folder, discovery_file, port, metrics_port)
+        try:
+            if _is_live(f"http://127.0.0.1:{port}/liveness", process):
+                yield Smg(f"http://127.0.0.1:{port}/v1", discovery_file)
+                return
+        finally:
+            process.kill()
+            process.wait()
+    pytest.fail(f"smg ended at once, {_TRIES} times: {(folder / 'log').read_text()}")
+
+
+def _launch(folder: Path, discovery_file: str, port: int, metrics_port: int) -> subprocess.Popen[bytes]:
     command = [
         *(str(Path(sys.executable).with_name("smg")), "launch", "--host", "127.0.0.1", "--port", str(port)),
         *("--discovery-provider", "file", "--discovery-file", discovery_file),
         *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)),
     ]
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
-    try:
-        _wait_until_live(f"http://127.0.0.1:{port}/liveness", process)
-        yield Smg(f"http://127.0.0.1:{port}/v1", discovery_file)
-    finally:
-        process.kill()
-        process.wait()
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+
+
+def _is_live(url: str, process: subprocess.Popen[bytes]) -> bool:
+    """Whether it answers; False if it has ended instead."""
+    deadline = time.monotonic() + _START_S
+    while process.poll() is None:
+        assert time.monotonic() < deadline, f"smg does not answer at {url}"
+        try:
+            with urllib.request.urlopen(url, timeout=1):
+                return True
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.05)
+    return False
 
 
 async def until_served(
@@ -68,22 +90,3 @@ async def until_served(
             last = error
             await asyncio.sleep(0.05)
     pytest.fail(f"smg does not serve {model}: {last}")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _wait_until_live(url: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + _START_S
-    while True:
-        assert process.poll() is None, "smg ended at once"
-        assert time.monotonic() < deadline, f"smg does not answer at {url}"
-        try:
-            with urllib.request.urlopen(url, timeout=1):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.05)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +39,6 @@ async def generate_all(client: AsyncClient, started: asyncio.Event) -> list[Comp
     return [join(deltas) for deltas in await asyncio.gather(*map(generate, range(len(CASES)), CASES))]
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
 @pytest.mark.parametrize("hosts", ["taken over", "new"])
 async def test_streams_of_a_killed_driver_go_on_with_the_same_tokens(
     cluster: Cluster,  # noqa: F811
@@ -52,17 +46,17 @@ async def test_streams_of_a_killed_driver_go_on_with_the_same_tokens(
     tmp_path: Path,
     hosts: str,
 ) -> None:
-    address = f"127.0.0.1:{free_port()}"
-    settings: dict[str, Any] = {"grpc.listen": address, "driver.journal": tmp_path / "journal.db"}
+    settings: dict[str, Any] = {"driver.journal": tmp_path / "journal.db"}
     changed = {"engine.max_num_batched_tokens": 96} if hosts == "new" else {}
     with driver(cluster, tiny_llama, f"killed-{hosts}", **settings) as first:
-        async with AsyncClient(address) as client:
+        async with AsyncClient(first.address) as client:
             undisturbed = await generate_all(client, asyncio.Event())
             started = asyncio.Event()
             streams = asyncio.create_task(generate_all(client, started))
             await started.wait()
             first.kill()
-            with driver(cluster, tiny_llama, f"killed-{hosts}", **settings, **changed) as second:
+            again: dict[str, Any] = settings | changed | {"grpc.listen": first.address}
+            with driver(cluster, tiny_llama, f"killed-{hosts}", **again) as second:
                 answers = await streams
             assert (second.pids == first.pids) is (hosts == "taken over")
     for answer, expected in zip(answers, undisturbed, strict=True):

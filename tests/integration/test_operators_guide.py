@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from shardray.runtime.deploy.kuberay import manifests
 from shardray.runtime.deploy.names import CONFIG_DIR, CONFIG_FILE, RAYLET_PORT, RenderOptions
 from shardray.runtime.model.sources import resolve_model
 from tests.cluster.fleets import several_nodes
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "docs" / "operators-guide.md"
@@ -38,13 +38,6 @@ def commands() -> list[str]:
     return [line for block in blocks("sh") for line in block.splitlines() if not line.startswith("#")]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @pytest.fixture(scope="module")
 def ray_address() -> Iterator[str]:
     with several_nodes(2, num_cpus=3) as nodes:
@@ -56,7 +49,7 @@ class Shell:
 
     def __init__(self, folder: Path, ray_address: str) -> None:
         self._folder = folder
-        self._ports = {"50051": str(free_port()), "9464": str(free_port())}
+        self._ports = dict(zip(("50051", "9464"), map(str, free_ports(2)), strict=True))
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self._env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": ray_address}
         self._servers: list[subprocess.Popen[str]] = []
@@ -128,7 +121,7 @@ grpc: {listen: "0.0.0.0:PORT", allow_unauthenticated: true}
 def test_the_commands_of_the_front_pod_join_a_cluster_and_serve(ray_address: str, tmp_path: Path) -> None:
     """What its two containers run, as processes; only addresses and the path of the file are others."""
     resolve_model("smollm2-135m")
-    port = free_port()
+    port, raylet_port = free_ports(2)
     path = tmp_path / CONFIG_FILE
     path.write_text(_FRONT.replace("PORT", str(port)), encoding="utf-8")
     options = RenderOptions()
@@ -139,7 +132,7 @@ def test_the_commands_of_the_front_pod_join_a_cluster_and_serve(ray_address: str
         return [
             word.replace(options.head_address, ray_address)
             .replace(CONFIG_DIR, str(tmp_path))
-            .replace(f"={RAYLET_PORT}", f"={free_port()}")
+            .replace(f"={RAYLET_PORT}", f"={raylet_port}")
             for word in given
         ]
 

@@ -20,9 +20,14 @@ EXPRESSIONS = [
 ]
 
 
+def parse(expression: str) -> Any:
+    """The tree of an expression, as Grafana would send it. Raises ValueError for what is no PromQL."""
+    return promql_parser.parse(expression.replace("$__rate_interval", "1m"))
+
+
 def metrics_of(expression: str) -> set[str]:
     """Raises ValueError for what is no PromQL."""
-    return set(_selected(promql_parser.parse(expression.replace("$__rate_interval", "1m"))))
+    return set(_selected(parse(expression)))
 
 
 def _selected(node: Any) -> Iterator[str]:

@@ -2,14 +2,56 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 
 from tests.observe.expressions import ALERTS, BOARD, EXPRESSIONS, RULES, metrics_of
+from tests.observe.labels import labels_of, series_labels
+
+TARGETS = [target for panel in BOARD["panels"] for target in panel.get("targets", ())]
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
-def test_an_expression_is_promql_and_names_a_metric(expression: str) -> None:
+def test_an_expression_is_promql_over_metrics_and_labels_that_are_exported(expression: str) -> None:
     assert metrics_of(expression)
+    labels_of(expression)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "sum by (replica) (shardray:kv_tokens)",
+        "sum without (replica) (shardray:kv_tokens)",
+        'shardray:calls_total{model_name="a"}',
+        "shardray:calls",  # counters are exported as _total
+        "histogram_quantile(0.5, sum(rate(vllm:time_to_first_token_seconds_bucket[1m])))",
+        "sum by (engine) (shardray:kv_tokens) / sum(shardray:kv_tokens)",
+        "up and on (job, engine) shardray:kv_tokens",
+    ],
+)
+def test_a_label_that_is_not_there_would_be_noticed(wrong: str) -> None:
+    with pytest.raises(ValueError, match=r"^(no label|no metric|\[.*\] are matched with)"):
+        labels_of(wrong)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target["expr"])
+def test_a_legend_names_labels_that_its_curves_have(target: dict[str, str]) -> None:
+    assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) <= labels_of(target["expr"])
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
+def test_an_alert_tells_labels_that_its_expression_gives(rule: dict[str, str]) -> None:
+    assert set(re.findall(r"\$labels\.(\w+)", json.dumps(rule["annotations"]))) <= labels_of(rule["expr"])
+
+
+def test_the_boards_variables_are_labels_of_their_metrics() -> None:
+    definitions = [one["definition"] for one in BOARD["templating"]["list"] if one["type"] == "query"]
+    assert definitions
+    for definition in definitions:
+        name, label = re.fullmatch(r"label_values\(([\w:]+), (\w+)\)", definition).groups()  # type: ignore[union-attr]
+        assert label in series_labels(name)
 
 
 def test_every_alert_says_what_is_wrong_and_what_to_do() -> None:

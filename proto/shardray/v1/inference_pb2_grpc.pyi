@@ -29,9 +29,17 @@ GRPC_VERSION: str
 class InferenceServiceStub:
     """Generates text and converts between text and token ids.
 
-    Errors: INVALID_ARGUMENT names the field (google.rpc.BadRequest); RESOURCE_EXHAUSTED and UNAVAILABLE say when to try
-    again (google.rpc.RetryInfo); ALREADY_EXISTS for a request_id in use; NOT_FOUND for a request_id to resume that is
-    neither in flight nor retained; ABORTED for a stream that another client resumed; DEADLINE_EXCEEDED.
+    Errors; the reason in google.rpc.ErrorInfo tells those of one code apart (docs/security.md has all of them):
+    INVALID_ARGUMENT names the field (google.rpc.BadRequest).
+    UNAUTHENTICATED: the token is missing or not known; PERMISSION_DENIED: it lacks the role.
+    RESOURCE_EXHAUSTED: the queue is full, or its caller's share of it; google.rpc.RetryInfo says when to try again.
+    UNAVAILABLE with RetryInfo: the fleet is not ready, or had to end the request; send it again then. Without: the
+    connection is gone, or the server stops (reason SUSPENDED), and a request with resumable_s is not: resume it.
+    ALREADY_EXISTS: the request_id is in use. NOT_FOUND: the request_id to resume is neither in flight nor retained.
+    ABORTED: another client resumed the stream.
+    DEADLINE_EXCEEDED: the request did not end in time, or its client did not read (reason CLIENT_STALLED).
+    INTERNAL: the request breaks every step that runs it (reason BREAKS_ITS_STEP): to send it again is of no use; or
+    something that nobody foresaw.
     """
 
     @_typing.overload
@@ -57,9 +65,17 @@ class InferenceServiceStub:
 class InferenceServiceAsyncStub(InferenceServiceStub):
     """Generates text and converts between text and token ids.
 
-    Errors: INVALID_ARGUMENT names the field (google.rpc.BadRequest); RESOURCE_EXHAUSTED and UNAVAILABLE say when to try
-    again (google.rpc.RetryInfo); ALREADY_EXISTS for a request_id in use; NOT_FOUND for a request_id to resume that is
-    neither in flight nor retained; ABORTED for a stream that another client resumed; DEADLINE_EXCEEDED.
+    Errors; the reason in google.rpc.ErrorInfo tells those of one code apart (docs/security.md has all of them):
+    INVALID_ARGUMENT names the field (google.rpc.BadRequest).
+    UNAUTHENTICATED: the token is missing or not known; PERMISSION_DENIED: it lacks the role.
+    RESOURCE_EXHAUSTED: the queue is full, or its caller's share of it; google.rpc.RetryInfo says when to try again.
+    UNAVAILABLE with RetryInfo: the fleet is not ready, or had to end the request; send it again then. Without: the
+    connection is gone, or the server stops (reason SUSPENDED), and a request with resumable_s is not: resume it.
+    ALREADY_EXISTS: the request_id is in use. NOT_FOUND: the request_id to resume is neither in flight nor retained.
+    ABORTED: another client resumed the stream.
+    DEADLINE_EXCEEDED: the request did not end in time, or its client did not read (reason CLIENT_STALLED).
+    INTERNAL: the request breaks every step that runs it (reason BREAKS_ITS_STEP): to send it again is of no use; or
+    something that nobody foresaw.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -81,9 +97,17 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     """Generates text and converts between text and token ids.
 
-    Errors: INVALID_ARGUMENT names the field (google.rpc.BadRequest); RESOURCE_EXHAUSTED and UNAVAILABLE say when to try
-    again (google.rpc.RetryInfo); ALREADY_EXISTS for a request_id in use; NOT_FOUND for a request_id to resume that is
-    neither in flight nor retained; ABORTED for a stream that another client resumed; DEADLINE_EXCEEDED.
+    Errors; the reason in google.rpc.ErrorInfo tells those of one code apart (docs/security.md has all of them):
+    INVALID_ARGUMENT names the field (google.rpc.BadRequest).
+    UNAUTHENTICATED: the token is missing or not known; PERMISSION_DENIED: it lacks the role.
+    RESOURCE_EXHAUSTED: the queue is full, or its caller's share of it; google.rpc.RetryInfo says when to try again.
+    UNAVAILABLE with RetryInfo: the fleet is not ready, or had to end the request; send it again then. Without: the
+    connection is gone, or the server stops (reason SUSPENDED), and a request with resumable_s is not: resume it.
+    ALREADY_EXISTS: the request_id is in use. NOT_FOUND: the request_id to resume is neither in flight nor retained.
+    ABORTED: another client resumed the stream.
+    DEADLINE_EXCEEDED: the request did not end in time, or its client did not read (reason CLIENT_STALLED).
+    INTERNAL: the request breaks every step that runs it (reason BREAKS_ITS_STEP): to send it again is of no use; or
+    something that nobody foresaw.
     """
 
     @_abc_1.abstractmethod
