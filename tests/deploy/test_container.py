@@ -76,3 +76,26 @@ def test_the_variant_decides_what_is_installed_and_others_are_refused(
         assert ("whl/cpu" in done.stdout, ",cpu" in done.stdout) == (variant == "cpu", variant == "cpu")
     else:
         assert done.stderr == "VARIANT is rocm; give cuda or cpu\n"
+
+
+@pytest.mark.parametrize(("variant", "installed"), [("cuda", "gcc libc6-dev"), ("cpu", "")])
+def test_the_image_for_gpus_has_the_compiler_that_triton_calls(variant: str, installed: str, tmp_path: Path) -> None:
+    """The shell of the last stage, with an apt-get that says what it is asked for."""
+    last_stage = [index for index, (word, _) in enumerate(instructions()) if word == "FROM"][-1]
+    final = instructions()[last_stage:]
+    assert ("ARG", "VARIANT=cuda") in final  # a stage knows only the arguments that it names
+    [run] = [rest for word, rest in final if word == "RUN" and "apt-get" in rest]
+    apt_get = tmp_path / "apt-get"
+    apt_get.write_text('#!/bin/sh\necho "$*"\n')
+    apt_get.chmod(0o755)
+    shell = shutil.which("sh")
+    assert shell is not None
+    done = subprocess.run(
+        [shell, "-c", run.replace("rm -rf /var/lib/apt/lists/*", "true")],
+        env={"VARIANT": variant, "PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=True,
+    )
+    assert re.findall(r"^install (?:--\S+ )*(.+)$", done.stdout, re.MULTILINE) == ([installed] if installed else [])
