@@ -7,27 +7,32 @@ from collections.abc import Sequence
 from shardray.runtime.config import Config
 from shardray.runtime.deploy.front import ports
 from shardray.runtime.deploy.names import Manifest, RenderOptions
+from shardray.runtime.deploy.sizes import PodSizes
 
 _ANY_NAMESPACE: Manifest = {"namespaceSelector": {}}
 
 
-def guards(config: Config, options: RenderOptions) -> list[Manifest]:
+def guards(config: Config, sizes: PodSizes, options: RenderOptions) -> list[Manifest]:
     return [
-        _disruption_budget("head", {"minAvailable": 1}, options),
-        _disruption_budget("front", {"minAvailable": 1}, options),
-        _disruption_budget("worker", {"maxUnavailable": 1}, options),
+        _disruption_budget("head", 1, options),
+        _disruption_budget("front", 1, options),
+        _disruption_budget("worker", sizes.num_pods - 1, options),
         _inside(options),
         _front(config, options),
     ]
 
 
-def _disruption_budget(component: str, bound: Manifest, options: RenderOptions) -> Manifest:
-    """Workers go one by one, and are healed from; head and front are moved by the operator, when it suits."""
+def _disruption_budget(component: str, min_available: int, options: RenderOptions) -> Manifest:
+    """Workers go one by one, and are healed from; head and front are moved by the operator, when it suits.
+
+    Always as a number that has to stay: for ``maxUnavailable`` and for shares Kubernetes asks the pods' owner how many
+    there should be, and refuses every eviction if that has no scale subresource, as a RayCluster has none.
+    """
     return {
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",
         "metadata": options.metadata(f"-{component}"),
-        "spec": {**bound, "selector": {"matchLabels": options.labels(component)}},
+        "spec": {"minAvailable": min_available, "selector": {"matchLabels": options.labels(component)}},
     }
 
 

@@ -217,6 +217,15 @@ def test_strangers_reach_the_port_alone_and_only_where_they_are_asked_who_they_a
     assert all(label.items() >= inside["podSelector"]["matchLabels"].items() for label in labels)
 
 
+@pytest.mark.parametrize(("hosts_per_pod", "num_pods"), [(2, 3), (5, 1)])
+def test_one_worker_may_be_evicted_at_a_time(hosts_per_pod: int, num_pods: int) -> None:
+    """As a whole number that has to stay: of a RayCluster Kubernetes cannot ask how many pods there should be."""
+    found = made(hosts_per_pod=hosts_per_pod)
+    assert found["RayCluster", "shardray"]["spec"]["workerGroupSpecs"][0]["replicas"] == num_pods
+    spec = found["PodDisruptionBudget", "shardray-worker"]["spec"]
+    assert {key: value for key, value in spec.items() if key != "selector"} == {"minAvailable": num_pods - 1}
+
+
 @pytest.mark.parametrize(
     ("config", "options", "expected"),
     [
