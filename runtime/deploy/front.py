@@ -35,6 +35,7 @@ _CLEAN_UP_S = 30
 
 def front(config: Config, config_text: str, sizes: PodSizes, options: RenderOptions) -> list[Manifest]:
     """The serving file, the pod, the port; and the volume of the journal, if there is one."""
+    _check_discovery(config, options)
     found = [_config_map(config_text, options), _service(config, options)]
     if config.driver.journal is not None:
         found.append(_journal_claim(options))
@@ -46,6 +47,7 @@ def ports(config: Config) -> dict[str, int]:
     listens = {
         "grpc": ("grpc.listen", config.grpc.listen),
         "probe": ("grpc.probe_listen", config.grpc.probe_listen),
+        "gateway": ("gateway.listen", config.gateway.listen),
         "metrics": ("metrics.listen", config.metrics.listen),
     }
     return {name: _port(key, listen) for name, (key, listen) in listens.items() if listen is not None}
@@ -58,6 +60,16 @@ def _port(key: str, listen: str) -> int:
             f"{key}: {listen} is reached by nobody outside of its pod; give 0.0.0.0 and a port, 0.0.0.0:{port or 50051}"
         )
     return port
+
+
+def _check_discovery(config: Config, options: RenderOptions) -> None:
+    gateway = config.gateway
+    if gateway.listen is not None and gateway.discovery_file is not None:
+        port = parse_listen(gateway.listen)[1]
+        raise RenderError(
+            f"gateway.discovery_file: {gateway.discovery_file} would be in the front's pod, where no gateway watches it; "
+            f"leave it out, and give the gateway the Service: smg launch --worker-urls grpc://{options.name}:{port}"
+        )
 
 
 def _config_map(config_text: str, options: RenderOptions) -> Manifest:
@@ -78,7 +90,7 @@ def _service(config: Config, options: RenderOptions) -> Manifest:
         "spec": {
             "selector": options.labels("front"),
             "ports": [
-                {"name": name, "port": port, "targetPort": name, **({"appProtocol": "grpc"} if name == "grpc" else {})}
+                {"name": name, "port": port, "targetPort": name, **({} if name == "metrics" else {"appProtocol": "grpc"})}
                 for name, port in numbers.items()
             ],
         },

@@ -45,14 +45,18 @@ def _inside(options: RenderOptions) -> Manifest:
 def _front(config: Config, options: RenderOptions) -> Manifest:
     """Clients: from anywhere if they have to show who they are, else from the same namespace. Metrics: Prometheus."""
     found = ports(config)
-    clients: Manifest = {"ports": [{"port": found["grpc"]}]}
-    if not config.grpc.asks_who_calls:
-        clients["from"] = [{"podSelector": {}}]
-    rules = [clients]
+    rules = [_clients(found["grpc"], config.grpc.asks_who_calls)]
+    if "gateway" in found:
+        rules.append(_clients(found["gateway"], not config.gateway.lets_everyone_in))
     if "metrics" in found:
         prometheus = {"matchLabels": {"app.kubernetes.io/name": "prometheus"}}
         rules.append({"from": [{**_ANY_NAMESPACE, "podSelector": prometheus}], "ports": [{"port": found["metrics"]}]})
     return _policy("-front", options.labels("front"), rules, options)
+
+
+def _clients(port: int, asks_who_calls: bool) -> Manifest:
+    ports: Manifest = {"ports": [{"port": port}]}
+    return ports if asks_who_calls else {**ports, "from": [{"podSelector": {}}]}
 
 
 def _policy(suffix: str, labels: dict[str, str], rules: Sequence[Manifest], options: RenderOptions) -> Manifest:

@@ -217,6 +217,21 @@ def test_strangers_reach_the_port_alone_and_only_where_they_are_asked_who_they_a
     assert all(label.items() >= inside["podSelector"]["matchLabels"].items() for label in labels)
 
 
+@pytest.mark.parametrize(
+    ("override", "callers"),
+    [("gateway.model_name=assistant", {}), ("gateway.allow_unauthenticated=true", {"from": [{"podSelector": {}}]})],
+)
+def test_a_gateway_reaches_its_port_as_far_as_the_port_asks_who_calls(override: str, callers: Manifest) -> None:
+    found = made(overrides=("gateway.listen=0.0.0.0:50061", override))
+    [driver] = front_of(found)["containers"]
+    assert {"name": "gateway", "containerPort": 50061} in driver["ports"]
+    port = {"name": "gateway", "port": 50061, "targetPort": "gateway", "appProtocol": "grpc"}
+    assert port in found["Service", "shardray"]["spec"]["ports"]
+    rules = found["NetworkPolicy", "shardray-front"]["spec"]["ingress"]
+    assert {"ports": [{"port": 50061}], **callers} in rules
+    assert not any(port["name"] == "gateway" for port in made()["Service", "shardray"]["spec"]["ports"])
+
+
 @pytest.mark.parametrize(("hosts_per_pod", "num_pods"), [(2, 3), (5, 1)])
 def test_one_worker_may_be_evicted_at_a_time(hosts_per_pod: int, num_pods: int) -> None:
     """As a whole number that has to stay: of a RayCluster Kubernetes cannot ask how many pods there should be."""
@@ -230,6 +245,16 @@ def test_one_worker_may_be_evicted_at_a_time(hosts_per_pod: int, num_pods: int) 
     ("config", "options", "expected"),
     [
         ("cpu-demo.yaml", {}, "grpc.listen: 127.0.0.1:50051 is reached by nobody outside of its pod; give 0.0.0.0"),
+        (
+            "kubernetes.yaml",
+            {"overrides": ("gateway.listen=127.0.0.1:50061",)},
+            "gateway.listen: 127.0.0.1:50061 is reached by nobody outside of its pod; give 0.0.0.0",
+        ),
+        (
+            "kubernetes.yaml",
+            {"overrides": ("gateway.listen=10.0.0.1:50061", "gateway.discovery_file=/tmp/workers.json")},
+            "gateway.discovery_file: /tmp/workers.json would be in the front's pod",
+        ),
         ("kubernetes.yaml", {"overrides": ("grpc.probe_listen=null",)}, "grpc.probe_listen: null, and kubelet asks"),
         ("kubernetes.yaml", {"overrides": ("engine.kv_memory_bytes=null",)}, "engine.kv_memory_bytes: null takes what"),
         ("kubernetes.yaml", {"overrides": ("driver.journal=journal.db",)}, "driver.journal: journal.db has to be in a"),
