@@ -32,6 +32,11 @@ def test_no_alert_depends_on_how_an_operator_has_called_the_job() -> None:
     assert metrics_of(str(down.rhs)) == {"shardray:build_info"}
 
 
+def test_no_alert_compares_shards_by_times_that_hold_waits() -> None:
+    """With one step under way a stage's time is that of all before it too, and tensor ranks wait for the slowest."""
+    assert "shardray:shard_step_seconds_total" not in set().union(*(metrics_of(rule["expr"]) for rule in RULES))
+
+
 def test_the_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
     panels = BOARD["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
