@@ -17,6 +17,7 @@ from shardray.parallel import huge_pages
 from shardray.runtime.cli import machine_checks, model_checks, software_checks
 from shardray.runtime.cli.doctor import checks
 from shardray.runtime.cli.finding import Status
+from shardray.runtime.cluster import ray_check
 from shardray.runtime.config import (
     ClusterSettings,
     Config,
@@ -94,6 +95,18 @@ def test_a_cluster_without_token_authentication_is_warned_of(monkeypatch: pytest
     assert software_checks.check_ray_token(joined).status == Status.FAIL
     (tmp_path / "token").write_text("0" * 32)
     assert software_checks.check_ray_token(joined).status == Status.OK
+
+
+def test_a_ray_that_knows_no_tokens_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_check, "ray_version", lambda: "2.51.1")
+    finding = software_checks.check_ray(config_of())
+    assert (finding.status, finding.what) == (Status.FAIL, "Ray 2.51.1 ignores RAY_AUTH_MODE=token")
+
+
+def test_the_oldest_versions_are_those_that_the_package_asks_for() -> None:
+    needed = Path(__file__).parents[1].joinpath("pyproject.toml").read_text(encoding="utf-8")
+    for name, oldest in (("torch", software_checks._OLDEST_TORCH), ("ray", software_checks._OLDEST_RAY)):
+        assert f'"{name}>={".".join(map(str, oldest))}",' in needed
 
 
 def test_certificates_that_cannot_be_used_are_named(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from shardray.runtime.config import Config
 
 _OLDEST_PYTHON = (3, 11)
 _OLDEST_TORCH = (2, 11)
+_OLDEST_RAY = (2, 52)  # the first with token authentication
 _COMPILER_S = 60.0
 _DRIVER = Path("/proc/driver/nvidia/version")
 _STUBS = ("shardray.v1.inference_pb2_grpc", "shardray.v1.control_pb2_grpc")
@@ -36,12 +37,16 @@ def check_torch(config: Config) -> Finding:
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
     what = f"torch {torch.__version__}, {build}"
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH:
+    if _release(torch.__version__) < _OLDEST_TORCH:
         return fail(what, "install torch 2.11 or newer")
     if torch.version.cuda is None and (config.engine.device == "cuda" or _DRIVER.exists()):
         fix = "install a CUDA build of torch (https://pytorch.org/get-started/locally)"
         return fail(f"{what}, but engine.device is cuda", fix) if config.engine.device == "cuda" else warn(what, fix)
     return ok(what)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def check_cuda(config: Config) -> Finding:
@@ -122,6 +127,8 @@ def check_ray(config: Config) -> Finding:
     from shardray.runtime.cluster.errors import ClusterError
     from shardray.runtime.cluster.ray_check import ray_version, try_ray
 
+    if _release(ray_version()) < _OLDEST_RAY:
+        return fail(f"Ray {ray_version()} ignores RAY_AUTH_MODE=token", "install Ray 2.52 or newer")
     try:
         return ok(f"Ray {ray_version()}, ray.address {config.ray.address}: {try_ray(config)}")
     except ClusterError as error:
