@@ -196,6 +196,18 @@ def test_secrets_are_named_with_their_files_and_never_made() -> None:
     )
 
 
+def test_ray_lets_nobody_in_without_the_token_of_the_fleet() -> None:
+    """On every node of Ray's and beside the driver; KubeRay copies it to what waits for the head."""
+    secret = {"valueFrom": {"secretKeyRef": {"name": "shardray-ray", "key": "token"}}}
+    specs = [template["spec"] for template in pods(list(made().values()))]
+    containers = [one for spec in specs for one in [*spec["containers"], *spec.get("initContainers", [])]]
+    assert {"ray-head", "ray-worker", "raylet", "driver"} <= {container["name"] for container in containers}
+    for container in containers:
+        assert {"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]
+        assert {"name": "RAY_AUTH_TOKEN", **secret} in container["env"]
+    assert "# Needs the secret shardray-ray with token.\n" in render(EXAMPLES / "kubernetes.yaml", RenderOptions())
+
+
 def test_certificates_of_the_cluster_are_on_workers_too() -> None:
     files = "{ca: /etc/shardray/inner/ca.pem, cert: /etc/shardray/inner/cert.pem, key: /etc/shardray/inner/key.pem}"
     found = made(overrides=(f"cluster.tls={files}",))
