@@ -70,6 +70,15 @@ def test_ray_lets_nobody_in_without_the_token_of_the_cluster(path: Path) -> None
     assert re.findall(r"(\S+) \S+/shardray serve", text) == ['"RAY_AUTH_MODE=token']
 
 
+def test_a_node_that_is_started_on_demand_is_waited_for() -> None:
+    """As long as Ray keeps it idle, at least: starting one, with its drivers and packages, takes many minutes."""
+    path = DEPLOY / "ray-cluster-aws.yaml"
+    text = path.read_text(encoding="utf-8")
+    changes = re.findall(r"--set (\S+?)\"?$", text, re.MULTILINE)
+    config = load_config(DEPLOY / "examples" / "tensor-8.yaml", changes)
+    assert config.ray.form_timeout_s >= 60 * yaml.safe_load(text)["idle_timeout_minutes"]
+
+
 def test_there_is_a_cluster_of_ones_own_machines_and_one_in_a_cloud() -> None:
     clusters = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in CLUSTERS]
     assert {cluster["provider"]["type"] for cluster in clusters} == {"local", "aws"}
