@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,16 @@ def test_strangers_reach_the_port_alone_and_only_where_they_are_asked_who_they_a
     assert inside["ingress"] == [{"from": [{"podSelector": inside["podSelector"]}]}]
     labels = [template["metadata"]["labels"] for template in pods(list(made().values()))]
     assert all(label.items() >= inside["podSelector"]["matchLabels"].items() for label in labels)
+
+
+def test_the_guide_moves_by_its_labels_what_no_eviction_moves() -> None:
+    guide = (DEPLOY.parent / "docs" / "operators-guide.md").read_text(encoding="utf-8")
+    [selector] = re.findall(r"kubectl delete pod -l (\S+)", guide)
+    labels = dict(label.split("=") for label in selector.split(","))
+    found = made(name=labels["shardray/fleet"])
+    budget = found["PodDisruptionBudget", "shardray-cpu-front"]["spec"]
+    assert (budget["minAvailable"], budget["selector"]["matchLabels"]) == (1, labels)
+    assert found["Deployment", "shardray-cpu-front"]["spec"]["replicas"] == 1
 
 
 @pytest.mark.parametrize(
