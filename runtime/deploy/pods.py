@@ -26,7 +26,7 @@ def container(name: str, sizes: PodSizes, options: RenderOptions, mounts: Sequen
 
 
 def pod_spec(containers: Sequence[Manifest], mounts: Sequence[Mount], **more: object) -> Manifest:
-    """fsGroup lets the user read secrets and write volumes."""
+    """fsGroup lets the user read secrets and write volumes; a volume that is right is not walked through at each start."""
     return {
         "automountServiceAccountToken": False,
         "securityContext": {
@@ -34,6 +34,7 @@ def pod_spec(containers: Sequence[Manifest], mounts: Sequence[Mount], **more: ob
             "runAsUser": USER_ID,
             "runAsGroup": USER_ID,
             "fsGroup": USER_ID,
+            "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         **more,

@@ -116,6 +116,8 @@ def test_nobody_is_root_and_every_mount_has_its_volume(name: str) -> None:
     for template in pods(list(yaml.safe_load_all(rendered(name)))):
         spec = template["spec"]
         assert spec["securityContext"]["runAsNonRoot"] is True
+        # Else kubelet changes the owner of every file of a volume, hundreds of gigabytes of weights, at each start.
+        assert spec["securityContext"]["fsGroupChangePolicy"] == "OnRootMismatch"
         volumes = {volume["name"] for volume in spec["volumes"]}
         for container in [*spec["containers"], *spec.get("initContainers", [])]:
             assert container["securityContext"]["readOnlyRootFilesystem"] is True
