@@ -117,7 +117,7 @@ def _deployment(config: Config, config_text: str, sizes: PodSizes, options: Rend
         mounts,
         shareProcessNamespace=True,  # Ray tells processes of one node by their ids
         terminationGracePeriodSeconds=_LEAVE_S + math.ceil(config.limits.shutdown_grace_s) + _CLEAN_UP_S,
-        initContainers=[_raylet(sizes, options, mounts)],
+        initContainers=[_weights(config, sizes, options, mounts), _raylet(sizes, options, mounts)],
     )
     digest = hashlib.sha256(config_text.encode()).hexdigest()[:16]  # another file, another pod
     metadata = {"labels": options.labels("front"), "annotations": {"shardray/serving-sha256": digest}}
@@ -158,6 +158,21 @@ def _what_pods_are(config: Config, sizes: PodSizes) -> list[str]:
         return []
     # All cores of the node, whatever the pod asked for.
     return [f"engine.threads_per_host={max(1, int(config.ray.cpus_per_host))}"]
+
+
+def _weights(config: Config, sizes: PodSizes, options: RenderOptions, mounts: list[Mount]) -> Manifest:
+    """What the driver reads its model from, fetched before it starts: the driver's probe gives it an hour, which hundreds
+    of gigabytes may exceed. An init container has no deadline, and what one that failed has fetched the next one finds."""
+    model = config.model
+    return container(
+        "weights",
+        sizes,
+        options,
+        [mount for mount in mounts if mount.name in ("tmp", "home", "models")],
+        command=["shardray", "pull", model.source],
+        args=[] if model.revision is None else ["--revision", model.revision],
+        resources=_DRIVER_RESOURCES,
+    )
 
 
 def _raylet(sizes: PodSizes, options: RenderOptions, mounts: list[Mount]) -> Manifest:

@@ -153,13 +153,29 @@ def test_the_driver_serves_the_file_as_it_is_and_joins_by_its_own_raylet() -> No
     text = (EXAMPLES / "kubernetes.yaml").read_text(encoding="utf-8")
     assert found["ConfigMap", "shardray-serving"]["data"] == {"serving.yaml": text}
     spec = front_of(found)
-    [driver], [raylet] = spec["containers"], spec["initContainers"]
+    [driver], [_, raylet] = spec["containers"], spec["initContainers"]
     assert driver["command"] == ["shardray", "serve", "/etc/shardray-serving/serving.yaml"]
     assert driver["args"][:2] == ["--set", "ray.address=shardray-head-svc:6379"]
     assert driver["args"][-2:] == ["--set", "parallel.replicas=1"]
     assert raylet["restartPolicy"] == "Always"
     assert "--address=shardray-head-svc:6379" in raylet["args"]
     assert spec["shareProcessNamespace"] is True
+
+
+@pytest.mark.parametrize("claim", [None, "weights"])
+def test_weights_are_fetched_before_the_driver_has_a_deadline(claim: str | None) -> None:
+    """Into the same caches, on the same volumes."""
+    model = ("model.source=org/large", "model.revision=v1", "engine.device=cuda")  # whose pods are sized without it
+    spec = front_of(made(model_claim=claim, overrides=model))
+    [driver], [fetching, raylet] = spec["containers"], spec["initContainers"]
+    assert [*fetching["command"], *fetching["args"]] == ["shardray", "pull", "org/large", "--revision", "v1"]
+    assert "startupProbe" not in fetching
+    assert "restartPolicy" not in fetching  # it ends, and only then the raylet starts, and the driver
+    assert raylet["restartPolicy"] == "Always"
+    assert fetching["env"] == driver["env"]
+    volumes = {mount["name"] for mount in fetching["volumeMounts"]}
+    assert volumes == {"tmp", "home"} | ({"models"} if claim else set())
+    assert all(mount in driver["volumeMounts"] for mount in fetching["volumeMounts"])
 
 
 def test_nothing_is_guessed_from_the_node_that_a_pod_happens_to_be_on() -> None:
