@@ -67,8 +67,8 @@ def _check_discovery(config: Config, options: RenderOptions) -> None:
     if gateway.listen is not None and gateway.discovery_file is not None:
         port = parse_listen(gateway.listen)[1]
         raise RenderError(
-            f"gateway.discovery_file: {gateway.discovery_file} would be in the front's pod, where no gateway watches it; "
-            f"leave it out, and give the gateway the Service: smg launch --worker-urls grpc://{options.name}:{port}"
+            f"gateway.discovery_file: {gateway.discovery_file} would be in the front's pod, where no gateway watches "
+            f"it; leave it out, and tell the gateway of the Service: smg launch --worker-urls grpc://{options.name}:{port}"
         )
 
 
@@ -83,6 +83,7 @@ def _config_map(config_text: str, options: RenderOptions) -> Manifest:
 
 def _service(config: Config, options: RenderOptions) -> Manifest:
     numbers = {name: port for name, port in ports(config).items() if name != "probe"}
+    grpc: Manifest = {"appProtocol": "grpc"}
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -90,7 +91,7 @@ def _service(config: Config, options: RenderOptions) -> Manifest:
         "spec": {
             "selector": options.labels("front"),
             "ports": [
-                {"name": name, "port": port, "targetPort": name, **({} if name == "metrics" else {"appProtocol": "grpc"})}
+                {"name": name, "port": port, "targetPort": name, **({} if name == "metrics" else grpc)}
                 for name, port in numbers.items()
             ],
         },
@@ -161,8 +162,10 @@ def _what_pods_are(config: Config, sizes: PodSizes) -> list[str]:
 
 
 def _weights(config: Config, sizes: PodSizes, options: RenderOptions, mounts: list[Mount]) -> Manifest:
-    """What the driver reads its model from, fetched before it starts: the driver's probe gives it an hour, which hundreds
-    of gigabytes may exceed. An init container has no deadline, and what one that failed has fetched the next one finds."""
+    """Fetches what the driver reads, before that starts and has an hour to listen: hundreds of gigabytes take longer.
+
+    An init container has no deadline, and one that fails is started again and finds what it had fetched.
+    """
     model = config.model
     return container(
         "weights",

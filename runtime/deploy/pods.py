@@ -26,7 +26,7 @@ def container(name: str, sizes: PodSizes, options: RenderOptions, mounts: Sequen
 
 
 def pod_spec(containers: Sequence[Manifest], mounts: Sequence[Mount], **more: object) -> Manifest:
-    """fsGroup lets the user read secrets and write volumes; a volume that is right is not walked through at each start."""
+    """fsGroup lets the user read secrets and write volumes; one that is right is not walked through at each start."""
     return {
         "automountServiceAccountToken": False,
         "securityContext": {
@@ -54,7 +54,7 @@ def raylet_probes() -> Manifest:
 
 
 def _environment(mounts: Sequence[Mount], options: RenderOptions) -> list[Manifest]:
-    """Ray's token on every node of its cluster, the driver's too: without it whoever reaches Ray's ports runs code there."""
+    """With Ray's token on every node, the driver's too: without one whoever reaches Ray's ports runs code there."""
     values = {"HOME": HOME_DIR, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
     if any(mount.path == MODEL_DIR for mount in mounts):  # what one pod fetches, the others find
         values |= {"HF_HOME": f"{MODEL_DIR}/huggingface", "SHARDRAY_CACHE": f"{MODEL_DIR}/shardray"}
