@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import jsonschema
@@ -56,6 +57,26 @@ def test_a_cluster_file_that_ray_does_not_know_would_be_found() -> None:
     cluster = yaml.safe_load(CLUSTERS[0].read_text(encoding="utf-8"))
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**cluster, "max_wrokers": 1}, RAY_SCHEMA)
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
+def test_ray_lets_nobody_in_without_the_token_of_the_cluster(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    cluster = yaml.safe_load(text)
+    assert f"/home/{cluster['auth']['ssh_user']}/.ray/auth_token" in cluster["file_mounts"]
+    starts = [*cluster["head_start_ray_commands"], *cluster["worker_start_ray_commands"]]
+    asked = [command.startswith("export RAY_AUTH_MODE=token;") for command in starts if "ray start" in command]
+    assert asked == [True, True]
+    assert re.findall(r"(\S+) \S+/shardray serve", text) == ['"RAY_AUTH_MODE=token']
+
+
+def test_a_node_that_is_started_on_demand_is_waited_for() -> None:
+    """As long as Ray keeps it idle, at least: starting one, with its drivers and packages, takes many minutes."""
+    path = DEPLOY / "ray-cluster-aws.yaml"
+    text = path.read_text(encoding="utf-8")
+    changes = re.findall(r"--set (\S+?)\"?$", text, re.MULTILINE)
+    config = load_config(DEPLOY / "examples" / "tensor-8.yaml", changes)
+    assert config.ray.form_timeout_s >= 60 * yaml.safe_load(text)["idle_timeout_minutes"]
 
 
 def test_there_is_a_cluster_of_ones_own_machines_and_one_in_a_cloud() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from shardray.parallel import huge_pages
 from shardray.runtime.cli import machine_checks, model_checks, software_checks
 from shardray.runtime.cli.doctor import checks
 from shardray.runtime.cli.finding import Status
+from shardray.runtime.cluster import ray_check
 from shardray.runtime.config import (
     ClusterSettings,
     Config,
@@ -94,6 +97,18 @@ def test_a_cluster_without_token_authentication_is_warned_of(monkeypatch: pytest
     assert software_checks.check_ray_token(joined).status == Status.OK
 
 
+def test_a_ray_that_knows_no_tokens_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_check, "ray_version", lambda: "2.51.1")
+    finding = software_checks.check_ray(config_of())
+    assert (finding.status, finding.what) == (Status.FAIL, "Ray 2.51.1 ignores RAY_AUTH_MODE=token")
+
+
+def test_the_oldest_versions_are_those_that_the_package_asks_for() -> None:
+    needed = Path(__file__).parents[1].joinpath("pyproject.toml").read_text(encoding="utf-8")
+    for name, oldest in (("torch", software_checks._OLDEST_TORCH), ("ray", software_checks._OLDEST_RAY)):
+        assert f'"{name}>={".".join(map(str, oldest))}",' in needed
+
+
 def test_certificates_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     paths = {name: str(tmp_path / f"{name}.pem") for name in ("ca", "cert", "key")}
     finding = software_checks.check_certificates(config_of(cluster=ClusterSettings(tls=TlsSettings(**paths))))
@@ -109,6 +124,29 @@ def test_a_gpu_that_is_asked_for_and_not_there_is_a_failure() -> None:
     wanted = config_of(engine=EngineSettings(device="cuda"))
     assert software_checks.check_cuda(wanted).status == Status.FAIL
     assert software_checks.check_cuda(config_of()).status == Status.OK
+
+
+def test_gpus_without_a_compiler_for_triton_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a container of Python alone lacks: every kernel's first launch would end the host."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    without = software_checks.check_triton(config_of())
+    assert (without.status, without.what.partition(", and ")[2]) == (Status.FAIL, "there is no C compiler")
+    assert "gcc libc6-dev" in without.fix
+    assert software_checks.check_triton(config_of(engine=EngineSettings(device="cpu"))).status == Status.OK
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no C compiler here")
+def test_a_compiler_is_tried_on_what_triton_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    assert software_checks.why_no_c_extension() is None
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert "Python.h" in (software_checks.why_no_c_extension() or "")
+    monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    assert "does not run" in (software_checks.why_no_c_extension() or "")
 
 
 def test_a_model_is_looked_at_without_reading_it(tiny: Path, tmp_path: Path) -> None:

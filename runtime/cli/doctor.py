@@ -65,6 +65,7 @@ def checks(knows_model: bool) -> dict[str, Check]:
         "torch": software_checks.check_torch,
         "cuda": software_checks.check_cuda,
         "nccl": software_checks.check_nccl,
+        "triton": software_checks.check_triton,
         "grpc": software_checks.check_grpc,
         "ray": software_checks.check_ray,
         "ray token": software_checks.check_ray_token,

@@ -1,12 +1,17 @@
-"""What ``shardray doctor`` looks at in the installed software: interpreter, torch, NCCL, Ray, gRPC."""
+"""What ``shardray doctor`` looks at in the installed software: interpreter, torch, NCCL, Triton, Ray, gRPC."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
+import shutil
+import subprocess
 import sys
+import sysconfig
+import tempfile
 from pathlib import Path
 
 from shardray.runtime.cli.finding import Finding, fail, ok, warn
@@ -14,6 +19,8 @@ from shardray.runtime.config import Config
 
 _OLDEST_PYTHON = (3, 11)
 _OLDEST_TORCH = (2, 11)
+_OLDEST_RAY = (2, 52)  # the first with token authentication
+_COMPILER_S = 60.0
 _DRIVER = Path("/proc/driver/nvidia/version")
 _STUBS = ("shardray.v1.inference_pb2_grpc", "shardray.v1.control_pb2_grpc")
 
@@ -30,12 +37,16 @@ def check_torch(config: Config) -> Finding:
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
     what = f"torch {torch.__version__}, {build}"
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH:
+    if _release(torch.__version__) < _OLDEST_TORCH:
         return fail(what, "install torch 2.11 or newer")
     if torch.version.cuda is None and (config.engine.device == "cuda" or _DRIVER.exists()):
         fix = "install a CUDA build of torch (https://pytorch.org/get-started/locally)"
         return fail(f"{what}, but engine.device is cuda", fix) if config.engine.device == "cuda" else warn(what, fix)
     return ok(what)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def check_cuda(config: Config) -> Finding:
@@ -75,11 +86,49 @@ def check_nccl(config: Config) -> Finding:
     return ok("NCCL " + ".".join(map(str, version)))
 
 
+def check_triton(config: Config) -> Finding:
+    """Triton compiles what launches its kernels, in C, when the first one runs: without a compiler no step does."""
+    import torch
+
+    if not torch.cuda.is_available() or config.engine.device == "cpu":
+        return ok("not needed on CPUs")
+    if importlib.util.find_spec("triton") is None:
+        fix = "pip install triton, in the version that this torch names"
+        return warn("triton is not installed: CUDA kernels run as torch calls, far slower", fix)
+    version = importlib.metadata.version("triton")
+    if (reason := why_no_c_extension()) is not None:
+        fix = "apt-get install gcc libc6-dev and Python's headers (python3-dev), or set CC to a C compiler"
+        return fail(f"triton {version}, and {reason}", fix)
+    return ok(f"triton {version}, and a C compiler")
+
+
+def why_no_c_extension() -> str | None:
+    """What keeps this machine from compiling an extension of Python, by the compiler that Triton would take."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return "there is no C compiler"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.c")
+        source.write_text("#include <Python.h>\n", encoding="utf-8")
+        include = sysconfig.get_paths()["include"]
+        command = [compiler, str(source), "-shared", "-fPIC", f"-I{include}", "-o", f"{folder}/probe.so"]
+        try:
+            subprocess.run(command, capture_output=True, text=True, timeout=_COMPILER_S, check=True)
+        except subprocess.CalledProcessError as error:
+            lines = [line for line in error.stderr.splitlines() if "error" in line] or ["it says nothing"]
+            return f"{compiler} compiles no extension of Python: {lines[0]}"
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"{compiler} does not run: {error}"
+    return None
+
+
 def check_ray(config: Config) -> Finding:
     """Opens and closes a session, as ``serve`` would."""
     from shardray.runtime.cluster.errors import ClusterError
     from shardray.runtime.cluster.ray_check import ray_version, try_ray
 
+    if _release(ray_version()) < _OLDEST_RAY:
+        return fail(f"Ray {ray_version()} ignores RAY_AUTH_MODE=token", "install Ray 2.52 or newer")
     try:
         return ok(f"Ray {ray_version()}, ray.address {config.ray.address}: {try_ray(config)}")
     except ClusterError as error:

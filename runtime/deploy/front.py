@@ -35,6 +35,7 @@ _CLEAN_UP_S = 30
 
 def front(config: Config, config_text: str, sizes: PodSizes, options: RenderOptions) -> list[Manifest]:
     """The serving file, the pod, the port; and the volume of the journal, if there is one."""
+    _check_discovery(config, options)
     found = [_config_map(config_text, options), _service(config, options)]
     if config.driver.journal is not None:
         found.append(_journal_claim(options))
@@ -46,6 +47,7 @@ def ports(config: Config) -> dict[str, int]:
     listens = {
         "grpc": ("grpc.listen", config.grpc.listen),
         "probe": ("grpc.probe_listen", config.grpc.probe_listen),
+        "gateway": ("gateway.listen", config.gateway.listen),
         "metrics": ("metrics.listen", config.metrics.listen),
     }
     return {name: _port(key, listen) for name, (key, listen) in listens.items() if listen is not None}
@@ -60,6 +62,16 @@ def _port(key: str, listen: str) -> int:
     return port
 
 
+def _check_discovery(config: Config, options: RenderOptions) -> None:
+    gateway = config.gateway
+    if gateway.listen is not None and gateway.discovery_file is not None:
+        port = parse_listen(gateway.listen)[1]
+        raise RenderError(
+            f"gateway.discovery_file: {gateway.discovery_file} would be in the front's pod, where no gateway watches "
+            f"it; leave it out, and tell the gateway of the Service: smg launch --worker-urls grpc://{options.name}:{port}"
+        )
+
+
 def _config_map(config_text: str, options: RenderOptions) -> Manifest:
     return {
         "apiVersion": "v1",
@@ -71,6 +83,7 @@ def _config_map(config_text: str, options: RenderOptions) -> Manifest:
 
 def _service(config: Config, options: RenderOptions) -> Manifest:
     numbers = {name: port for name, port in ports(config).items() if name != "probe"}
+    grpc: Manifest = {"appProtocol": "grpc"}
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -78,7 +91,7 @@ def _service(config: Config, options: RenderOptions) -> Manifest:
         "spec": {
             "selector": options.labels("front"),
             "ports": [
-                {"name": name, "port": port, "targetPort": name, **({"appProtocol": "grpc"} if name == "grpc" else {})}
+                {"name": name, "port": port, "targetPort": name, **({} if name == "metrics" else grpc)}
                 for name, port in numbers.items()
             ],
         },
@@ -105,7 +118,7 @@ def _deployment(config: Config, config_text: str, sizes: PodSizes, options: Rend
         mounts,
         shareProcessNamespace=True,  # Ray tells processes of one node by their ids
         terminationGracePeriodSeconds=_LEAVE_S + math.ceil(config.limits.shutdown_grace_s) + _CLEAN_UP_S,
-        initContainers=[_raylet(sizes, options, mounts)],
+        initContainers=[_weights(config, sizes, options, mounts), _raylet(sizes, options, mounts)],
     )
     digest = hashlib.sha256(config_text.encode()).hexdigest()[:16]  # another file, another pod
     metadata = {"labels": options.labels("front"), "annotations": {"shardray/serving-sha256": digest}}
@@ -146,6 +159,23 @@ def _what_pods_are(config: Config, sizes: PodSizes) -> list[str]:
         return []
     # All cores of the node, whatever the pod asked for.
     return [f"engine.threads_per_host={max(1, int(config.ray.cpus_per_host))}"]
+
+
+def _weights(config: Config, sizes: PodSizes, options: RenderOptions, mounts: list[Mount]) -> Manifest:
+    """Fetches what the driver reads, before that starts and has an hour to listen: hundreds of gigabytes take longer.
+
+    An init container has no deadline, and one that fails is started again and finds what it had fetched.
+    """
+    model = config.model
+    return container(
+        "weights",
+        sizes,
+        options,
+        [mount for mount in mounts if mount.name in ("tmp", "home", "models")],
+        command=["shardray", "pull", model.source],
+        args=[] if model.revision is None else ["--revision", model.revision],
+        resources=_DRIVER_RESOURCES,
+    )
 
 
 def _raylet(sizes: PodSizes, options: RenderOptions, mounts: list[Mount]) -> Manifest:

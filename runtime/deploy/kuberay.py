@@ -28,7 +28,7 @@ def manifests(path: Path, options: RenderOptions) -> list[Manifest]:
     config = load_config(path, options.overrides)
     sizes = size_pods(config, options)
     text = path.read_text(encoding="utf-8")
-    return [ray_cluster(config, sizes, options), *front(config, text, sizes, options), *guards(config, options)]
+    return [ray_cluster(config, sizes, options), *front(config, text, sizes, options), *guards(config, sizes, options)]
 
 
 def _heading(path: Path, options: RenderOptions) -> str:

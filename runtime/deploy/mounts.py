@@ -84,8 +84,9 @@ def front_mounts(config: Config, options: RenderOptions) -> list[Mount]:
 
 
 def secret_names(config: Config, options: RenderOptions) -> dict[str, list[str]]:
-    """The files that each secret has to hold, by its name."""
-    return {name: sorted(map(posixpath.basename, files.values())) for name, files in _secrets(config, options)}
+    """The keys that each secret has to hold, by its name; of those that are mounted they are names of files."""
+    mounted = {name: sorted(map(posixpath.basename, files.values())) for name, files in _secrets(config, options)}
+    return {options.ray_secret: ["token"], **mounted}
 
 
 def _secrets(config: Config, options: RenderOptions) -> list[tuple[str, dict[str, str]]]:

@@ -65,6 +65,11 @@ class RenderOptions:
         """The service that KubeRay makes for the head of a cluster of this name."""
         return f"{self.name}-head-svc:{RAY_PORT}"
 
+    @property
+    def ray_secret(self) -> str:
+        """Has Ray's token, under the key ``token``."""
+        return f"{self.name}-ray"
+
 
 def env(values: Mapping[str, str]) -> list[Manifest]:
     return [{"name": name, "value": value} for name, value in values.items()]

@@ -26,7 +26,7 @@ def container(name: str, sizes: PodSizes, options: RenderOptions, mounts: Sequen
 
 
 def pod_spec(containers: Sequence[Manifest], mounts: Sequence[Mount], **more: object) -> Manifest:
-    """fsGroup lets the user read secrets and write volumes."""
+    """fsGroup lets the user read secrets and write volumes; one that is right is not walked through at each start."""
     return {
         "automountServiceAccountToken": False,
         "securityContext": {
@@ -34,6 +34,7 @@ def pod_spec(containers: Sequence[Manifest], mounts: Sequence[Mount], **more: ob
             "runAsUser": USER_ID,
             "runAsGroup": USER_ID,
             "fsGroup": USER_ID,
+            "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         **more,
@@ -53,8 +54,14 @@ def raylet_probes() -> Manifest:
 
 
 def _environment(mounts: Sequence[Mount], options: RenderOptions) -> list[Manifest]:
-    values = {"HOME": HOME_DIR, "RAY_USAGE_STATS_ENABLED": "0"}
+    """With Ray's token on every node, the driver's too: without one whoever reaches Ray's ports runs code there."""
+    values = {"HOME": HOME_DIR, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
     if any(mount.path == MODEL_DIR for mount in mounts):  # what one pod fetches, the others find
         values |= {"HF_HOME": f"{MODEL_DIR}/huggingface", "SHARDRAY_CACHE": f"{MODEL_DIR}/shardray"}
+    ray_token = {"secretKeyRef": {"name": options.ray_secret, "key": "token"}}
     hub_token = {"secretKeyRef": {"name": f"{options.name}-hub", "key": "token", "optional": True}}
-    return [*env(values), {"name": "HF_TOKEN", "valueFrom": hub_token}]
+    return [
+        *env(values),
+        {"name": "RAY_AUTH_TOKEN", "valueFrom": ray_token},
+        {"name": "HF_TOKEN", "valueFrom": hub_token},
+    ]

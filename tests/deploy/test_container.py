@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 import shutil
 import subprocess
@@ -13,6 +15,7 @@ import pytest
 
 from shardray import __version__
 from shardray.runtime.deploy.names import HOME_DIR, USER_ID
+from shardray.runtime.observe.extras import check_extras
 from tests.deploy.containerfile import FILE, ROOT, copied_sources, instructions
 
 
@@ -50,9 +53,21 @@ def test_the_user_is_nobody_special_and_the_one_that_manifests_name() -> None:
 def test_its_extras_and_its_pinned_torch_exist() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     text = FILE.read_text(encoding="utf-8")
-    extras = {extra for group in re.findall(r"extras=([\w,]+)", text) for extra in group.split(",")}
+    extras = {extra for group in re.findall(r"(?:extras|kernels)=,?(\w[\w,]*)", text) for extra in group.split(",")}
+    assert "cpu" in extras
     assert extras <= set(project["optional-dependencies"])
     assert re.search(r"^torch==", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_no_setting_needs_an_extra_that_the_image_lacks() -> None:
+    """What a driver refuses to start without: the extra is the fourth argument of each question in check_extras."""
+    calls = [node for node in ast.walk(ast.parse(inspect.getsource(check_extras))) if isinstance(node, ast.Call)]
+    asked = [call.args[3] for call in calls if isinstance(call.func, ast.Name) and call.func.id == "_require"]
+    needed = {extra.value for extra in asked if isinstance(extra, ast.Constant)}
+    assert {"metrics", "gateway"} < needed
+    assert len(needed) == len(asked)
+    [extras] = re.findall(r"extras=([\w,]+)", FILE.read_text(encoding="utf-8"))
+    assert needed - set(extras.split(",")) == set()
 
 
 def test_its_examples_carry_the_version_of_the_package() -> None:
@@ -65,7 +80,7 @@ def test_the_variant_decides_what_is_installed_and_others_are_refused(
 ) -> None:
     """The shell of the install stage, with the commands after the choice replaced."""
     [run] = [rest for word, rest in instructions() if word == "RUN" and rest.startswith("case")]
-    choice = run.partition("esac")[0] + 'esac && echo "index=$index extras=$extras"'
+    choice = run.partition(" && python -m venv")[0] + ' && echo "index=$index extras=$extras"'
     shell = shutil.which("sh")
     assert shell is not None
     done = subprocess.run(
@@ -76,3 +91,26 @@ def test_the_variant_decides_what_is_installed_and_others_are_refused(
         assert ("whl/cpu" in done.stdout, ",cpu" in done.stdout) == (variant == "cpu", variant == "cpu")
     else:
         assert done.stderr == "VARIANT is rocm; give cuda or cpu\n"
+
+
+@pytest.mark.parametrize(("variant", "installed"), [("cuda", "gcc libc6-dev"), ("cpu", "")])
+def test_the_image_for_gpus_has_the_compiler_that_triton_calls(variant: str, installed: str, tmp_path: Path) -> None:
+    """The shell of the last stage, with an apt-get that says what it is asked for."""
+    last_stage = [index for index, (word, _) in enumerate(instructions()) if word == "FROM"][-1]
+    final = instructions()[last_stage:]
+    assert ("ARG", "VARIANT=cuda") in final  # a stage knows only the arguments that it names
+    [run] = [rest for word, rest in final if word == "RUN" and "apt-get" in rest]
+    apt_get = tmp_path / "apt-get"
+    apt_get.write_text('#!/bin/sh\necho "$*"\n')
+    apt_get.chmod(0o755)
+    shell = shutil.which("sh")
+    assert shell is not None
+    done = subprocess.run(
+        [shell, "-c", run.replace("rm -rf /var/lib/apt/lists/*", "true")],
+        env={"VARIANT": variant, "PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=True,
+    )
+    assert re.findall(r"^install (?:--\S+ )*(.+)$", done.stdout, re.MULTILINE) == ([installed] if installed else [])

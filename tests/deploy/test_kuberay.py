@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,8 @@ def test_nobody_is_root_and_every_mount_has_its_volume(name: str) -> None:
     for template in pods(list(yaml.safe_load_all(rendered(name)))):
         spec = template["spec"]
         assert spec["securityContext"]["runAsNonRoot"] is True
+        # Else kubelet changes the owner of every file of a volume, hundreds of gigabytes of weights, at each start.
+        assert spec["securityContext"]["fsGroupChangePolicy"] == "OnRootMismatch"
         volumes = {volume["name"] for volume in spec["volumes"]}
         for container in [*spec["containers"], *spec.get("initContainers", [])]:
             assert container["securityContext"]["readOnlyRootFilesystem"] is True
@@ -150,13 +153,29 @@ def test_the_driver_serves_the_file_as_it_is_and_joins_by_its_own_raylet() -> No
     text = (EXAMPLES / "kubernetes.yaml").read_text(encoding="utf-8")
     assert found["ConfigMap", "shardray-serving"]["data"] == {"serving.yaml": text}
     spec = front_of(found)
-    [driver], [raylet] = spec["containers"], spec["initContainers"]
+    [driver], [_, raylet] = spec["containers"], spec["initContainers"]
     assert driver["command"] == ["shardray", "serve", "/etc/shardray-serving/serving.yaml"]
     assert driver["args"][:2] == ["--set", "ray.address=shardray-head-svc:6379"]
     assert driver["args"][-2:] == ["--set", "parallel.replicas=1"]
     assert raylet["restartPolicy"] == "Always"
     assert "--address=shardray-head-svc:6379" in raylet["args"]
     assert spec["shareProcessNamespace"] is True
+
+
+@pytest.mark.parametrize("claim", [None, "weights"])
+def test_weights_are_fetched_before_the_driver_has_a_deadline(claim: str | None) -> None:
+    """Into the same caches, on the same volumes."""
+    model = ("model.source=org/large", "model.revision=v1", "engine.device=cuda")  # whose pods are sized without it
+    spec = front_of(made(model_claim=claim, overrides=model))
+    [driver], [fetching, raylet] = spec["containers"], spec["initContainers"]
+    assert [*fetching["command"], *fetching["args"]] == ["shardray", "pull", "org/large", "--revision", "v1"]
+    assert "startupProbe" not in fetching
+    assert "restartPolicy" not in fetching  # it ends, and only then the raylet starts, and the driver
+    assert raylet["restartPolicy"] == "Always"
+    assert fetching["env"] == driver["env"]
+    volumes = {mount["name"] for mount in fetching["volumeMounts"]}
+    assert volumes == {"tmp", "home"} | ({"models"} if claim else set())
+    assert all(mount in driver["volumeMounts"] for mount in fetching["volumeMounts"])
 
 
 def test_nothing_is_guessed_from_the_node_that_a_pod_happens_to_be_on() -> None:
@@ -196,6 +215,18 @@ def test_secrets_are_named_with_their_files_and_never_made() -> None:
     )
 
 
+def test_ray_lets_nobody_in_without_the_token_of_the_fleet() -> None:
+    """On every node of Ray's and beside the driver; KubeRay copies it to what waits for the head."""
+    secret = {"valueFrom": {"secretKeyRef": {"name": "shardray-ray", "key": "token"}}}
+    specs = [template["spec"] for template in pods(list(made().values()))]
+    containers = [one for spec in specs for one in [*spec["containers"], *spec.get("initContainers", [])]]
+    assert {"ray-head", "ray-worker", "raylet", "driver"} <= {container["name"] for container in containers}
+    for container in containers:
+        assert {"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]
+        assert {"name": "RAY_AUTH_TOKEN", **secret} in container["env"]
+    assert "# Needs the secret shardray-ray with token.\n" in render(EXAMPLES / "kubernetes.yaml", RenderOptions())
+
+
 def test_certificates_of_the_cluster_are_on_workers_too() -> None:
     files = "{ca: /etc/shardray/inner/ca.pem, cert: /etc/shardray/inner/cert.pem, key: /etc/shardray/inner/key.pem}"
     found = made(overrides=(f"cluster.tls={files}",))
@@ -217,10 +248,54 @@ def test_strangers_reach_the_port_alone_and_only_where_they_are_asked_who_they_a
     assert all(label.items() >= inside["podSelector"]["matchLabels"].items() for label in labels)
 
 
+def test_the_guide_moves_by_its_labels_what_no_eviction_moves() -> None:
+    guide = (DEPLOY.parent / "docs" / "operators-guide.md").read_text(encoding="utf-8")
+    [selector] = re.findall(r"kubectl delete pod -l (\S+)", guide)
+    labels = dict(label.split("=") for label in selector.split(","))
+    found = made(name=labels["shardray/fleet"])
+    budget = found["PodDisruptionBudget", "shardray-cpu-front"]["spec"]
+    assert (budget["minAvailable"], budget["selector"]["matchLabels"]) == (1, labels)
+    assert found["Deployment", "shardray-cpu-front"]["spec"]["replicas"] == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "callers"),
+    [("gateway.model_name=assistant", {}), ("gateway.allow_unauthenticated=true", {"from": [{"podSelector": {}}]})],
+)
+def test_a_gateway_reaches_its_port_as_far_as_the_port_asks_who_calls(override: str, callers: Manifest) -> None:
+    found = made(overrides=("gateway.listen=0.0.0.0:50061", override))
+    [driver] = front_of(found)["containers"]
+    assert {"name": "gateway", "containerPort": 50061} in driver["ports"]
+    port = {"name": "gateway", "port": 50061, "targetPort": "gateway", "appProtocol": "grpc"}
+    assert port in found["Service", "shardray"]["spec"]["ports"]
+    rules = found["NetworkPolicy", "shardray-front"]["spec"]["ingress"]
+    assert {"ports": [{"port": 50061}], **callers} in rules
+    assert not any(port["name"] == "gateway" for port in made()["Service", "shardray"]["spec"]["ports"])
+
+
+@pytest.mark.parametrize(("hosts_per_pod", "num_pods"), [(2, 3), (5, 1)])
+def test_one_worker_may_be_evicted_at_a_time(hosts_per_pod: int, num_pods: int) -> None:
+    """As a whole number that has to stay: of a RayCluster Kubernetes cannot ask how many pods there should be."""
+    found = made(hosts_per_pod=hosts_per_pod)
+    assert found["RayCluster", "shardray"]["spec"]["workerGroupSpecs"][0]["replicas"] == num_pods
+    spec = found["PodDisruptionBudget", "shardray-worker"]["spec"]
+    assert {key: value for key, value in spec.items() if key != "selector"} == {"minAvailable": num_pods - 1}
+
+
 @pytest.mark.parametrize(
     ("config", "options", "expected"),
     [
         ("cpu-demo.yaml", {}, "grpc.listen: 127.0.0.1:50051 is reached by nobody outside of its pod; give 0.0.0.0"),
+        (
+            "kubernetes.yaml",
+            {"overrides": ("gateway.listen=127.0.0.1:50061",)},
+            "gateway.listen: 127.0.0.1:50061 is reached by nobody outside of its pod; give 0.0.0.0",
+        ),
+        (
+            "kubernetes.yaml",
+            {"overrides": ("gateway.listen=10.0.0.1:50061", "gateway.discovery_file=/tmp/workers.json")},
+            "gateway.discovery_file: /tmp/workers.json would be in the front's pod",
+        ),
         ("kubernetes.yaml", {"overrides": ("grpc.probe_listen=null",)}, "grpc.probe_listen: null, and kubelet asks"),
         ("kubernetes.yaml", {"overrides": ("engine.kv_memory_bytes=null",)}, "engine.kv_memory_bytes: null takes what"),
         ("kubernetes.yaml", {"overrides": ("driver.journal=journal.db",)}, "driver.journal: journal.db has to be in a"),

@@ -54,6 +54,18 @@ def test_a_stop_asks_the_driver_alone_and_waits_until_it_can_have_drained() -> N
     assert float(settings["TimeoutStopSec"]) >= LimitsSettings().shutdown_grace_s + _CLEAN_UP_S
 
 
+def test_paths_that_the_documents_name_can_be_written_to_and_read_by_a_gateway() -> None:
+    """ProtectSystem=strict leaves the folders that systemd makes for the unit, and those alone."""
+    settings = service()
+    assert settings["ProtectSystem"] == "strict"
+    documents = "".join(path.read_text(encoding="utf-8") for path in (UNIT.parents[2] / "docs").glob("*.md"))
+    found = {Path(path) for path in re.findall(r"(?:journal|discovery_file): (/[\w./-]+)", documents)}
+    assert Path("/run/shardray/workers.json") in found
+    writable = {Path("/var/lib", settings["StateDirectory"]), Path("/run", settings["RuntimeDirectory"])}
+    assert {path.parent for path in found} <= writable
+    assert settings.get("RuntimeDirectoryMode", "0755") == "0755"
+
+
 def test_bad_settings_are_not_tried_again_and_again() -> None:
     settings = service()
     assert (settings["Restart"], settings["RestartPreventExitStatus"]) == ("on-failure", "2")
