@@ -69,6 +69,7 @@ MAKERS = {
     "runtime/client/errors.py": ("_TLS_FAILURES", "to_server_error", "not_ready", "_unreachable"),
     "runtime/cluster/form.py": (),
     "runtime/cluster/placement.py": ("shortage", "_busy", "_bundle_note"),
+    "runtime/cluster/ray_call.py": (),
     "runtime/cluster/ray_check.py": (),
     "runtime/cluster/ray_session.py": ("_explain", "_check_reachable"),
     "runtime/cluster/remote_host.py": ("_plain_cause",),
