@@ -119,7 +119,7 @@ grpc: {listen: "0.0.0.0:PORT", allow_unauthenticated: true}
 @pytest.mark.slow
 @pytest.mark.integration
 def test_the_commands_of_the_front_pod_join_a_cluster_and_serve(ray_address: str, tmp_path: Path) -> None:
-    """What its two containers run, as processes; only addresses and the path of the file are others."""
+    """What its containers run, as processes; only addresses and the path of the file are others."""
     resolve_model("smollm2-135m")
     port, raylet_port = free_ports(2)
     path = tmp_path / CONFIG_FILE
@@ -137,7 +137,9 @@ def test_the_commands_of_the_front_pod_join_a_cluster_and_serve(ray_address: str
         ]
 
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with process(words(pod["initContainers"][0]), env) as raylet:
+    weights, beside = pod["initContainers"]
+    subprocess.run([sys.executable, "-m", *words(weights)], env=env, timeout=120, check=True)
+    with process(words(beside), env) as raylet:
         with process(words(pod["containers"][0]), env) as driver, Client(f"127.0.0.1:{port}") as client:
             client.wait_ready(120)
             assert client.generate("The capital of France is", max_tokens=8, temperature=0).text.startswith(" Paris")
