@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from safetensors.torch import load_file
 
 from benchmarks import processes
 from benchmarks.compare import to_markdown
+from benchmarks.contestants.slots import Sequence, Slots
 from benchmarks.gguf_writing import gguf_of
 from benchmarks.kinds import KINDS, parse_label
 from benchmarks.machine import BUSY_CORES, OthersMeter
 from benchmarks.metrics import agreement, pass_figures, percentile
-from benchmarks.protocol import Trace
+from benchmarks.protocol import Request, Trace
 from benchmarks.targets import Ratio
 from benchmarks.workloads import MAIN, make_workload
 from shardray.runtime.model.gguf_file import GgufFile
@@ -102,6 +104,24 @@ def test_llama_cpp_gives_the_same_tokens_from_the_file_written_for_it(model_fold
     agreed = [record["agreement"] for record in records if record["contestant"] == "llama.cpp"]
     assert len(agreed) == len(MAIN)
     assert all(item["mean_common_prefix"] > 6 for item in agreed)  # its keys and values are float16
+
+
+def test_a_batch_for_llama_cpp_has_its_ids_in_order_without_gaps_and_what_decodes_comes_first() -> None:
+    slots = Slots(4)
+    for index in range(6):
+        slots.add(Sequence.of(index, Request([7] * 10, 3)))
+    slots.admit()
+    assert [(seq_id, num_tokens) for seq_id, _, num_tokens in slots.plan(25)] == [(0, 10), (1, 10), (2, 5)]
+    for seq_id in range(4):
+        slots.running[seq_id].pending = deque([7])
+    for seq_id in (2, 1):
+        slots.running[seq_id].num_left = 0
+        slots.release_ended()
+    slots.admit()
+    assert [slots.running[seq_id].index for seq_id in range(4)] == [0, 4, 5, 3]
+    assert [(seq_id, num_tokens) for seq_id, _, num_tokens in slots.plan(25)] == [(0, 1), (3, 1), (1, 10), (2, 10)]
+    slots.running[1].pending = slots.running[2].pending = deque([7])
+    assert [seq_id for seq_id, *_ in slots.plan(25)] == [0, 1, 2, 3]
 
 
 @pytest.mark.integration
