@@ -82,9 +82,9 @@ def is_reached(target: Target, value: float) -> bool:
     return value <= target.limit if target.at_most else value >= target.limit
 
 
-def _values(records: Sequence[Record], label: str, metric: str) -> dict[int, float]:
-    """By round."""
-    return {one["round"]: one[metric] for one in records if one["contestant"] == label}
+def _values(records: Sequence[Record], label: str, metric: str) -> dict[tuple[str, int], float]:
+    """By invocation and round: another invocation may count its rounds from the same number."""
+    return {(one["run_id"], one["round"]): one[metric] for one in records if one["contestant"] == label}
 
 
 def _field(name: str, factor: float = 1.0) -> Callable[[Record], float | None]:

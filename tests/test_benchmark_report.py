@@ -28,8 +28,8 @@ def record(
     label: str, workload: str, output_tok_s: float = 100.0, round_number: int = 0, **fields: Any
 ) -> dict[str, Any]:
     return dict.fromkeys(FIGURES, 40.0) | {
-        "kind": "run", "contestant": label, "is_peer": not label.startswith(("shardray", "served")), "busy": False,
-        "workload": workload, "round": 0, "output_tok_s": 100.0, "startup_busy": False,
+        "kind": "run", "run_id": "first", "contestant": label, "is_peer": not label.startswith(("shardray", "served")),
+        "busy": False, "workload": workload, "round": 0, "output_tok_s": 100.0, "startup_busy": False,
         "engine": {"control_s_per_step": 0.0002, "kv_waste": 0.03}, "num_threads": 2, "model": "m", "dtype": "bfloat16",
         "agreement": {"identical_share": 1.0}, "machine": MACHINE, "time": "2026-11-23T04:00:00+0000",
     } | fields  # fmt: skip

@@ -188,6 +188,13 @@ def test_a_round_without_the_strongest_rival_gives_no_ratio() -> None:
     assert target.read(records).values == [1.2]
 
 
+def test_a_ratio_never_compares_two_invocations() -> None:
+    target = Ratio("", "concurrent", "output_tok_s", "shardray", (), 1.4)
+    here = [_record("shardray", 600.0), _record("vllm", 500.0)]
+    later = [_record("shardray", 900.0, run_id="later"), _record("vllm", 600.0, round_number=1, run_id="later")]
+    assert target.read([*here, *later]).values == [1.2]
+
+
 def test_time_to_first_token_is_better_when_lower() -> None:
     target = Ratio("", "concurrent", "output_tok_s", "shardray", ("served", "transformers"), 1.0, lower_is_better=True)
     records = [_record("shardray", 0.05), _record("served", 0.2), _record("transformers", 0.1), _record("vllm", 0.01)]
@@ -202,14 +209,16 @@ def test_no_ratio_comes_from_a_busy_machine() -> None:
     assert "1.00" in to_markdown(records, allow_busy=True)
 
 
-def _record(label: str, rate: float, round_number: int = 0, busy: bool = False) -> dict[str, Any]:
+def _record(
+    label: str, rate: float, round_number: int = 0, busy: bool = False, run_id: str = "first"
+) -> dict[str, Any]:
     figures = ("ttft_s", "itl_p50_s", "itl_p99_s", "startup_s", "peak_rss_bytes", "cpu_s_per_token", "decode_tok_s")
     machine = {"cpu": "processor", "num_cores": 2, "read_bytes_per_s": 1e9, "bf16_flop_per_s": 1e9, "floor_tok_s": 1.0}
     return dict.fromkeys(figures, 7.0) | {
-        "kind": "run", "is_peer": label not in ("shardray", "served"), "time": "2026-11-23T04:00:00+0000",
-        "contestant": label, "workload": "concurrent", "round": round_number, "output_tok_s": rate, "busy": busy,
+        "kind": "run", "run_id": run_id, "is_peer": label not in ("shardray", "served"), "contestant": label,
+        "workload": "concurrent", "round": round_number, "output_tok_s": rate, "busy": busy,
         "startup_busy": False, "engine": {}, "num_threads": 2, "agreement": {"identical_share": 1.0},
-        "model": "m", "dtype": "bfloat16", "machine": machine,
+        "time": "2026-11-23T04:00:00+0000", "model": "m", "dtype": "bfloat16", "machine": machine,
     }  # fmt: skip
 
 
