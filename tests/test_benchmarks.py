@@ -20,11 +20,12 @@ from benchmarks.compare import to_markdown
 from benchmarks.contestants.slots import Sequence, Slots
 from benchmarks.gguf_writing import gguf_of
 from benchmarks.kinds import KINDS, parse_label
-from benchmarks.machine import BUSY_CORES, OthersMeter
+from benchmarks.machine import BUSY_CORES, OthersMeter, words_to_read
 from benchmarks.metrics import agreement, pass_figures, percentile
 from benchmarks.protocol import Request, Trace
-from benchmarks.targets import Ratio
+from benchmarks.targets import Ratio, ShareOfFloor
 from benchmarks.workloads import MAIN, make_workload
+from shardray.parallel import huge_pages
 from shardray.runtime.model.gguf_file import GgufFile
 from tests.tiny_models import LLAMA, save_llama
 
@@ -195,6 +196,13 @@ def test_a_ratio_never_compares_two_invocations() -> None:
     assert target.read([*here, *later]).values == [1.2]
 
 
+def test_the_floor_is_what_the_fastest_reads_of_an_invocation_allow() -> None:
+    runs = [_record("shardray", 1.0, number, run_id=run_id) for run_id, number in (("a", 0), ("a", 1), ("b", 0))]
+    for run, rate, floor in zip(runs, (90.0, 60.0, 90.0), (80.0, 120.0, 100.0), strict=True):
+        run.update(decode_tok_s=rate, machine={"floor_tok_s": floor})
+    assert ShareOfFloor("", "concurrent", "shardray", 70).read(runs).values == [75.0, 50.0, 90.0]
+
+
 def test_time_to_first_token_is_better_when_lower() -> None:
     target = Ratio("", "concurrent", "output_tok_s", "shardray", ("served", "transformers"), 1.0, lower_is_better=True)
     records = [_record("shardray", 0.05), _record("served", 0.2), _record("transformers", 0.1), _record("vllm", 0.01)]
@@ -232,6 +240,18 @@ def test_the_gguf_file_holds_the_weights_with_rotary_pairs_side_by_side(model_fo
     half = LLAMA["head_dim"] // 2
     assert torch.equal(stored[:4], key[[0, half, 1, half + 1]])
     assert written.require("llama.vocab_size", int) == LLAMA["vocab_size"]
+
+
+def _own_huge_bytes() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("AnonHugePages:"))
+
+
+@pytest.mark.skipif(not huge_pages.are_there(), reason="the system gives no huge pages")
+def test_reads_are_timed_out_of_huge_pages() -> None:
+    before = _own_huge_bytes()
+    words = words_to_read()
+    assert _own_huge_bytes() - before > words.nbytes // 2
 
 
 def test_a_process_tree_counts_the_work_of_its_descendants() -> None:
