@@ -9,7 +9,7 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 
 from benchmarks import processes
 from benchmarks.compare import to_markdown
+from benchmarks.contestants.base import run as run_contestant
 from benchmarks.contestants.slots import Sequence, Slots
 from benchmarks.gguf_writing import gguf_of
 from benchmarks.kinds import KINDS, parse_label
 from benchmarks.machine import BUSY_CORES, OthersMeter, words_to_read
 from benchmarks.metrics import agreement, pass_figures, percentile
-from benchmarks.protocol import Request, Trace
+from benchmarks.protocol import Request, Run, Trace
 from benchmarks.targets import Ratio, ShareOfFloor
 from benchmarks.workloads import MAIN, make_workload
 from shardray.parallel import huge_pages
@@ -269,6 +270,38 @@ def test_a_process_tree_counts_the_work_of_its_descendants() -> None:
         for pid in processes.process_tree(child.pid):
             os.kill(pid, 9)
         child.wait()
+
+
+class _HungryOnce:
+    """A contestant that takes a lot of memory when it warms up, and none afterwards."""
+
+    details: ClassVar[dict[str, Any]] = {}
+    most_bytes = 0
+
+    def prepare(self, requests: list[Request]) -> None: ...
+
+    def serve(self, requests: list[Request]) -> list[Trace]:
+        if not self.most_bytes:
+            _ = b"1" * (300 << 20)
+            self.most_bytes = processes.peak_rss_bytes([os.getpid()])
+        return [Trace(0.0, [1], [1.0])]
+
+    def sample(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None: ...
+
+
+def test_a_workload_is_not_charged_with_what_was_needed_before_it() -> None:
+    contestant = _HungryOnce()
+    ran = run_contestant(contestant, Run([Request([1], 1)], 1))
+    assert ran.peak_rss_bytes < contestant.most_bytes - (200 << 20)
+
+
+def test_the_peaks_of_a_process_that_has_ended_are_nothing_to_forget() -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    processes.forget_peaks([ended.pid])
 
 
 def test_the_work_of_processes_that_are_not_ours_is_seen() -> None:
