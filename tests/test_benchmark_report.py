@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import side_by_side
 from benchmarks.compare import omissions, quiet, target_table, to_markdown
-from benchmarks.kinds import parse_label
 from benchmarks.harness import Outputs
+from benchmarks.kinds import parse_label
 from benchmarks.metrics import digest, goodput_figures, watched_figures
 from benchmarks.paper import SCALING_PAGE, with_tables
 from benchmarks.protocol import Request, Run, Trace
