@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import side_by_side
-from benchmarks.compare import omissions, quiet, target_table, to_markdown
+from benchmarks.compare import omissions, quiet, read_records, target_table, to_markdown
 from benchmarks.harness import Outputs
 from benchmarks.kinds import parse_label
 from benchmarks.metrics import digest, goodput_figures, watched_figures
 from benchmarks.paper import SCALING_PAGE, with_tables
 from benchmarks.protocol import Request, Run, Trace
 from benchmarks.referee import BOUNDS, measure, verdict
-from benchmarks.report import write_report
+from benchmarks.report import PERFORMANCE_DIR, PERFORMANCE_PAGE, write_report
 from benchmarks.suites import SUITES, Heat, Suite
 from benchmarks.workloads import WORKLOADS, make_workload
 from tests.tiny_models import save_llama
@@ -90,6 +91,15 @@ def test_the_page_shows_every_target_and_each_plot_that_it_names(page: Path) -> 
     images = [line.split("(")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
     assert len(images) == 6
     assert all((page.parent / image).stat().st_size > 1000 for image in images)
+
+
+def test_the_performance_page_is_what_its_records_give(tmp_path: Path) -> None:
+    shutil.copytree(PERFORMANCE_DIR, tmp_path / PERFORMANCE_DIR.name, ignore=shutil.ignore_patterns("*.png"))
+    page = tmp_path / PERFORMANCE_PAGE.name
+    write_report(read_records(sorted(PERFORMANCE_DIR.glob("*.jsonl"))), page)
+    assert PERFORMANCE_PAGE.read_text(encoding="utf-8") == page.read_text(encoding="utf-8"), (
+        "python -m benchmarks report"
+    )
 
 
 def test_only_verdicts_on_the_tokens_of_a_run_that_is_shown_are_shown(page: Path) -> None:
