@@ -2,32 +2,69 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.utils import WorkloadHints
 
 _BATCH = 32  # of static batches, by length of the prompt
+_PAGE_SIZE = 256  # of continuous batches; its own default
+_BATCH_TOKENS = 8192  # in a step of continuous batches: as many as shardray reads beside them
+_NO_EOS = -1
 _STEP = 128  # lengths are rounded up to it, so that few shapes are compiled
 Requests = list[tuple[list[int], int]]  # the prompt, and the tokens that are wanted
 
 
 def transformers_continuous(folder: Path, device: torch.device, requests: Requests) -> float:
+    with continuous_manager(folder, device, requests) as manager:
+        return _timed(lambda some: serve_continuously(manager, some), requests, device)
+
+
+@contextlib.contextmanager
+def continuous_manager(folder: Path, device: torch.device, requests: Requests) -> Iterator[Any]:
+    """With pages for all of ``requests`` at once, and its decode steps recorded on a GPU.
+
+    It serves in a thread of its own. By itself it would take pages for most of the memory, and masks as wide as all
+    of them.
+    """
+    config = ContinuousBatchingConfig(
+        page_size=_PAGE_SIZE,
+        num_blocks=sum(-(-(len(prompt) + count) // _PAGE_SIZE) for prompt, count in requests) + 1,
+        max_batch_tokens=_BATCH_TOKENS,
+    )
+    hints = WorkloadHints(
+        max_prompt_length=max(len(prompt) for prompt, _ in requests),
+        max_generated_length=max(count for _, count in requests),
+        num_requests=len(requests),
+    )
     model = _model(folder, device, "paged|sdpa")
-    longest = max(count for _, count in requests)
+    with model.continuous_batching_context_manager(
+        generation_config=_config(eos_token_id=_NO_EOS),
+        continuous_batching_config=config,
+        workload_hints=hints,
+        timeout=5.0,
+    ) as manager:
+        yield manager
 
-    def run(some: Requests) -> None:
-        # This call has one limit for all requests; in groups of like ones, nobody waits for a far longer one.
-        for limit in sorted({_rounded(count, 32, longest) for _, count in some}):
-            own = [prompt for prompt, count in some if _rounded(count, 32, longest) == limit]
-            config = _config(max_new_tokens=limit, eos_token_id=-1)
-            found = model.generate_batch(inputs=own, generation_config=config, progress_bar=False)
-            if len(found) < len(own) or any(output.error for output in found.values()):
-                raise RuntimeError("not every request was answered")
 
-    return _timed(run, requests, device)
+def serve_continuously(manager: Any, requests: Requests) -> list[int]:
+    """Tokens that each request got: as many as it wants. Raises RuntimeError where that fails."""
+    ids = [manager.add_request(prompt, max_new_tokens=count, eos_token_id=_NO_EOS) for prompt, count in requests]
+    lens: dict[str, int] = {}
+    while len(lens) < len(ids):
+        result = manager.get_result(timeout=1.0)
+        if result is None and not manager.is_running():
+            raise RuntimeError("the batching thread has ended")
+        if result is not None and result.error:
+            raise RuntimeError(result.error)
+        if result is not None and result.is_finished():
+            lens[result.request_id] = len(result.generated_tokens)
+    return [lens[request_id] for request_id in ids]
 
 
 def transformers_static(folder: Path, device: torch.device, requests: Requests) -> float:
@@ -37,7 +74,7 @@ def transformers_static(folder: Path, device: torch.device, requests: Requests) 
         ordered = sorted(some, key=lambda request: len(request[0]))
         for first in range(0, len(ordered), _BATCH):
             batch = ordered[first : first + _BATCH]
-            width = _rounded(max(len(prompt) for prompt, _ in batch), _STEP, None)
+            width = -(-max(len(prompt) for prompt, _ in batch) // _STEP) * _STEP
             ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt, _ in batch], device=device)
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p, _ in batch], device=device)
             most = max(count for _, count in batch)
@@ -58,12 +95,7 @@ def _model(folder: Path, device: torch.device, attention: str) -> Any:
     return model.to(device).eval()
 
 
-def _rounded(count: int, step: int, most: int | None) -> int:
-    rounded = -(-count // step) * step
-    return rounded if most is None else min(rounded, most)
-
-
-def _timed(run: Any, requests: Requests, device: torch.device) -> float:
+def _timed(run: Callable[[Requests], object], requests: Requests, device: torch.device) -> float:
     with torch.no_grad():  # inference mode would not reach the thread in which continuous batches run
         run(requests)  # compiles, and reserves memory
         begin_s = time.perf_counter()

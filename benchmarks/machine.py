@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from benchmarks import processes
 
@@ -25,7 +26,7 @@ class Machine:
     cpu: str
     num_cores: int
     memory_bytes: int
-    read_bytes_per_s: float  # plain reads of memory
+    read_bytes_per_s: float  # plain reads of memory, out of huge pages where the system has them
     bf16_flop_per_s: float  # a large matrix product
 
     def floor_tok_s(self, weight_bytes: int) -> float:
@@ -81,7 +82,7 @@ def _measure(num_threads: int) -> Machine:
     import torch
 
     torch.set_num_threads(num_threads)
-    words = torch.ones(_BANDWIDTH_BYTES // 4)
+    words = words_to_read()
     left, right = (torch.ones(_MATRIX_SIZE, _MATRIX_SIZE, dtype=torch.bfloat16) for _ in range(2))
     return Machine(
         cpu=_cpu_model(),
@@ -90,6 +91,15 @@ def _measure(num_threads: int) -> Machine:
         read_bytes_per_s=_BANDWIDTH_BYTES / min(_time_s(words.sum) for _ in range(_NUM_TRIES)),
         bf16_flop_per_s=2 * _MATRIX_SIZE**3 / min(_time_s(lambda: left @ right) for _ in range(_NUM_TRIES)),
     )
+
+
+def words_to_read() -> Any:
+    """A tensor in memory of the kind that the engine keeps its weights in."""
+    import torch
+
+    from shardray.parallel import arena
+
+    return arena.empty((_BANDWIDTH_BYTES // 4,), torch.float32).fill_(1.0)
 
 
 def _time_s(work: object) -> float:

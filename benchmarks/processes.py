@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -33,8 +34,15 @@ def name_of(pid: int) -> str:
     return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
 
 
+def forget_peaks(pids: list[int]) -> None:
+    """From here on ``peak_rss_bytes`` is of what comes: a process serves one workload after the other."""
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")  # proc_pid_clear_refs(5)
+
+
 def peak_rss_bytes(pids: list[int]) -> int:
-    """The sum of each process's own peak."""
+    """The sum of each process's own peak since ``forget_peaks``."""
     return sum(_kib(f"/proc/{pid}/status", "VmHWM:") for pid in pids) * 1024
 
 

@@ -76,7 +76,7 @@ class Ran:
 
     passes: list[list[Trace]]  # in the order of the requests
     cpu_s: float  # of the process and its descendants, in the passes
-    peak_rss_bytes: int  # sum over them of each one's own peak; shared pages count in each
+    peak_rss_bytes: int  # sum over them of each one's own peak in the passes; shared pages count in each
     pss_bytes: int  # sum over them at the end; shared pages count once
     details: dict[str, Any]  # of the engine, in the passes
 

@@ -57,7 +57,8 @@ def _agreement(records: Sequence[Record], folder: Path) -> list[str]:
     rows = [
         ["contestant", "workload", "requests", "with the reference's tokens", "other tokens", "worst gap", "agrees"]
     ]
-    for one in _of_kind(records, "agreement"):
+    shown = {_tokens(run) for run in _of_kind(records, "run")}
+    for one in (one for one in _of_kind(records, "agreement") if _tokens(one) in shown):
         cells = [one["contestant"], one["workload"], str(one["num_requests"]), str(one["num_same"])]
         other, gap = f"{one['num_other']} of {one['num_tokens']}", f"{one['worst_gap']:.3f} (≤ {one['bound']:g})"
         rows.append([*cells, other, gap, "yes" if one["agrees"] else "**no**"])
@@ -66,9 +67,14 @@ def _agreement(records: Sequence[Record], folder: Path) -> list[str]:
     rule = (
         "`transformers` in float32 reads each prompt and the contestant's own tokens. Where a contestant took another "
         "token than the reference's best, the reference's logits of the two differ by no more than the bound: rounding "
-        "in the dtype explains it. Some requests of each workload, evenly chosen."
+        "in the dtype explains it. Some requests of each workload, evenly chosen, with the tokens of a run shown above."
     )
     return ["## The same tokens", rule, table(rows)]
+
+
+def _tokens(record: Record) -> tuple[str, str, str | None]:
+    """Whose tokens, and which: of a run, or of a verdict on it. Early verdicts do not say which."""
+    return record["contestant"], record["workload"], record.get("output_sha256")
 
 
 def _arrivals(records: Sequence[Record], folder: Path) -> list[str]:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.emitting import RESULTS_DIR, Emit
-from benchmarks.harness import Harness, Options, Task
+from benchmarks.harness import Harness, Options, Outputs, Task
 from benchmarks.kinds import parse_label
-from benchmarks.referee import BOUNDS, judge, verdict_record
+from benchmarks.metrics import digest
+from benchmarks.referee import BOUNDS, Verdict, judge, verdict_record
 from benchmarks.suites import Heat, Suite
 from benchmarks.workloads import MAIN, WORKLOADS, Workload, make_workload
 from shardray.runtime.model.sources import resolve_model
@@ -63,7 +64,7 @@ def run_suite(suite: Suite, setup: RunSetup, emit: Emit) -> bool:
     succeeded = True
     for heat, rounds in suite.numbered(setup.num_rounds):
         succeeded = harness.run(_tasks(heat, made), rounds) and succeeded
-    return _judge(harness, setup, model_dir, emit) and succeeded if setup.judges else succeeded
+    return judge_outputs(harness.outputs, setup, model_dir, emit) and succeeded if setup.judges else succeeded
 
 
 def _tasks(heat: Heat, made: dict[str, Workload]) -> list[Task]:
@@ -74,20 +75,21 @@ def _tasks(heat: Heat, made: dict[str, Workload]) -> list[Task]:
     ]
 
 
-def _judge(harness: Harness, setup: RunSetup, model_dir: Path, emit: Emit) -> bool:
+def judge_outputs(outputs: Outputs, setup: RunSetup, model_dir: Path, emit: Emit) -> bool:
     """A record for each contestant and main workload; whether all agree. The same tokens are judged once."""
     agree = True
     if setup.dtype not in BOUNDS:
         return agree
     for workload in MAIN:
-        seen = {}
-        for label, traces in harness.outputs.by_workload.get(workload, {}).items():
-            tokens = repr([trace.token_ids for trace in traces])
+        seen: dict[str, Verdict] = {}
+        for label, traces in outputs.by_workload.get(workload, {}).items():
+            tokens = digest(traces)
             if tokens not in seen:
-                pairs = list(zip(harness.outputs.requests[workload], traces, strict=True))
+                pairs = list(zip(outputs.requests[workload], traces, strict=True))
                 seen[tokens] = judge(model_dir, setup.dtype, setup.num_threads, pairs)
             agree = agree and seen[tokens].agrees
-            emit({"contestant": label, "workload": workload, "dtype": setup.dtype} | verdict_record(seen[tokens]))
+            whose = {"contestant": label, "workload": workload, "dtype": setup.dtype, "output_sha256": tokens}
+            emit(whose | verdict_record(seen[tokens]))
     return agree
 
 

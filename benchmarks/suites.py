@@ -67,6 +67,8 @@ SUITES = {
                     (("shardray",), _POISSON),
                     (("served",), _POISSON),
                     (("vllm", "openvino"), (*_POISSON, "long-prompts")),
+                    # Its own default, small as shardray's: prompts hold streams up less, and wait longer.
+                    (("openvino:batch=256",), ("long-prompts",)),
                     (("shardray:prefix=1", "vllm:prefix=1", "openvino:prefix=1"), ("shared-prefix",)),
                 ),
             ),

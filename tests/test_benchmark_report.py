@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.compare import omissions, quiet, target_table, to_markdown
+from benchmarks import side_by_side
+from benchmarks.compare import omissions, quiet, read_records, target_table, to_markdown
+from benchmarks.harness import Outputs
 from benchmarks.kinds import parse_label
-from benchmarks.metrics import goodput_figures, watched_figures
+from benchmarks.metrics import digest, goodput_figures, watched_figures
 from benchmarks.paper import SCALING_PAGE, with_tables
 from benchmarks.protocol import Request, Run, Trace
 from benchmarks.referee import BOUNDS, measure, verdict
-from benchmarks.report import write_report
+from benchmarks.report import PERFORMANCE_DIR, PERFORMANCE_PAGE, write_report
 from benchmarks.suites import SUITES, Heat, Suite
 from benchmarks.workloads import WORKLOADS, make_workload
 from tests.tiny_models import save_llama
@@ -28,10 +31,11 @@ def record(
     label: str, workload: str, output_tok_s: float = 100.0, round_number: int = 0, **fields: Any
 ) -> dict[str, Any]:
     return dict.fromkeys(FIGURES, 40.0) | {
-        "kind": "run", "contestant": label, "is_peer": not label.startswith(("shardray", "served")), "busy": False,
-        "workload": workload, "round": 0, "output_tok_s": 100.0, "startup_busy": False,
+        "kind": "run", "run_id": "first", "contestant": label, "is_peer": not label.startswith(("shardray", "served")),
+        "busy": False, "workload": workload, "round": 0, "output_tok_s": 100.0, "startup_busy": False,
         "engine": {"control_s_per_step": 0.0002, "kv_waste": 0.03}, "num_threads": 2, "model": "m", "dtype": "bfloat16",
-        "agreement": {"identical_share": 1.0}, "machine": MACHINE, "time": "2026-11-23T04:00:00+0000",
+        "agreement": {"identical_share": 1.0}, "output_sha256": "5ea1", "machine": MACHINE,
+        "time": "2026-11-23T04:00:00+0000",
     } | fields  # fmt: skip
 
 
@@ -41,13 +45,22 @@ def all_kinds() -> list[dict[str, Any]]:
     now = {"time": "2026-11-23T04:00:00+0000", "busy": False}
     shape = {"shape": "2x1x1", "idle_cores": 0.004, "num_hosts": 2, "busy": False}
     shape |= {"weight_bytes": 1 << 28, "kv_bytes": 1 << 27, "pss_bytes": 1 << 30, "over_bytes": 3 << 27}
+    verdict_of = now | {
+        "kind": "agreement",
+        "contestant": "vllm",
+        "workload": "single",
+        "num_requests": 1,
+        "num_same": 0,
+    }
+    verdict_of |= {"num_tokens": 128, "num_other": 2, "worst_gap": 0.1, "bound": 0.5, "agrees": True}
     return [
         *(record(label, name) for label in ("shardray", "vllm") for name in ("single", "concurrent", "mixed")),
         record("shardray", "long-prompts", **watched),
         record("shardray", "poisson-2", good_share=0.5, goodput_req_s=1.0),
         *(record("shardray:tp=2,threads=1", name) for name in ("batch-4", "batch-16", "context-512")),
-        now | {"kind": "agreement", "contestant": "vllm", "workload": "single", "num_requests": 1, "num_same": 0,
-               "num_tokens": 128, "num_other": 2, "worst_gap": 0.1, "bound": 0.5, "agrees": True},
+        verdict_of | {"output_sha256": "5ea1"},
+        verdict_of | {"output_sha256": "07e4", "num_same": 77},
+        verdict_of | {"num_same": 88},  # as early records have it
         now | {"kind": "driver", "num_streams": 8, "num_replicas": 1, "tokens_per_s": 2000.0, "driver_cores": 0.2,
                "driver_cpu_s_per_token": 1e-4},
         now | {"kind": "startup", "contestant": "shardray", "round": 0, "size": "60M", "weight_bytes": 1 << 27,
@@ -78,6 +91,32 @@ def test_the_page_shows_every_target_and_each_plot_that_it_names(page: Path) -> 
     images = [line.split("(")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
     assert len(images) == 6
     assert all((page.parent / image).stat().st_size > 1000 for image in images)
+
+
+def test_the_performance_page_is_what_its_records_give(tmp_path: Path) -> None:
+    shutil.copytree(PERFORMANCE_DIR, tmp_path / PERFORMANCE_DIR.name, ignore=shutil.ignore_patterns("*.png"))
+    page = tmp_path / PERFORMANCE_PAGE.name
+    write_report(read_records(sorted(PERFORMANCE_DIR.glob("*.jsonl"))), page)
+    assert PERFORMANCE_PAGE.read_text(encoding="utf-8") == page.read_text(encoding="utf-8"), (
+        "python -m benchmarks report"
+    )
+
+
+def test_only_verdicts_on_the_tokens_of_a_run_that_is_shown_are_shown(page: Path) -> None:
+    _, _, section = page.read_text().partition("## The same tokens")
+    rows = [line for line in section.partition("\n## ")[0].splitlines() if line.startswith("| vllm")]
+    assert rows == ["| vllm | single | 1 | 0 | 2 of 128 | 0.100 (≤ 0.5) | yes |"]
+
+
+def test_a_verdict_names_the_tokens_that_it_is_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_by_side, "judge", lambda *_: verdict([[0.0]], 0.5))
+    single, found, outputs = make_workload("single", 49152), [], Outputs()
+    traces = {label: [Trace(0.0, [token_id], [1.0])] for label, token_id in (("shardray", 5), ("vllm", 6))}
+    for label, own in traces.items():
+        outputs.add(label, single, own)
+    setup = side_by_side.RunSetup("m", "bfloat16", 1, None, 0, 1.0, 0.0, 1.0, True, "first")
+    assert side_by_side.judge_outputs(outputs, setup, Path(), found.append)
+    assert [one["output_sha256"] for one in found] == [digest(own) for own in traces.values()]
 
 
 def test_the_same_records_give_the_same_page(page: Path, tmp_path: Path) -> None:

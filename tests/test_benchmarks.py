@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,13 +17,16 @@ from safetensors.torch import load_file
 
 from benchmarks import processes
 from benchmarks.compare import to_markdown
+from benchmarks.contestants.base import run as run_contestant
+from benchmarks.contestants.slots import Sequence, Slots
 from benchmarks.gguf_writing import gguf_of
 from benchmarks.kinds import KINDS, parse_label
-from benchmarks.machine import BUSY_CORES, OthersMeter
+from benchmarks.machine import BUSY_CORES, OthersMeter, words_to_read
 from benchmarks.metrics import agreement, pass_figures, percentile
-from benchmarks.protocol import Trace
-from benchmarks.targets import Ratio
+from benchmarks.protocol import Request, Run, Trace
+from benchmarks.targets import Ratio, ShareOfFloor
 from benchmarks.workloads import MAIN, make_workload
+from shardray.parallel import huge_pages
 from shardray.runtime.model.gguf_file import GgufFile
 from tests.tiny_models import LLAMA, save_llama
 
@@ -104,6 +108,24 @@ def test_llama_cpp_gives_the_same_tokens_from_the_file_written_for_it(model_fold
     assert all(item["mean_common_prefix"] > 6 for item in agreed)  # its keys and values are float16
 
 
+def test_a_batch_for_llama_cpp_has_its_ids_in_order_without_gaps_and_what_decodes_comes_first() -> None:
+    slots = Slots(4)
+    for index in range(6):
+        slots.add(Sequence.of(index, Request([7] * 10, 3)))
+    slots.admit()
+    assert [(seq_id, num_tokens) for seq_id, _, num_tokens in slots.plan(25)] == [(0, 10), (1, 10), (2, 5)]
+    for seq_id in range(4):
+        slots.running[seq_id].pending = deque([7])
+    for seq_id in (2, 1):
+        slots.running[seq_id].num_left = 0
+        slots.release_ended()
+    slots.admit()
+    assert [slots.running[seq_id].index for seq_id in range(4)] == [0, 4, 5, 3]
+    assert [(seq_id, num_tokens) for seq_id, _, num_tokens in slots.plan(25)] == [(0, 1), (3, 1), (1, 10), (2, 10)]
+    slots.running[1].pending = slots.running[2].pending = deque([7])
+    assert [seq_id for seq_id, *_ in slots.plan(25)] == [0, 1, 2, 3]
+
+
 @pytest.mark.integration
 def test_a_contestant_that_fails_is_a_record_with_the_reason(model_folder: Path, tmp_path: Path) -> None:
     code, records = run_bench(model_folder, tmp_path / "out.jsonl", "transformers:cache=none")
@@ -168,6 +190,20 @@ def test_a_round_without_the_strongest_rival_gives_no_ratio() -> None:
     assert target.read(records).values == [1.2]
 
 
+def test_a_ratio_never_compares_two_invocations() -> None:
+    target = Ratio("", "concurrent", "output_tok_s", "shardray", (), 1.4)
+    here = [_record("shardray", 600.0), _record("vllm", 500.0)]
+    later = [_record("shardray", 900.0, run_id="later"), _record("vllm", 600.0, round_number=1, run_id="later")]
+    assert target.read([*here, *later]).values == [1.2]
+
+
+def test_the_floor_is_what_the_fastest_reads_of_an_invocation_allow() -> None:
+    runs = [_record("shardray", 1.0, number, run_id=run_id) for run_id, number in (("a", 0), ("a", 1), ("b", 0))]
+    for run, rate, floor in zip(runs, (90.0, 60.0, 90.0), (80.0, 120.0, 100.0), strict=True):
+        run.update(decode_tok_s=rate, machine={"floor_tok_s": floor})
+    assert ShareOfFloor("", "concurrent", "shardray", 70).read(runs).values == [75.0, 50.0, 90.0]
+
+
 def test_time_to_first_token_is_better_when_lower() -> None:
     target = Ratio("", "concurrent", "output_tok_s", "shardray", ("served", "transformers"), 1.0, lower_is_better=True)
     records = [_record("shardray", 0.05), _record("served", 0.2), _record("transformers", 0.1), _record("vllm", 0.01)]
@@ -182,14 +218,16 @@ def test_no_ratio_comes_from_a_busy_machine() -> None:
     assert "1.00" in to_markdown(records, allow_busy=True)
 
 
-def _record(label: str, rate: float, round_number: int = 0, busy: bool = False) -> dict[str, Any]:
+def _record(
+    label: str, rate: float, round_number: int = 0, busy: bool = False, run_id: str = "first"
+) -> dict[str, Any]:
     figures = ("ttft_s", "itl_p50_s", "itl_p99_s", "startup_s", "peak_rss_bytes", "cpu_s_per_token", "decode_tok_s")
     machine = {"cpu": "processor", "num_cores": 2, "read_bytes_per_s": 1e9, "bf16_flop_per_s": 1e9, "floor_tok_s": 1.0}
     return dict.fromkeys(figures, 7.0) | {
-        "kind": "run", "is_peer": label not in ("shardray", "served"), "time": "2026-11-23T04:00:00+0000",
-        "contestant": label, "workload": "concurrent", "round": round_number, "output_tok_s": rate, "busy": busy,
+        "kind": "run", "run_id": run_id, "is_peer": label not in ("shardray", "served"), "contestant": label,
+        "workload": "concurrent", "round": round_number, "output_tok_s": rate, "busy": busy,
         "startup_busy": False, "engine": {}, "num_threads": 2, "agreement": {"identical_share": 1.0},
-        "model": "m", "dtype": "bfloat16", "machine": machine,
+        "time": "2026-11-23T04:00:00+0000", "model": "m", "dtype": "bfloat16", "machine": machine,
     }  # fmt: skip
 
 
@@ -203,6 +241,18 @@ def test_the_gguf_file_holds_the_weights_with_rotary_pairs_side_by_side(model_fo
     half = LLAMA["head_dim"] // 2
     assert torch.equal(stored[:4], key[[0, half, 1, half + 1]])
     assert written.require("llama.vocab_size", int) == LLAMA["vocab_size"]
+
+
+def _own_huge_bytes() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("AnonHugePages:"))
+
+
+@pytest.mark.skipif(not huge_pages.are_there(), reason="the system gives no huge pages")
+def test_reads_are_timed_out_of_huge_pages() -> None:
+    before = _own_huge_bytes()
+    words = words_to_read()
+    assert _own_huge_bytes() - before > words.nbytes // 2
 
 
 def test_a_process_tree_counts_the_work_of_its_descendants() -> None:
@@ -220,6 +270,38 @@ def test_a_process_tree_counts_the_work_of_its_descendants() -> None:
         for pid in processes.process_tree(child.pid):
             os.kill(pid, 9)
         child.wait()
+
+
+class _HungryOnce:
+    """A contestant that takes a lot of memory when it warms up, and none afterwards."""
+
+    details: ClassVar[dict[str, Any]] = {}
+    most_bytes = 0
+
+    def prepare(self, requests: list[Request]) -> None: ...
+
+    def serve(self, requests: list[Request]) -> list[Trace]:
+        if not self.most_bytes:
+            _ = b"1" * (300 << 20)
+            self.most_bytes = processes.peak_rss_bytes([os.getpid()])
+        return [Trace(0.0, [1], [1.0])]
+
+    def sample(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None: ...
+
+
+def test_a_workload_is_not_charged_with_what_was_needed_before_it() -> None:
+    contestant = _HungryOnce()
+    ran = run_contestant(contestant, Run([Request([1], 1)], 1))
+    assert ran.peak_rss_bytes < contestant.most_bytes - (200 << 20)
+
+
+def test_the_peaks_of_a_process_that_has_ended_are_nothing_to_forget() -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    processes.forget_peaks([ended.pid])
 
 
 def test_the_work_of_processes_that_are_not_ours_is_seen() -> None:

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 
 from benchmarks import gpu
+from benchmarks.gpu_models import folder_of
 from benchmarks.gpu_parts import TINY
+from benchmarks.gpu_peers import continuous_manager, serve_continuously
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,6 +34,13 @@ def test_every_part_tells_its_figures_and_the_table_has_the_targets(tmp_path: Pa
         assert all(value > 0 for key, value in record.items() if key.endswith(("_ms", "_per_s", "_of_peak")))
     for target in gpu.TARGETS:
         assert target.what in done.stderr
+
+
+def test_continuous_batches_of_transformers_end_each_request_at_its_own_length(tmp_path: Path) -> None:
+    requests = [([5, 6, 7], 3), ([8] * 40, 17), ([9], 1)]
+    with continuous_manager(folder_of("tiny", tmp_path), torch.device("cpu"), requests) as manager:
+        assert serve_continuously(manager, requests) == [3, 17, 1]
+        assert serve_continuously(manager, requests[:1]) == [3]
 
 
 def test_an_unknown_part_is_refused_by_name() -> None:

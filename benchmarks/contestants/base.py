@@ -55,16 +55,19 @@ def main(load: Callable[[Setup], Contestant]) -> None:
         first_token_s = contestant.serve([replace(setup.first, max_tokens=1)])[0].token_times_s[0]
         reply(Ready(first_token_s - setup.spawned_s, contestant.details))
         for line in sys.stdin:
-            reply(_run(contestant, run_from(json.loads(line))))
+            reply(run(contestant, run_from(json.loads(line))))
     finally:
         contestant.close()
 
 
-def _run(contestant: Contestant, run: Run) -> Ran:
+def run(contestant: Contestant, run: Run) -> Ran:
+    """Warm up, then serve as often as ``run`` says."""
     contestant.prepare(run.requests)
     contestant.serve(warm_up(run))
     gc.collect()
-    cpu_s = processes.cpu_seconds(processes.process_tree(os.getpid()))
+    tree = processes.process_tree(os.getpid())
+    processes.forget_peaks(tree)
+    cpu_s = processes.cpu_seconds(tree)
     with _sampling(contestant) as samples:
         passes = [contestant.serve(run.requests) for _ in range(run.num_passes)]
     tree = processes.process_tree(os.getpid())

@@ -8,13 +8,13 @@ Runs in llama.cpp's environment: imports nothing else that has to be installed.
 from __future__ import annotations
 
 import ctypes
-from collections import deque
 from importlib.metadata import version
 from typing import Any
 
 import llama_cpp
 
 from benchmarks.contestants.base import main
+from benchmarks.contestants.slots import Sequence, Slots
 from benchmarks.contestants.stepping import serve_by_steps
 from benchmarks.protocol import Request, Setup, Trace
 
@@ -42,9 +42,7 @@ class LlamaCpp:
         self._batch = llama_cpp.llama_batch_init(_BATCH_TOKENS, 0, 1)
         self._context: Any = None
         self._shape = (0, 0)
-        self._waiting: deque[_Sequence] = deque()
-        self._running: dict[int, _Sequence] = {}
-        self._free_ids: list[int] = []
+        self._slots = Slots(0)
         self._open([setup.first])
         self.details: dict[str, Any] = {
             "versions": {"llama-cpp-python": version("llama-cpp-python")},
@@ -56,21 +54,17 @@ class LlamaCpp:
 
     def serve(self, requests: list[Request]) -> list[Trace]:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), False)
-        self._waiting, self._running = deque(), {}
-        self._free_ids = list(range(self._shape[0]))
+        self._slots = Slots(self._shape[0])
         return serve_by_steps(self, requests)
 
     def add(self, index: int, request: Request) -> None:
-        self._waiting.append(_Sequence(index, request))
+        self._slots.add(Sequence.of(index, request))
 
     def step(self) -> list[tuple[int, list[int]]]:
-        while self._waiting and self._free_ids:
-            self._running[self._free_ids.pop()] = self._waiting.popleft()
-        tokens = self._compute(self._running)
+        self._slots.admit()
+        tokens = self._compute()
         memory = llama_cpp.llama_get_memory(self._context)
-        for seq_id in [seq_id for seq_id, sequence in self._running.items() if not sequence.num_left]:
-            del self._running[seq_id]
-            self._free_ids.append(seq_id)
+        for seq_id in self._slots.release_ended():
             llama_cpp.llama_memory_seq_rm(memory, seq_id, -1, -1)
         return tokens
 
@@ -102,17 +96,16 @@ class LlamaCpp:
             raise RuntimeError(f"llama.cpp cannot open a context of {shape[0]} sequences of {shape[1]} tokens")
         self._shape = shape
 
-    def _compute(self, running: dict[int, _Sequence]) -> list[tuple[int, list[int]]]:
+    def _compute(self) -> list[tuple[int, list[int]]]:
         """One token more for each sequence whose prompt is through, and as many prompt tokens as fit beside them."""
         batch = self._batch
         batch.n_tokens = 0
-        sampling: list[tuple[int, _Sequence]] = []  # (place in the batch, sequence)
-        for seq_id, sequence in sorted(running.items(), key=lambda item: len(item[1].pending)):
-            num_tokens = min(len(sequence.pending), _BATCH_TOKENS - batch.n_tokens)
+        sampling: list[tuple[int, Sequence]] = []  # (place in the batch, sequence)
+        for seq_id, sequence, num_tokens in self._slots.plan(_BATCH_TOKENS):
             for _ in range(num_tokens):
                 self._add(sequence.pending.popleft(), sequence.num_done, seq_id)
                 sequence.num_done += 1
-            if num_tokens and not sequence.pending:
+            if not sequence.pending:
                 batch.logits[batch.n_tokens - 1] = 1
                 sampling.append((batch.n_tokens - 1, sequence))
         if (code := llama_cpp.llama_decode(self._context, batch)) != 0:
@@ -133,16 +126,6 @@ class LlamaCpp:
         batch.seq_id[place][0] = seq_id
         batch.logits[place] = 0
         batch.n_tokens = place + 1
-
-
-class _Sequence:
-    """A request, and the tokens that llama.cpp has yet to see of it: prompt tokens, then the one sampled last."""
-
-    def __init__(self, index: int, request: Request) -> None:
-        self.index = index
-        self.pending = deque(request.prompt_ids)
-        self.num_done = 0
-        self.num_left = request.max_tokens
 
 
 def _only_errors(level: int, text: bytes, _: Any) -> None:

@@ -19,19 +19,19 @@ from benchmarks.protocol import Request, Setup, Trace
 
 _TYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 _KV_GIB = 2  # as much as shardray gets, rounded up
-_BATCH_TOKENS = 2048
+_BATCH_TOKENS = 2048  # with fewer, prompts wait longer and streams that run are held up less
 
 
 class OpenVino:
     """Options of the label: ``converted``, the model, added by the harness; ``prefix=1`` keeps prefixes; ``kv``, the
-    type of keys and values: u8, bf16, f16, f32."""
+    type of keys and values: u8, bf16, f16, f32; ``batch``, the most tokens of a step (its own default is 256)."""
 
     def __init__(self, setup: Setup) -> None:
         precision = _TYPES[setup.dtype]
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.cache_size = _KV_GIB
         scheduler.max_num_seqs = setup.max_num_seqs
-        scheduler.max_num_batched_tokens = _BATCH_TOKENS
+        scheduler.max_num_batched_tokens = int(setup.options.get("batch", _BATCH_TOKENS))
         scheduler.dynamic_split_fuse = True
         scheduler.enable_prefix_caching = setup.options.get("prefix") == "1"
         properties = {
@@ -46,7 +46,7 @@ class OpenVino:
         self._num_added = 0
         self.details: dict[str, Any] = {
             "versions": {name: version(name) for name in ("openvino", "openvino-genai")},
-            "properties": properties,
+            "properties": properties | {"max_num_batched_tokens": scheduler.max_num_batched_tokens},
         }
 
     def prepare(self, requests: list[Request]) -> None:
