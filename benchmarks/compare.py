@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import BUSY_CORES
-from benchmarks.targets import TARGETS, Ratio, Reading, Target, floors_tok_s, is_reached
+from benchmarks.targets import TARGETS, Ratio, Reading, Target, is_reached
 
 Record = dict[str, Any]
 
@@ -51,15 +51,14 @@ def workloads_of(records: Sequence[Record]) -> list[str]:
 def machine_line(records: Sequence[Record]) -> str:
     """What the machine could do, measured before each round."""
     machine = records[0]["machine"]
-    reads, products = (
+    reads, products, floors = (
         _spread([one["machine"][name] * unit for one in records], "{:.1f}")
-        for name, unit in (("read_bytes_per_s", 1e-9), ("bf16_flop_per_s", 1e-12))
+        for name, unit in (("read_bytes_per_s", 1e-9), ("bf16_flop_per_s", 1e-12), ("floor_tok_s", 1.0))
     )
-    floors = _spread([*floors_tok_s(records).values()], "{:.1f}")
     return (
         f"{records[0]['model']} in {records[0]['dtype']} on {machine['cpu']}, {machine['num_cores']} cores: reads "
-        f"{reads} GB/s, bf16 products {products} TFLOP/s; one stream can reach {floors} tok/s at most, by "
-        f"the fastest reads of each invocation: the weights are read once a token."
+        f"{reads} GB/s, bf16 products {products} TFLOP/s; one stream can reach {floors} tok/s at most: the weights are "
+        f"read once a token."
     )
 
 

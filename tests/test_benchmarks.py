@@ -24,7 +24,7 @@ from benchmarks.kinds import KINDS, parse_label
 from benchmarks.machine import BUSY_CORES, OthersMeter, words_to_read
 from benchmarks.metrics import agreement, pass_figures, percentile
 from benchmarks.protocol import Request, Run, Trace
-from benchmarks.targets import Ratio, ShareOfFloor
+from benchmarks.targets import Ratio
 from benchmarks.workloads import MAIN, make_workload
 from shardray.parallel import huge_pages
 from shardray.runtime.model.gguf_file import GgufFile
@@ -195,13 +195,6 @@ def test_a_ratio_never_compares_two_invocations() -> None:
     here = [_record("shardray", 600.0), _record("vllm", 500.0)]
     later = [_record("shardray", 900.0, run_id="later"), _record("vllm", 600.0, round_number=1, run_id="later")]
     assert target.read([*here, *later]).values == [1.2]
-
-
-def test_the_floor_is_what_the_fastest_reads_of_an_invocation_allow() -> None:
-    runs = [_record("shardray", 1.0, number, run_id=run_id) for run_id, number in (("a", 0), ("a", 1), ("b", 0))]
-    for run, rate, floor in zip(runs, (90.0, 60.0, 90.0), (80.0, 120.0, 100.0), strict=True):
-        run.update(decode_tok_s=rate, machine={"floor_tok_s": floor})
-    assert ShareOfFloor("", "concurrent", "shardray", 70).read(runs).values == [75.0, 50.0, 90.0]
 
 
 def test_time_to_first_token_is_better_when_lower() -> None:
