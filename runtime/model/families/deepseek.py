@@ -67,6 +67,7 @@ def _read_experts(config: Config, spec: DecoderSpec, judges: int) -> Experts:
         top_k=required(config, "num_experts_per_tok", int),
         mlp=spec.layers[0].dense,
         normalized=optional(config, "norm_topk_prob", False),
+        routes_in_float32=True,
         groups=Groups(num_groups, optional(config, "topk_group", 1), judges) if num_groups > 1 else None,
         scale=float(config.get("routed_scaling_factor") or 1.0),
     )
