@@ -37,6 +37,17 @@ def read_rotary(config: Config, head_dim: int) -> Rotary:
     return Rotary(_number(both, "rope_theta", _DEFAULT_THETA), dim, _read_scaling(parameters, config, dim))
 
 
+def with_rotary_of(config: Config, kind: str, theta: float, is_scaled: bool = True) -> Config:
+    """The config as it would be if all layers were of one kind, of ``theta`` by default.
+
+    Newer ones have ``rope_parameters`` for each kind; the ``rope_scaling`` of older ones is that of the kinds that are
+    ``is_scaled``.
+    """
+    given = (config.get("rope_parameters") or {}).get(kind) or {}
+    scaling = (config.get("rope_scaling") or {}) if is_scaled else {}
+    return config | {"rope_parameters": {"rope_theta": theta, **given, **scaling}, "rope_scaling": None}
+
+
 def _read_scaling(parameters: Mapping[str, Any], config: Config, dim: int) -> Scaling | None:
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind == "default":

@@ -16,7 +16,8 @@ from shardray.runtime.model.spec import DecoderSpec, Norms
 
 
 def _read_config(config: Config) -> DecoderSpec:
-    spec = read_llama_like({"rms_norm_eps": 1e-5} | config)
+    config = {"rms_norm_eps": 1e-5, "sliding_window": 4096} | config
+    spec = read_llama_like(config)
     norms = Norms(inner=spec.head.norm)
     spec = change_every_layer(spec, attention_norms=norms, mlp_norms=norms)
     spec = change_attention(spec, q_norm=spec.head.norm, k_norm=spec.head.norm)

@@ -9,7 +9,7 @@ from shardray.runtime.model.spec import DecoderSpec
 
 
 def _read_config(config: Config) -> DecoderSpec:
-    spec = read_llama_like(config, tied=True)
+    spec = read_llama_like({"rope_theta": 2e6} | config, tied=True)
     interval = optional(config, "no_rope_layer_interval", 4)
     rotated = config.get("no_rope_layers") or [(index + 1) % interval != 0 for index in range(spec.num_layers)]
     if optional(config, "use_sliding_window", False):
