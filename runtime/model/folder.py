@@ -51,9 +51,18 @@ def read_suppressed_token_ids(folder: Path) -> tuple[int, ...]:
 
 
 def read_pooling(folder: Path) -> Pooling:
-    """How a folder of sentence-transformers makes embeddings; the mean for one that does not say."""
+    """How a folder of sentence-transformers makes embeddings; the mean for one that does not say.
+
+    Raises ModelConfigError for modules that would make others of them.
+    """
     modules = _read_modules(folder)
-    normalize = any(kind == "Normalize" for kind, _ in modules)
+    kinds = [kind for kind, _ in modules]
+    if kinds not in _MODULES:
+        raise ModelConfigError(
+            f"{folder}: modules.json: {', '.join(kinds)}, one after the other, is not supported "
+            "(only Transformer, Pooling and perhaps Normalize is)"
+        )
+    normalize = "Normalize" in kinds
     config = next((read_json(folder / path / "config.json") for kind, path in modules if kind == "Pooling"), {})
     wanted = [str(config["pooling_mode"])] if "pooling_mode" in config else [
         name.removeprefix("pooling_mode_") for name, value in config.items() if value is True and "_mode_" in name
@@ -72,6 +81,7 @@ def read_max_text_len(folder: Path) -> int | None:
     return value if isinstance(value, int) else None
 
 
+_MODULES = [[], ["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]]
 _POOLING_MODES: dict[str, PoolingMode] = {
     "mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "cls", "lasttoken": "last",
 }  # fmt: skip
