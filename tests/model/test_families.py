@@ -203,6 +203,43 @@ def test_a_gpt2_config_that_cannot_be_computed_is_refused(
     assert message in str(caught.value)
 
 
+GPT_NEO_CONFIG = {
+    "model_type": "gpt_neo",
+    "vocab_size": 32,
+    "hidden_size": 24,
+    "num_layers": 2,
+    "num_heads": 4,
+    "window_size": 16,
+    "max_position_embeddings": 64,
+}
+MODERNBERT_CONFIG = LLAMA_CONFIG | {"model_type": "modernbert", "local_attention": 16}
+SMOLLM3_CONFIG = LLAMA_CONFIG | {"model_type": "smollm3"}
+MISTAKEN = "expected a list of one for each layer"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LLAMA_CONFIG | {"model_type": "cohere2", "sliding_window": 16, "layer_types": ["chunked_attention"] * 2},
+         "layer_types: 'chunked_attention' is not supported (one of 'full_attention', 'sliding_attention' is)"),
+        (LLAMA_CONFIG | {"model_type": "cohere2", "sliding_window": 16, "layer_types": ["full_attention"]}, MISTAKEN),
+        (MODERNBERT_CONFIG | {"layer_types": ["full", "sliding_attention"]}, "layer_types: 'full' is not supported"),
+        (MODERNBERT_CONFIG | {"layer_types": "full_attention"}, MISTAKEN),
+        (SMOLLM3_CONFIG | {"no_rope_layers": [1]}, MISTAKEN),
+        (SMOLLM3_CONFIG | {"no_rope_layers": [1, 2]}, "no_rope_layers: 2 is not supported"),
+        (GPT_NEO_CONFIG | {"attention_layers": ["local"]}, MISTAKEN),
+        (GPT_NEO_CONFIG | {"attention_types": [[["global"], 1]]}, MISTAKEN),
+        (GPT_NEO_CONFIG | {"attention_layers": ["local", "near"]}, "attention_layers: 'near' is not supported"),
+    ],
+)  # fmt: skip
+def test_kinds_of_layers_that_are_not_known_or_too_few_are_refused(
+    config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelConfigError) as caught:
+        read_model_config(write_config(tmp_path, config))
+    assert message in str(caught.value)
+
+
 @pytest.mark.parametrize(("text", "message"), [("{", "cannot be read"), ("[1]", "is not a JSON object")])
 def test_a_broken_config_file_is_named(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)

@@ -7,11 +7,14 @@ from dataclasses import replace
 from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.encoder_like import as_encoder, of_encoder
 from shardray.runtime.model.families.family import (
+    FULL,
+    SLIDING,
     Family,
     Source,
     change_layers,
     change_mlp,
     fused_in_turn,
+    layer_types,
     optional,
     read_activation,
     required,
@@ -22,7 +25,6 @@ from shardray.runtime.model.rotary import read_rotary, with_rotary_of
 from shardray.runtime.model.spec import DecoderSpec, Embedding, Layer, Norm, Norms
 
 _FIELDS = Fields(activation="hidden_activation", eps="norm_eps")
-_SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 def _read_config(config: Config) -> DecoderSpec:
@@ -32,10 +34,10 @@ def _read_config(config: Config) -> DecoderSpec:
     activation = read_activation(config, "hidden_activation", "gelu")
     spec = change_mlp(spec, gated=True, activation=activation, up_bias=mlp_bias, down_bias=mlp_bias)
     every = optional(config, "global_attn_every_n_layers", 3)
-    kinds = config.get("layer_types") or [_SLIDING if index % every else _FULL for index in range(spec.num_layers)]
+    kinds = layer_types(config, spec.num_layers, lambda index: index % every != 0)
     thetas = {
-        _SLIDING: optional(config, "local_rope_theta", 10_000.0),
-        _FULL: optional(config, "global_rope_theta", 160_000.0),
+        SLIDING: optional(config, "local_rope_theta", 10_000.0),
+        FULL: optional(config, "global_rope_theta", 160_000.0),
     }
     window = required(config, "local_attention", int) // 2 + 1
 
@@ -44,7 +46,7 @@ def _read_config(config: Config) -> DecoderSpec:
         attention = replace(
             layer.attention,
             rotary=read_rotary(with_rotary_of(config, kind, thetas[kind]), layer.attention.head_dim),
-            window=window if kind == _SLIDING else None,
+            window=window if kind == SLIDING else None,
             qkv_bias=attention_bias,
             out_bias=attention_bias,
         )
