@@ -151,6 +151,7 @@ def test_a_config_of_only_the_needed_fields_is_enough(config: dict[str, Any], tm
         ({"hidden_size": None}, "hidden_size is None, expected int"),
         ({"hidden_size": "24"}, "hidden_size is '24', expected int"),
         ({"vocab_size": 0}, "vocab_size is 0, expected a positive int"),
+        ({"vocab_size": 32.5}, "vocab_size is 32.5, expected int"),
         ({"vocab_size": True}, "vocab_size is True, expected int"),
         ({"num_key_value_heads": 4}, "num_attention_heads 6 is not a multiple of num_key_value_heads 4"),
         ({"num_key_value_heads": 12}, "num_attention_heads 6 is not a multiple of num_key_value_heads 12"),
@@ -201,6 +202,37 @@ def test_a_gpt2_config_that_cannot_be_computed_is_refused(
     with pytest.raises(ModelConfigError) as caught:
         read_model_config(write_config(tmp_path, GPT2_CONFIG | changes))
     assert message in str(caught.value)
+
+
+WINDOWED = {"query_pre_attn_scalar": 256, "sliding_window": 16}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "whole", "fractional"),
+    [
+        ("cohere", {"logit_scale": 1, "rope_theta": 10_000}, {"logit_scale": 1.0, "rope_theta": 10_000.0}),
+        ("olmo", {"clip_qkv": 6}, {"clip_qkv": 6.0}),
+        ("granite", {"logits_scaling": 8, "attention_multiplier": 1}, {"logits_scaling": 8.0, "vocab_size": 32.0}),
+        (
+            "gemma2",
+            WINDOWED | {"attn_logit_softcapping": 50},
+            {"query_pre_attn_scalar": 256.0, "attn_logit_softcapping": 50.0, "sliding_window": 16.0},
+        ),
+        (
+            "gemma3_text",
+            WINDOWED | {"rope_theta": 1_000_000, "rope_local_base_freq": 10_000},  # as those published have it
+            WINDOWED | {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        ),
+    ],
+)  # fmt: skip
+def test_a_whole_number_may_be_written_either_way(
+    model_type: str, whole: dict[str, Any], fractional: dict[str, Any], tmp_path: Path
+) -> None:
+    specs = [
+        read_model_config(write_config(tmp_path, LLAMA_CONFIG | {"model_type": model_type} | fields))[1]
+        for fields in (whole, fractional)
+    ]
+    assert specs[0] == specs[1]
 
 
 GPT_NEO_CONFIG = {

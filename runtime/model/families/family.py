@@ -191,8 +191,15 @@ def read_activation(config: Mapping[str, Any], field: str, default: str) -> Acti
 
 
 def required(config: Mapping[str, Any], field: str, kind: type[T]) -> T:
-    """A field that the config must have; a number has to be positive. Raises ModelConfigError naming it."""
+    """A field that the config must have; a number has to be positive. Raises ModelConfigError naming it.
+
+    Files have whole numbers written in both ways: 50 for 50.0, and the other way round.
+    """
     value = config.get(field)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
     if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
         raise ModelConfigError(f"config.json: {field} is {value!r}, expected {kind.__name__}")
     if isinstance(value, (int, float)) and kind is not bool and value <= 0:
