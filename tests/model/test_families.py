@@ -235,6 +235,32 @@ def test_a_whole_number_may_be_written_either_way(
     assert specs[0] == specs[1]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "is_windowed"),
+    [
+        ("LLG", [True, True, False, True, False]),  # the last layer sees everything
+        (3, [True, True, False, True, True]),
+        (None, [True, True, True, False, True]),
+    ],
+)
+def test_exaone4_has_windows_by_its_pattern(pattern: str | int | None, is_windowed: list[bool], tmp_path: Path) -> None:
+    fields = {"model_type": "exaone4", "num_hidden_layers": 5, "sliding_window": 16, "sliding_window_pattern": pattern}
+    _, spec = read_model_config(write_config(tmp_path, LLAMA_CONFIG | fields))
+    assert [layer.attention.window == 16 for layer in spec.layers] == is_windowed
+    assert [layer.attention.rotary is not None for layer in spec.layers] == is_windowed
+
+
+def test_the_kinds_of_layers_count_more_than_a_pattern_and_a_pattern_of_other_letters_is_refused(
+    tmp_path: Path,
+) -> None:
+    fields = {"model_type": "exaone4", "sliding_window": 16, "sliding_window_pattern": "LLLG"}
+    kinds = {"layer_types": ["full_attention", "sliding_attention"]}
+    _, spec = read_model_config(write_config(tmp_path, LLAMA_CONFIG | fields | kinds))
+    assert [layer.attention.window for layer in spec.layers] == [None, 16]
+    with pytest.raises(ModelConfigError, match="sliding_window_pattern is 'LXG', expected a number, or L's and G's"):
+        read_model_config(write_config(tmp_path, LLAMA_CONFIG | fields | {"sliding_window_pattern": "LXG"}))
+
+
 GPT_NEO_CONFIG = {
     "model_type": "gpt_neo",
     "vocab_size": 32,
