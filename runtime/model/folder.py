@@ -6,21 +6,27 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shardray.runtime.model.model_cache import ModelSourceError
 from shardray.runtime.model.spec import ModelConfigError, Pooling, PoolingMode
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in ``path``; empty if there is no such file. Raises ModelSourceError if it is not a JSON object."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelSourceError(f"{path}: is not JSON ({error})") from error
+    """The object in ``path``; empty if there is no such file. Raises ModelConfigError if it is not a JSON object."""
+    return read_object(path) if path.is_file() else {}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in ``path``. Raises ModelConfigError if there is none."""
+    content = _read(path)
     if not isinstance(content, dict):
-        raise ModelSourceError(f"{path}: is not a JSON object")
+        raise ModelConfigError(f"{path}: is not a JSON object")
     return content
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelConfigError(f"{path}: cannot be read: {error}") from error
 
 
 def read_eos_token_ids(folder: Path) -> frozenset[int]:
@@ -92,5 +98,8 @@ def _read_modules(folder: Path) -> list[tuple[str, str]]:
     path = folder / "modules.json"
     if not path.is_file():
         return []
-    modules = json.loads(path.read_text(encoding="utf-8"))
-    return [(str(module["type"]).rpartition(".")[2], str(module["path"])) for module in modules]
+    modules = _read(path)
+    try:
+        return [(str(module["type"]).rpartition(".")[2], str(module["path"])) for module in modules]
+    except (TypeError, KeyError) as error:
+        raise ModelConfigError(f"{path}: is not a list of modules, each with a type and a path") from error

@@ -174,3 +174,18 @@ def test_other_modules_of_sentence_transformers_are_refused(kinds: list[str], tm
     write_modules(tmp_path, kinds, {"pooling_mode": "cls"})
     with pytest.raises(ModelConfigError, match=rf"modules\.json: {', '.join(kinds)}, one after the other, is not"):
         read_pooling(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[{", "cannot be read: "),
+        ('[{"idx": 0, "type": "some.models.Transformer"}]', "is not a list of modules, each with a type and a path"),
+        ('{"type": 1}', "is not a list of modules"),
+        ("3", "is not a list of modules"),
+    ],
+)
+def test_broken_modules_are_refused_with_their_file(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text(text)
+    with pytest.raises(ModelConfigError, match=f"{tmp_path}/modules.json: {message}"):
+        read_pooling(tmp_path)
