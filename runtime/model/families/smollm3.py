@@ -5,6 +5,7 @@ from __future__ import annotations
 from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import Family, of_each_layer, optional, windowed_layers, without_positions
 from shardray.runtime.model.families.llama import LLAMA_IGNORED, llama_like_sources, read_llama_like
+from shardray.runtime.model.families.qwen import WINDOW_FIELDS
 from shardray.runtime.model.spec import DecoderSpec
 
 
@@ -24,9 +25,5 @@ SMOLLM3 = Family(
     _read_config,
     llama_like_sources,
     LLAMA_IGNORED,
-    irrelevant={
-        "layer_types": "used with use_sliding_window alone",
-        "max_window_layers": "used with use_sliding_window alone",
-        "sliding_window": "used with use_sliding_window alone",
-    },
+    irrelevant=WINDOW_FIELDS,
 )
