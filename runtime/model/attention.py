@@ -147,12 +147,13 @@ class OwnHeads:
     kv_of_head: tuple[int, ...]
     first_head: int
     num_heads_in_all: int
-    first_new_kv_head: int = 0  # here; those before it are also held by the rank before
+    first_new_kv_head: int = 0  # here; those before it are also held by a rank before
 
     @classmethod
     def of(cls, plan: ShardPlan, tp_rank: int) -> OwnHeads:
-        before = plan.kv_heads[tp_rank - 1] if tp_rank > 0 else range(0)
-        shared = max(0, before.stop - plan.kv_heads[tp_rank].start) if before else 0
+        own = plan.kv_heads[tp_rank]
+        held_before = max((held.stop for held in plan.kv_heads[:tp_rank] if held), default=0)  # some ranks have none
+        shared = max(0, held_before - own.start) if own else 0
         return cls(plan.kv_of_heads(tp_rank), plan.heads[tp_rank].start, plan.sizes.num_heads, shared)
 
 

@@ -6,21 +6,27 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shardray.runtime.model.model_cache import ModelSourceError
 from shardray.runtime.model.spec import ModelConfigError, Pooling, PoolingMode
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in ``path``; empty if there is no such file. Raises ModelSourceError if it is not a JSON object."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelSourceError(f"{path}: is not JSON ({error})") from error
+    """The object in ``path``; empty if there is no such file. Raises ModelConfigError if it is not a JSON object."""
+    return read_object(path) if path.is_file() else {}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in ``path``. Raises ModelConfigError if there is none."""
+    content = _read(path)
     if not isinstance(content, dict):
-        raise ModelSourceError(f"{path}: is not a JSON object")
+        raise ModelConfigError(f"{path}: is not a JSON object")
     return content
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelConfigError(f"{path}: cannot be read: {error}") from error
 
 
 def read_eos_token_ids(folder: Path) -> frozenset[int]:
@@ -67,9 +73,18 @@ def read_suppressed_token_ids(folder: Path) -> tuple[int, ...]:
 
 
 def read_pooling(folder: Path) -> Pooling:
-    """How a folder of sentence-transformers makes embeddings; the mean for one that does not say."""
+    """How a folder of sentence-transformers makes embeddings; the mean for one that does not say.
+
+    Raises ModelConfigError for modules that would make others of them.
+    """
     modules = _read_modules(folder)
-    normalize = any(kind == "Normalize" for kind, _ in modules)
+    kinds = [kind for kind, _ in modules]
+    if kinds not in _MODULES:
+        raise ModelConfigError(
+            f"{folder}: modules.json: {', '.join(kinds)}, one after the other, is not supported "
+            "(only Transformer, Pooling and perhaps Normalize is)"
+        )
+    normalize = "Normalize" in kinds
     config = next((read_json(folder / path / "config.json") for kind, path in modules if kind == "Pooling"), {})
     wanted = [str(config["pooling_mode"])] if "pooling_mode" in config else [
         name.removeprefix("pooling_mode_") for name, value in config.items() if value is True and "_mode_" in name
@@ -88,6 +103,7 @@ def read_max_text_len(folder: Path) -> int | None:
     return value if isinstance(value, int) else None
 
 
+_MODULES = [[], ["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]]
 _POOLING_MODES: dict[str, PoolingMode] = {
     "mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "cls", "lasttoken": "last",
 }  # fmt: skip
@@ -98,5 +114,8 @@ def _read_modules(folder: Path) -> list[tuple[str, str]]:
     path = folder / "modules.json"
     if not path.is_file():
         return []
-    modules = json.loads(path.read_text(encoding="utf-8"))
-    return [(str(module["type"]).rpartition(".")[2], str(module["path"])) for module in modules]
+    modules = _read(path)
+    try:
+        return [(str(module["type"]).rpartition(".")[2], str(module["path"])) for module in modules]
+    except (TypeError, KeyError) as error:
+        raise ModelConfigError(f"{path}: is not a list of modules, each with a type and a path") from error

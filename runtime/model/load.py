@@ -39,7 +39,7 @@ Parameters = dict[str, Tensor]
 class ParameterLoader:
     """One rank's reader: whole parameters in the checkpoint, owned slices out, in the model's dtype, on its device.
 
-    ``num_bytes``: of all that was read so far, in that dtype.
+    ``num_bytes``: of all that was read so far, as it is held.
     """
 
     def __init__(
@@ -105,18 +105,21 @@ class ParameterLoader:
             for target, source, parameter in zip(parts, sources, group.values(), strict=True):
                 self._fill(target, source, parameter, layer)
 
-        whole = self._hold((sum(rows), *shapes[0][1:]), all(one.multiplied for one in group.values()), fill)
+        dtype = torch.float32 if any(one.in_float32 for one in group.values()) else self._dtype
+        whole = self._hold((sum(rows), *shapes[0][1:]), dtype, all(one.multiplied for one in group.values()), fill)
         return dict(zip(group, torch.split(whole, rows), strict=True))
 
-    def _hold(self, shape: tuple[int, ...], multiplied: bool, fill: Callable[[Tensor], None]) -> Tensor:
+    def _hold(
+        self, shape: tuple[int, ...], dtype: torch.dtype, multiplied: bool, fill: Callable[[Tensor], None]
+    ) -> Tensor:
         """Memory for a group. What is only packed by layers is kept by them, and not read if it is there already."""
         device = self._filling.device
-        is_kept = device.type == "cpu" and not (multiplied and is_packed(device.type, self._dtype))
+        is_kept = device.type == "cpu" and not (multiplied and is_packed(device.type, dtype))
         if is_kept:
-            return keep(shape, self._dtype, fill)
+            return keep(shape, dtype, fill)
         if is_there_already() and math.prod(shape) > 0:
-            return torch.empty(shape, dtype=self._dtype, device="meta")
-        whole = torch.empty(shape, dtype=self._dtype, device=device)
+            return torch.empty(shape, dtype=dtype, device="meta")
+        whole = torch.empty(shape, dtype=dtype, device=device)
         fill(whole)
         return whole
 

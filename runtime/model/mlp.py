@@ -104,7 +104,10 @@ class ExpertsBlock:
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(T, k) float32 weights, and the experts that they belong to"""
-        logits = F.linear(x, self._router, self._router_bias).float()
+        router = self._router
+        if self._spec.routes_in_float32:
+            x, router = x.float(), router.float()  # a copy for the step is cheap beside the experts
+        logits = F.linear(x, router, self._router_bias).float()
         scores = torch.sigmoid(logits) if self._spec.scores == "sigmoid" else torch.softmax(logits, dim=-1)
         choice = scores if self._correction is None else scores + self._correction
         if self._spec.groups is not None:

@@ -40,11 +40,15 @@ class Split:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A whole parameter and how it is cut. ``multiplied``: it is read by a Linear and by nothing else."""
+    """A whole parameter and how it is cut. ``multiplied``: it is read by a Linear and by nothing else.
+
+    ``in_float32``: it is held so, whatever the model's dtype is.
+    """
 
     shape: tuple[int, ...]
     splits: tuple[Split, ...] = ()
     multiplied: bool = False
+    in_float32: bool = False
 
     @property
     def num_elements(self) -> int:
@@ -186,7 +190,7 @@ def _expert_parameters(experts: Experts, hidden: int) -> dict[str, Parameter]:
     if experts.router_bias:
         found["router.bias"] = Parameter((count,))
     if experts.has_correction:
-        found["router.correction"] = Parameter((count,))
+        found["router.correction"] = Parameter((count,), in_float32=True)
     whole = Split(0, Axis.EXPERTS)
     for name, rows in _in_names(mlp).items():
         splits = whole, Split(1, Axis.EXPERT_FFN, rows)

@@ -23,11 +23,12 @@ _KINDS = ("default", "dynamic", "linear", "llama3", "longrope", "yarn")
 
 
 def read_rotary(config: Config, head_dim: int) -> Rotary:
-    """``rope_theta`` and ``rope_scaling``, or the newer ``rope_parameters`` that holds both.
+    """``rope_theta`` and ``rope_scaling``, or the newer ``rope_parameters`` that holds both; the older one wins.
 
+    What counts where a file has several of them is as in transformers' modeling_rope_utils.py.
     Raises ModelConfigError for a scaling that is not known or lacks a field.
     """
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(parameters, Mapping):
         raise ModelConfigError(f"config.json: rope_scaling is {parameters!r}, expected an object")
     both = config | {field: value for field, value in parameters.items() if value is not None}
@@ -35,6 +36,17 @@ def read_rotary(config: Config, head_dim: int) -> Rotary:
     if dim < 2 or dim % 2:
         raise ModelConfigError(f"config.json: rotary positions need an even number of elements of each head, not {dim}")
     return Rotary(_number(both, "rope_theta", _DEFAULT_THETA), dim, _read_scaling(parameters, config, dim))
+
+
+def with_rotary_of(config: Config, kind: str, theta: float, is_scaled: bool = True) -> Config:
+    """The config as it would be if all layers were of one kind, of ``theta`` by default.
+
+    Newer ones have ``rope_parameters`` for each kind; the ``rope_scaling`` of older ones is that of the kinds that are
+    ``is_scaled``.
+    """
+    given = (config.get("rope_parameters") or {}).get(kind) or {}
+    scaling = (config.get("rope_scaling") or {}) if is_scaled else {}
+    return config | {"rope_parameters": {"rope_theta": theta, **given, **scaling}, "rope_scaling": None}
 
 
 def _read_scaling(parameters: Mapping[str, Any], config: Config, dim: int) -> Scaling | None:
@@ -48,7 +60,7 @@ def _read_scaling(parameters: Mapping[str, Any], config: Config, dim: int) -> Sc
     if kind == "yarn":
         return _read_yarn(parameters, config)
     if kind == "dynamic":
-        return DynamicScaling(_number(parameters, "factor"), _trained_positions(parameters, config))
+        return DynamicScaling(_number(parameters, "factor"), int(_number(config, "max_position_embeddings")))
     if kind in ("longrope", "su"):  # as Phi 3 called it first
         return _read_longrope(parameters, config, dim)
     raise ModelConfigError(f"config.json: rope_type {kind!r} is not supported; {nearest_of(kind, _KINDS)}")
@@ -63,9 +75,8 @@ def _read_llama3(parameters: Mapping[str, Any], trained: int) -> Llama3Scaling:
 
 def _read_yarn(parameters: Mapping[str, Any], config: Config) -> YarnScaling:
     trained = _trained_positions(parameters, config)
-    stretched = (_maybe(config, "max_position_embeddings") or trained) / trained
     return YarnScaling(
-        factor=_number(parameters, "factor", stretched),
+        factor=_factor(parameters, config, trained),
         original_max_position=trained,
         beta_fast=_number(parameters, "beta_fast", 32.0),
         beta_slow=_number(parameters, "beta_slow", 1.0),
@@ -78,9 +89,8 @@ def _read_yarn(parameters: Mapping[str, Any], config: Config) -> YarnScaling:
 
 def _read_longrope(parameters: Mapping[str, Any], config: Config, dim: int) -> LongRopeScaling:
     trained = _trained_positions(parameters, config)
-    stretched = (_maybe(config, "max_position_embeddings") or trained) / trained
-    stretched = stretched if stretched != 1 else _maybe(parameters, "factor") or 1.0
-    usual = math.sqrt(1 + math.log(stretched) / math.log(trained)) if stretched > 1 else 1.0
+    factor = _factor(parameters, config, trained)
+    usual = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
     return LongRopeScaling(
         _factors(parameters, "short_factor", dim),
         _factors(parameters, "long_factor", dim),
@@ -95,6 +105,11 @@ def _factors(parameters: Mapping[str, Any], field: str, dim: int) -> tuple[float
     if not isinstance(factors, list) or len(factors) != dim // 2:
         raise ModelConfigError(f"config.json: {field} of the rotary scaling has to be a list of {dim // 2} factors")
     return tuple(float(factor) for factor in factors)
+
+
+def _factor(parameters: Mapping[str, Any], config: Config, trained: int) -> float:
+    """By how much the window was stretched."""
+    return _number(parameters, "factor", (_maybe(config, "max_position_embeddings") or trained) / trained)
 
 
 def _trained_positions(parameters: Mapping[str, Any], config: Config) -> int:

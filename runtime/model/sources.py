@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,8 +67,10 @@ def read_headers(source: str, *, revision: str | None = None, cache_dir: Path | 
             return _open(folder)
         case _HubId():
             cached = find_in_hub_cache(source, revision)
-            has_weights = cached is not None and any(cached.glob("*.safetensors"))
-            return _open(cached) if cached is not None and has_weights else fetch_headers(source, revision)
+            with suppress(ModelSourceError):  # a pull that was interrupted has not brought all files
+                if cached is not None:
+                    return _open(cached)
+            return fetch_headers(source, revision)
         case folder:
             return _open(folder)
 

@@ -106,6 +106,7 @@ class Experts:
     ``normalized``: the weights of those chosen add up to one, before they are multiplied by ``scale``. ``groups``: only
     experts of the best groups can be chosen. ``has_correction``: a bias on the scores, for the choice alone.
     ``shared``: an MLP for every token besides; with a gate, times sigmoid of a product of its own.
+    ``routes_in_float32``: the router's product is computed so, whatever the model's dtype is.
     """
 
     num_experts: int
@@ -117,6 +118,7 @@ class Experts:
     router_bias: bool = False
     scores: Literal["softmax", "sigmoid"] = "softmax"
     has_correction: bool = False
+    routes_in_float32: bool = False
     groups: Groups | None = None
     scale: float = 1.0
 

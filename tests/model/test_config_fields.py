@@ -5,18 +5,28 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import CONFIG_MAPPING
 
 from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families import FAMILIES, read_model_config, unknown_fields
 from shardray.runtime.model.families.family import Family
+from shardray.runtime.model.families.gemma import GEMMA3
 from shardray.runtime.model.families.irrelevant import IRRELEVANT
+from shardray.runtime.model.families.modernbert import MODERNBERT
+from shardray.runtime.model.spec import DecoderSpec, ModelConfigError
 from tests.model.models_page import PAGE, configs, page
 from tests.tiny_models import save_llama
 
 # RoBERTa's positions begin behind the padding's id; a BERT that is a decoder is refused
 READ_NEVERTHELESS = {"pad_token_id", "is_decoder"}
+# A checkpoint whose tensors do not fit what these say is refused as it is loaded
+TOLD_BY_TENSORS = {
+    "ffn_dim", "first_k_dense_replace", "head_dim", "hidden_dim", "intermediate_size", "n_shared_experts",
+    "num_key_value_heads", "q_lora_rank",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -34,6 +44,59 @@ def test_what_no_family_needs_is_read_by_none(family: Family) -> None:
     for config in configs(family).values():
         family.read_config(config)
         assert config.read & IRRELEVANT.keys() <= READ_NEVERTHELESS
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_an_absent_field_and_a_null_one_mean_what_they_mean_to_transformers(family: Family) -> None:
+    """Or they are refused."""
+    for name, config in configs(family).items():
+        for field in config.keys() - {"model_type", *TOLD_BY_TENSORS}:
+            rest = {other: value for other, value in config.items() if other != field}
+            for fields in (rest, rest | {field: None}):
+                if (whole := fill_in(fields)) is not None:
+                    assert read(family, fields) in (read(family, whole), None), (name, field, field in fields)
+
+
+PLAIN = {"rope_type": "default"}
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+
+
+@pytest.mark.parametrize("family", [GEMMA3, MODERNBERT], ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {},
+        {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": PLAIN}},
+        {"rope_parameters": {"full_attention": LINEAR | {"rope_theta": 5e5}}},
+        {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": LINEAR},
+        {"global_rope_theta": 5e5, "local_rope_theta": 2e4, "rope_scaling": LINEAR},
+        {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": PLAIN}, "rope_scaling": LINEAR},
+    ],
+)
+def test_rotary_positions_of_each_kind_of_layer_are_those_of_transformers(family: Family, rope: dict[str, Any]) -> None:
+    for config in configs(family).values():
+        fields = {name: value for name, value in config.items() if name != "rope_parameters"} | rope
+        whole = fill_in(fields)
+        assert whole is not None
+        assert read(family, fields) == read(family, whole) is not None
+
+
+def fill_in(fields: dict[str, Any]) -> dict[str, Any] | None:
+    """With the defaults of transformers; None if it does not take them."""
+    try:
+        config = CONFIG_MAPPING[fields["model_type"]](**json.loads(json.dumps(fields)))  # it writes into them
+    except Exception:  # of many kinds
+        return None
+    filled: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return filled
+
+
+def read(family: Family, fields: dict[str, Any]) -> DecoderSpec | None:
+    """None if it is refused."""
+    try:
+        return family.read_config(Config(fields))
+    except ModelConfigError:
+        return None
 
 
 def test_a_field_that_nothing_is_known_of_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

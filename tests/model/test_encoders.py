@@ -13,6 +13,7 @@ from shardray.parallel.checkpoint import Checkpoint
 from shardray.parallel.plan import make_plan
 from shardray.runtime.engine.request import FieldError
 from shardray.runtime.model.families import read_model_config
+from shardray.runtime.model.folder import read_pooling
 from shardray.runtime.model.load import ParameterLoader
 from shardray.runtime.model.parameters import model_sizes, num_owned_elements
 from shardray.runtime.model.spec import ModelConfigError, Pooling
@@ -139,3 +140,52 @@ def test_what_would_change_the_output_is_refused(
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ModelConfigError, match=message):
         read_model_config(tmp_path)
+
+
+def write_modules(folder: Path, kinds: list[str], pooling: dict[str, object]) -> None:
+    modules = [
+        {"idx": index, "name": str(index), "path": f"{index}_{kind}" if index else "", "type": f"some.models.{kind}"}
+        for index, kind in enumerate(kinds)
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    for path in (folder / str(module["path"]) for module in modules if module["idx"]):
+        path.mkdir(exist_ok=True)
+        (path / "config.json").write_text(json.dumps(pooling if path.name.endswith("Pooling") else {}))
+
+
+def test_pooling_is_that_of_the_modules_of_sentence_transformers(tmp_path: Path) -> None:
+    assert read_pooling(tmp_path) == Pooling("mean")
+    write_modules(tmp_path, ["Transformer", "Pooling"], {"pooling_mode_cls_token": True})
+    assert read_pooling(tmp_path) == Pooling("cls")
+    write_modules(tmp_path, ["Transformer", "Pooling", "Normalize"], {"pooling_mode": "lasttoken"})
+    assert read_pooling(tmp_path) == Pooling("last", normalize=True)
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ["Transformer", "Pooling", "Dense", "Normalize"],  # as LaBSE has it
+        ["Transformer", "Normalize", "Pooling"],
+        ["WordEmbeddings", "Pooling"],
+        ["Transformer"],
+    ],
+)
+def test_other_modules_of_sentence_transformers_are_refused(kinds: list[str], tmp_path: Path) -> None:
+    write_modules(tmp_path, kinds, {"pooling_mode": "cls"})
+    with pytest.raises(ModelConfigError, match=rf"modules\.json: {', '.join(kinds)}, one after the other, is not"):
+        read_pooling(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[{", "cannot be read: "),
+        ('[{"idx": 0, "type": "some.models.Transformer"}]', "is not a list of modules, each with a type and a path"),
+        ('{"type": 1}', "is not a list of modules"),
+        ("3", "is not a list of modules"),
+    ],
+)
+def test_broken_modules_are_refused_with_their_file(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text(text)
+    with pytest.raises(ModelConfigError, match=f"{tmp_path}/modules.json: {message}"):
+        read_pooling(tmp_path)

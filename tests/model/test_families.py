@@ -151,6 +151,7 @@ def test_a_config_of_only_the_needed_fields_is_enough(config: dict[str, Any], tm
         ({"hidden_size": None}, "hidden_size is None, expected int"),
         ({"hidden_size": "24"}, "hidden_size is '24', expected int"),
         ({"vocab_size": 0}, "vocab_size is 0, expected a positive int"),
+        ({"vocab_size": 32.5}, "vocab_size is 32.5, expected int"),
         ({"vocab_size": True}, "vocab_size is True, expected int"),
         ({"num_key_value_heads": 4}, "num_attention_heads 6 is not a multiple of num_key_value_heads 4"),
         ({"num_key_value_heads": 12}, "num_attention_heads 6 is not a multiple of num_key_value_heads 12"),
@@ -200,6 +201,100 @@ def test_a_gpt2_config_that_cannot_be_computed_is_refused(
 ) -> None:
     with pytest.raises(ModelConfigError) as caught:
         read_model_config(write_config(tmp_path, GPT2_CONFIG | changes))
+    assert message in str(caught.value)
+
+
+WINDOWED = {"query_pre_attn_scalar": 256, "sliding_window": 16}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "whole", "fractional"),
+    [
+        ("cohere", {"logit_scale": 1, "rope_theta": 10_000}, {"logit_scale": 1.0, "rope_theta": 10_000.0}),
+        ("olmo", {"clip_qkv": 6}, {"clip_qkv": 6.0}),
+        ("granite", {"logits_scaling": 8, "attention_multiplier": 1}, {"logits_scaling": 8.0, "vocab_size": 32.0}),
+        (
+            "gemma2",
+            WINDOWED | {"attn_logit_softcapping": 50},
+            {"query_pre_attn_scalar": 256.0, "attn_logit_softcapping": 50.0, "sliding_window": 16.0},
+        ),
+        (
+            "gemma3_text",
+            WINDOWED | {"rope_theta": 1_000_000, "rope_local_base_freq": 10_000},  # as those published have it
+            WINDOWED | {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        ),
+    ],
+)  # fmt: skip
+def test_a_whole_number_may_be_written_either_way(
+    model_type: str, whole: dict[str, Any], fractional: dict[str, Any], tmp_path: Path
+) -> None:
+    specs = [
+        read_model_config(write_config(tmp_path, LLAMA_CONFIG | {"model_type": model_type} | fields))[1]
+        for fields in (whole, fractional)
+    ]
+    assert specs[0] == specs[1]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "is_windowed"),
+    [
+        ("LLG", [True, True, False, True, False]),  # the last layer sees everything
+        (3, [True, True, False, True, True]),
+        (None, [True, True, True, False, True]),
+    ],
+)
+def test_exaone4_has_windows_by_its_pattern(pattern: str | int | None, is_windowed: list[bool], tmp_path: Path) -> None:
+    fields = {"model_type": "exaone4", "num_hidden_layers": 5, "sliding_window": 16, "sliding_window_pattern": pattern}
+    _, spec = read_model_config(write_config(tmp_path, LLAMA_CONFIG | fields))
+    assert [layer.attention.window == 16 for layer in spec.layers] == is_windowed
+    assert [layer.attention.rotary is not None for layer in spec.layers] == is_windowed
+
+
+def test_the_kinds_of_layers_count_more_than_a_pattern_and_a_pattern_of_other_letters_is_refused(
+    tmp_path: Path,
+) -> None:
+    fields = {"model_type": "exaone4", "sliding_window": 16, "sliding_window_pattern": "LLLG"}
+    kinds = {"layer_types": ["full_attention", "sliding_attention"]}
+    _, spec = read_model_config(write_config(tmp_path, LLAMA_CONFIG | fields | kinds))
+    assert [layer.attention.window for layer in spec.layers] == [None, 16]
+    with pytest.raises(ModelConfigError, match="sliding_window_pattern is 'LXG', expected a number, or L's and G's"):
+        read_model_config(write_config(tmp_path, LLAMA_CONFIG | fields | {"sliding_window_pattern": "LXG"}))
+
+
+GPT_NEO_CONFIG = {
+    "model_type": "gpt_neo",
+    "vocab_size": 32,
+    "hidden_size": 24,
+    "num_layers": 2,
+    "num_heads": 4,
+    "window_size": 16,
+    "max_position_embeddings": 64,
+}
+MODERNBERT_CONFIG = LLAMA_CONFIG | {"model_type": "modernbert", "local_attention": 16}
+SMOLLM3_CONFIG = LLAMA_CONFIG | {"model_type": "smollm3"}
+MISTAKEN = "expected a list of one for each layer"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LLAMA_CONFIG | {"model_type": "cohere2", "sliding_window": 16, "layer_types": ["chunked_attention"] * 2},
+         "layer_types: 'chunked_attention' is not supported (one of 'full_attention', 'sliding_attention' is)"),
+        (LLAMA_CONFIG | {"model_type": "cohere2", "sliding_window": 16, "layer_types": ["full_attention"]}, MISTAKEN),
+        (MODERNBERT_CONFIG | {"layer_types": ["full", "sliding_attention"]}, "layer_types: 'full' is not supported"),
+        (MODERNBERT_CONFIG | {"layer_types": "full_attention"}, MISTAKEN),
+        (SMOLLM3_CONFIG | {"no_rope_layers": [1]}, MISTAKEN),
+        (SMOLLM3_CONFIG | {"no_rope_layers": [1, 2]}, "no_rope_layers: 2 is not supported"),
+        (GPT_NEO_CONFIG | {"attention_layers": ["local"]}, MISTAKEN),
+        (GPT_NEO_CONFIG | {"attention_types": [[["global"], 1]]}, MISTAKEN),
+        (GPT_NEO_CONFIG | {"attention_layers": ["local", "near"]}, "attention_layers: 'near' is not supported"),
+    ],
+)  # fmt: skip
+def test_kinds_of_layers_that_are_not_known_or_too_few_are_refused(
+    config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelConfigError) as caught:
+        read_model_config(write_config(tmp_path, config))
     assert message in str(caught.value)
 
 

@@ -176,6 +176,20 @@ def test_of_a_model_that_is_not_here_the_headers_are_fetched_and_no_weights(hub:
     assert cached.get("tensors") == found["tensors"], cached
 
 
+def test_after_a_pull_that_was_interrupted_headers_are_the_hub_s(hub: Hub, tmp_path: Path) -> None:
+    home = str(tmp_path)
+    hub.fetch("org/tiny", HF_HOME=home)
+    (snapshot,) = tmp_path.glob("hub/models--org--tiny/snapshots/*")
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    (snapshot / "model.safetensors").rename(snapshot / shards[0])  # the second one was not reached
+    index = {"weight_map": {"weight": shards[0], "more": shards[1]}}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    for listing in tmp_path.glob("hub/models--org--tiny/trees/*"):  # older huggingface_hubs keep none
+        listing.unlink()
+    (found,) = hub.fetch("org/tiny", script=HEADERS_SCRIPT, HF_HOME=home)
+    assert found.get("tensors") == {"weight": ["torch.float32", [300_000]]}, found
+
+
 def test_a_hub_s_refusal_of_headers_is_one_clear_line(hub: Hub, tmp_path: Path) -> None:
     (gated,) = hub.fetch("org/gated", script=HEADERS_SCRIPT, HF_HOME=str(tmp_path))
     assert gated["error"] == "org/gated: access is gated; accept its terms on its page and set HF_TOKEN"

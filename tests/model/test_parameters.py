@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shardray.parallel.plan import Axis, make_plan
+from shardray.parallel.plan import Axis, ModelSizes, make_plan
+from shardray.runtime.model.attention import OwnHeads
 from shardray.runtime.model.parameters import (
     Parameter,
     embedding_parameters,
@@ -119,3 +122,17 @@ def test_norms_exist_where_the_spec_has_them(spec: DecoderSpec) -> None:
     for name, norm in norms.items():
         assert (f"{name}.weight" in names) == (norm is not None and norm.has_weight)
         assert (f"{name}.bias" in names) == (norm is not None and norm.has_bias)
+
+
+@settings(deadline=None)
+@given(
+    num_kv_heads=st.integers(1, 4),
+    group=st.integers(1, 4),
+    split=st.lists(st.integers(1, 30), min_size=1, max_size=5),
+)
+@example(num_kv_heads=1, group=2, split=[2, 1, 2])  # the rank between has no heads
+def test_a_kv_head_that_ranks_share_is_new_to_one_of_them(num_kv_heads: int, group: int, split: list[int]) -> None:
+    sizes = ModelSizes(num_kv_heads * group, num_kv_heads, 64, (1.0,))
+    plan = make_plan(sizes, len(split), 1, tuple(map(float, split)))
+    new = [held[OwnHeads.of(plan, rank).first_new_kv_head :] for rank, held in enumerate(plan.kv_heads)]
+    assert list(itertools.chain(*new)) == list(range(num_kv_heads))

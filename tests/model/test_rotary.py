@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.positions import LinearScaling, Llama3Scaling, YarnScaling
 from shardray.runtime.model.rotary import read_rotary
 from shardray.runtime.model.rotary_angles import rotary_angles
@@ -70,6 +72,14 @@ def test_old_and_new_fields_mean_the_same() -> None:
         assert (rotary.theta, rotary.dim, rotary.scaling) == (5e5, 128, expected)
 
 
+def test_of_both_fields_the_older_one_counts() -> None:
+    fields = {"rope_parameters": YARN | {"rope_theta": 1e6}, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    config = LlamaConfig(**copy.deepcopy(fields)).rope_parameters
+    assert (config["rope_type"], config["rope_theta"]) == ("linear", 10_000.0)
+    found = read_rotary(Config(fields), 64)
+    assert (found.theta, found.scaling) == (10_000.0, LinearScaling(4.0))
+
+
 def test_nothing_said_is_the_plain_table_of_theta_ten_thousand() -> None:
     for config in ({}, {"rope_scaling": None}, {"rope_parameters": {}}, {"rope_scaling": {"type": "default"}}):
         rotary = read_rotary(config, 64)
@@ -91,19 +101,20 @@ def test_yarn_takes_the_stretch_of_the_window_where_it_names_no_factor() -> None
     assert found == YarnScaling(8.0, 1024)
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + 0.01 * i for i in range(32)],
+    "long_factor": [1.0 + 0.5 * i for i in range(32)],
+    "original_max_position_embeddings": 512,
+}
+DYNAMIC = {"rope_type": "dynamic", "factor": 3.0}
+
+
 @pytest.mark.parametrize("num_positions", [500, 512, 513, 2048])
 @pytest.mark.parametrize(
     "parameters",
-    [
-        {"rope_type": "dynamic", "factor": 3.0},
-        {
-            "rope_type": "longrope",
-            "short_factor": [1.0 + 0.01 * i for i in range(32)],
-            "long_factor": [1.0 + 0.5 * i for i in range(32)],
-            "original_max_position_embeddings": 512,
-        },
-    ],
-    ids=["dynamic", "longrope"],
+    [DYNAMIC, DYNAMIC | {"original_max_position_embeddings": 128}, LONGROPE, LONGROPE | {"factor": 16.0}],
+    ids=["dynamic", "dynamic, from less", "longrope", "longrope, with a factor"],
 )
 def test_scalings_by_length_are_those_of_the_longest_context(parameters: dict[str, Any], num_positions: int) -> None:
     config = LlamaConfig(

@@ -6,12 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from shardray.parallel.checkpoint import Checkpoint
+from shardray.parallel.comm import SoloComm
 from shardray.parallel.plan import make_plan
 from shardray.runtime.model.families import read_model_config
+from shardray.runtime.model.kernels.ops import Ops
 from shardray.runtime.model.load import ParameterLoader
+from shardray.runtime.model.mlp import ExpertsBlock, OwnExperts
 from shardray.runtime.model.parameters import model_sizes, num_owned_elements
+from shardray.runtime.model.spec import Experts
 from tests.model.logits import LogitsOf
 from tests.model.test_families import distance, random_ids
 from tests.model.zoo import WITH_EXPERTS, ZOO, save
@@ -57,3 +63,25 @@ def test_a_rank_reads_the_bytes_that_it_owns_and_no_more(name: str, expert_paral
         owned = num_owned_elements(spec, plan, stage, tp_rank)
         assert sum(tensor.numel() for part in parts for tensor in part.values()) == owned
         assert checkpoint.bytes_read == 4 * owned
+
+
+@pytest.mark.parametrize("name", ["deepseek-v2", "deepseek-v3"])
+def test_deepseek_routes_in_float32_whatever_the_dtype(name: str, tmp_path: Path) -> None:
+    """Corrections far from zero, as those published are: bfloat16 has steps of 1/32 there, wider than scores differ."""
+    path = save(name, tmp_path) / "model.safetensors"
+    tensors = load_file(path)
+    for stored in [stored for stored in tensors if stored.endswith("correction_bias")]:
+        tensors[stored] = 7.0 + 0.02 * torch.randn(tensors[stored].shape)
+    save_file(tensors, path, metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+
+    family, spec = read_model_config(tmp_path)
+    plan, experts = make_plan(model_sizes(spec), 1, 1), spec.layers[1].mlp
+    assert isinstance(experts, Experts)
+    parameters = ParameterLoader(Checkpoint(tmp_path), family, spec, plan, 0, torch.bfloat16).layer(1)
+    block = ExpertsBlock(experts, OwnExperts(), parameters, SoloComm(), Ops())
+    x = torch.randn(400, spec.hidden_size, generator=torch.Generator().manual_seed(5)).bfloat16()
+    weights, chosen = block._route(x)
+    _, expected_weights, expected = model.model.layers[1].mlp.gate(x)
+    assert torch.equal(chosen.sort().values, expected.sort().values)
+    torch.testing.assert_close(weights.sort().values, expected_weights.sort().values)

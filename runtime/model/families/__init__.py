@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
@@ -41,6 +40,7 @@ from shardray.runtime.model.families.smollm3 import SMOLLM3
 from shardray.runtime.model.families.stablelm import STABLELM
 from shardray.runtime.model.families.starcoder import GPT_BIGCODE, STARCODER2
 from shardray.runtime.model.families.t5 import T5
+from shardray.runtime.model.folder import read_object
 from shardray.runtime.model.spec import DecoderSpec, ModelConfigError
 
 FAMILIES = (
@@ -96,13 +96,7 @@ _BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in fa
 def read_model_config(folder: Path) -> tuple[Family, DecoderSpec]:
     """The family and the spec of a model folder. Raises ModelConfigError naming the field that is not supported."""
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelConfigError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelConfigError(f"{path}: is not a JSON object")
-    fields = Config(config)
+    fields = Config(read_object(path))
     family = _family_of(fields)
     quantization = fields.get("quantization_config")
     if quantization and quantization.get("quant_method") not in family.quantizations:

@@ -18,6 +18,10 @@ from shardray.runtime.model.spec import DecoderSpec, Norm, Norms
 
 
 def _read_cohere(config: Config) -> DecoderSpec:
+    return _read_both({"rope_theta": 500_000.0} | config)
+
+
+def _read_both(config: Config) -> DecoderSpec:
     norm = Norm("layer", eps=optional(config, "layer_norm_eps", 1e-5))
     spec = read_llama_like(config, norm=norm, tied=True)
     rotary = replace(spec.attention.rotary, interleaved=True) if spec.attention.rotary is not None else None
@@ -31,7 +35,7 @@ def _read_cohere(config: Config) -> DecoderSpec:
 def _read_cohere2(config: Config) -> DecoderSpec:
     """Layers that see everything know no positions."""
     pattern = optional(config, "sliding_window_pattern", 4)
-    spec = windowed_layers(_read_cohere(config), config, lambda index: (index + 1) % pattern != 0)
+    spec = windowed_layers(_read_both(config), config, lambda index: (index + 1) % pattern != 0)
     return without_positions(spec, lambda _, layer: layer.attention.window is None)
 
 

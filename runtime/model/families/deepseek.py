@@ -22,6 +22,8 @@ from shardray.runtime.model.positions import YarnScaling
 from shardray.runtime.model.rotary import read_rotary
 from shardray.runtime.model.spec import DecoderSpec, Experts, Groups, Latent, Layer, Norm
 
+_V3_DEFAULTS = {"norm_topk_prob": True, "routed_scaling_factor": 2.5, "n_group": 8, "topk_group": 4}
+
 
 def _read_attention(config: Config) -> DecoderSpec:
     """Both versions' attention and sizes, with dense layers"""
@@ -67,6 +69,7 @@ def _read_experts(config: Config, spec: DecoderSpec, judges: int) -> Experts:
         top_k=required(config, "num_experts_per_tok", int),
         mlp=spec.layers[0].dense,
         normalized=optional(config, "norm_topk_prob", False),
+        routes_in_float32=True,
         groups=Groups(num_groups, optional(config, "topk_group", 1), judges) if num_groups > 1 else None,
         scale=float(config.get("routed_scaling_factor") or 1.0),
     )
@@ -81,8 +84,9 @@ def _read_v2(config: Config) -> DecoderSpec:
 
 
 def _read_v3(config: Config) -> DecoderSpec:
+    config = _V3_DEFAULTS | config
     spec = _read_attention(config)
-    experts = _read_experts({"norm_topk_prob": True} | config, spec, judges=2)
+    experts = _read_experts(config, spec, judges=2)
     return _with_experts(spec, config, replace(experts, scores="sigmoid", has_correction=True))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ from shardray.runtime.model.spec import Activation, DecoderSpec, Layer, ModelCon
 
 T = TypeVar("T")
 
-_SLIDING = "sliding_attention"
+FULL, SLIDING = "full_attention", "sliding_attention"
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
@@ -149,13 +149,31 @@ def change_mlp(spec: DecoderSpec, **changes: Any) -> DecoderSpec:
 def windowed_layers(spec: DecoderSpec, config: Config, is_windowed: Callable[[int], bool]) -> DecoderSpec:
     """``spec`` with ``sliding_window`` on the layers that ``layer_types`` names, or else those that ``is_windowed``."""
     window = required(config, "sliding_window", int)
-    kinds = config.get("layer_types") or [_SLIDING if is_windowed(index) else "" for index in range(spec.num_layers)]
+    kinds = layer_types(config, spec.num_layers, is_windowed)
     return change_layers(
         spec,
         lambda index, layer: replace(
-            layer, attention=replace(layer.attention, window=window if kinds[index] == _SLIDING else None)
+            layer, attention=replace(layer.attention, window=window if kinds[index] == SLIDING else None)
         ),
     )
+
+
+def layer_types(config: Config, num_layers: int, is_windowed: Callable[[int], bool]) -> list[str]:
+    """FULL or SLIDING for each layer: as the config lists them, or else as ``is_windowed``. Raises ModelConfigError."""
+    default = [SLIDING if is_windowed(index) else FULL for index in range(num_layers)]
+    return of_each_layer(config, "layer_types", num_layers, (FULL, SLIDING), default)
+
+
+def of_each_layer(config: Config, field: str, num_layers: int, known: Sequence[T], default: list[T]) -> list[T]:
+    """One of the ``known`` for each layer; ``default`` stands for an absent or null list. Raises ModelConfigError."""
+    listed: list[T] = default if config.get(field) is None else config[field]
+    if not isinstance(listed, list) or len(listed) < num_layers:
+        raise ModelConfigError(f"config.json: {field} is {listed!r}, expected a list of one for each layer")
+    for value in listed:
+        if value not in known:
+            expected = ", ".join(map(repr, known))
+            raise ModelConfigError(f"config.json: {field}: {value!r} is not supported (one of {expected} is)")
+    return listed
 
 
 def without_positions(spec: DecoderSpec, of: Callable[[int, Layer], bool]) -> DecoderSpec:
@@ -173,8 +191,15 @@ def read_activation(config: Mapping[str, Any], field: str, default: str) -> Acti
 
 
 def required(config: Mapping[str, Any], field: str, kind: type[T]) -> T:
-    """A field that the config must have; a number has to be positive. Raises ModelConfigError naming it."""
+    """A field that the config must have; a number has to be positive. Raises ModelConfigError naming it.
+
+    Files have whole numbers written in both ways: 50 for 50.0, and the other way round.
+    """
     value = config.get(field)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
     if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
         raise ModelConfigError(f"config.json: {field} is {value!r}, expected {kind.__name__}")
     if isinstance(value, (int, float)) and kind is not bool and value <= 0:

@@ -17,7 +17,7 @@ from shardray.runtime.model.families.family import (
     windowed_layers,
 )
 from shardray.runtime.model.families.llama import LLAMA_IGNORED, llama_like_sources, read_llama_like
-from shardray.runtime.model.rotary import read_rotary
+from shardray.runtime.model.rotary import read_rotary, with_rotary_of
 from shardray.runtime.model.spec import DecoderSpec, Embedding, Norm, Norms
 
 
@@ -46,13 +46,14 @@ def _read_sandwich(config: Config, pattern: int) -> DecoderSpec:
 
 
 def _read_gemma2(config: Config) -> DecoderSpec:
-    return _read_sandwich(config, pattern=2)
+    return _read_sandwich({"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0} | config, pattern=2)
 
 
 def _read_gemma3(config: Config) -> DecoderSpec:
     """Windowed layers have rotary frequencies of their own."""
     refuse_unless(config, "use_bidirectional_attention", False)
-    everywhere, local = _rotary_configs(config)
+    everywhere = with_rotary_of(config, "full_attention", optional(config, "rope_theta", 1e6))
+    local = with_rotary_of(config, "sliding_attention", optional(config, "rope_local_base_freq", 1e4), is_scaled=False)
     spec = _read_sandwich(everywhere, pattern=optional(config, "sliding_window_pattern", 6))
     spec = change_attention(spec, q_norm=spec.head.norm, k_norm=spec.head.norm)
     rotary = read_rotary(local, spec.attention.head_dim)
@@ -64,16 +65,6 @@ def _read_gemma3(config: Config) -> DecoderSpec:
             else replace(layer, attention=replace(layer.attention, rotary=rotary))
         ),
     )
-
-
-def _rotary_configs(config: Config) -> tuple[Config, Config]:
-    """The config as layers that see everything read it, and as windowed layers do."""
-    kinds = config.get("rope_parameters") or {}
-    if "full_attention" in kinds:
-        both = [config | {"rope_parameters": kinds[kind]} for kind in ("full_attention", "sliding_attention")]
-        return both[0], both[1]
-    everywhere = config | {"rope_theta": optional(config, "rope_theta", 1e6)}
-    return everywhere, Config({"rope_theta": optional(config, "rope_local_base_freq", 1e4)})
 
 
 def _sandwich_sources(spec: DecoderSpec) -> dict[str, Source]:

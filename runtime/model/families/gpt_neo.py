@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from shardray.runtime.model.config_json import Config
-from shardray.runtime.model.families.family import Family, Source, change_attention, required, sources, windowed_layers
+from shardray.runtime.model.families.family import (
+    Family,
+    Source,
+    change_attention,
+    of_each_layer,
+    required,
+    sources,
+    windowed_layers,
+)
 from shardray.runtime.model.families.gpt2 import GPT_IGNORED, gpt_sources
 from shardray.runtime.model.families.gpt_like import Fields, read_gpt_like
 from shardray.runtime.model.spec import DecoderSpec
@@ -15,9 +23,9 @@ _FIELDS = Fields(
 
 def _read_config(config: Config) -> DecoderSpec:
     spec = change_attention(read_gpt_like(config, _FIELDS, positions=True), scale=1.0, qkv_bias=False)
-    kinds = config.get("attention_layers")
-    if kinds is None:  # [[kinds that take turns, how often], ...]
-        kinds = [kind for turns, count in config.get("attention_types") or [] for kind in turns * count]
+    turns = config.get("attention_types") or [[["global", "local"], 12]]  # [[kinds that take turns, how often], ...]
+    default = [kind for kinds, count in turns for kind in kinds * count]
+    kinds = of_each_layer(config, "attention_layers", spec.num_layers, ("global", "local"), default)
     config = config | {"sliding_window": required(config, "window_size", int)}
     return windowed_layers(spec, config, lambda index: kinds[index] == "local")
 
@@ -34,5 +42,4 @@ GPT_NEO = Family(
     sources=_sources,
     ignored=GPT_IGNORED,
     prefixes=("transformer.", ""),
-    irrelevant={"attention_types": "used without attention_layers alone"},
 )

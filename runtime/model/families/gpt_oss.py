@@ -17,11 +17,14 @@ from shardray.runtime.model.families.family import (
 from shardray.runtime.model.families.llama import LAYER, LLAMA_IGNORED, llama_like_sources, read_llama_like
 from shardray.runtime.model.spec import DecoderSpec, Experts, Mlp
 
+_ROPE = {"rope_type": "yarn", "factor": 32.0, "truncate": False, "original_max_position_embeddings": 4096}
+
 
 def _read_config(config: Config) -> DecoderSpec:
     refuse_unless(config, "swiglu_limit", 7.0)
     refuse_unless(config, "swiglu_alpha", 1.702)
-    spec = read_llama_like({"rms_norm_eps": 1e-5, "attention_bias": True} | config)
+    defaults = {"rms_norm_eps": 1e-5, "attention_bias": True, "rope_theta": 150_000.0}
+    spec = read_llama_like(defaults | config | {"rope_parameters": config.get("rope_parameters") or _ROPE})
     spec = change_attention(spec, has_sinks=True)
     spec = windowed_layers(spec, {"sliding_window": 128} | config, lambda index: index % 2 == 0)
     size = required(config, "intermediate_size", int)

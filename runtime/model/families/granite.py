@@ -11,16 +11,10 @@ from shardray.runtime.model.spec import DecoderSpec, Embedding
 
 
 def _read_config(config: Config) -> DecoderSpec:
-    spec = change_attention(read_llama_like(config), scale=_factor(config, "attention_multiplier"))
-    spec = change_every_layer(spec, residual_scale=_factor(config, "residual_multiplier"))
-    head = replace(spec.head, scale=1.0 / _factor(config, "logits_scaling"))
-    return replace(spec, embedding=Embedding(scale=_factor(config, "embedding_multiplier")), head=head)
-
-
-def _factor(config: Config, field: str) -> float:
-    """Such fields are whole numbers in some configs."""
-    value = config.get(field)
-    return float(value) if isinstance(value, int) else optional(config, field, 1.0)
+    spec = change_attention(read_llama_like(config), scale=optional(config, "attention_multiplier", 1.0))
+    spec = change_every_layer(spec, residual_scale=optional(config, "residual_multiplier", 1.0))
+    head = replace(spec.head, scale=1.0 / optional(config, "logits_scaling", 1.0))
+    return replace(spec, embedding=Embedding(scale=optional(config, "embedding_multiplier", 1.0)), head=head)
 
 
 GRANITE = Family("granite", ("granite",), _read_config, llama_like_sources, LLAMA_IGNORED)

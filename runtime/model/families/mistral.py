@@ -13,10 +13,14 @@ def read_mistral(config: Config) -> DecoderSpec:
     return change_attention(read_llama_like(config), window=optional(config, "sliding_window", 0) or None)
 
 
+def _read_config(config: Config) -> DecoderSpec:
+    return read_mistral({"sliding_window": 4096} | config)
+
+
 MISTRAL = Family(
     name="mistral",
     model_types=("mistral",),
-    read_config=read_mistral,
+    read_config=_read_config,
     sources=llama_like_sources,
     ignored=LLAMA_IGNORED,
 )

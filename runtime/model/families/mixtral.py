@@ -10,7 +10,7 @@ from shardray.runtime.model.spec import DecoderSpec, Experts
 
 
 def _read_config(config: Config) -> DecoderSpec:
-    spec = read_mistral({"rms_norm_eps": 1e-5} | config)
+    spec = read_mistral({"rms_norm_eps": 1e-5, "rope_theta": 1e6} | config)
     count, top_k = required(config, "num_local_experts", int), required(config, "num_experts_per_tok", int)
     return change_every_layer(spec, mlp=Experts(count, top_k, spec.layers[0].dense, normalized=True))
 

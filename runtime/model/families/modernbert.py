@@ -7,23 +7,24 @@ from dataclasses import replace
 from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.encoder_like import as_encoder, of_encoder
 from shardray.runtime.model.families.family import (
+    FULL,
+    SLIDING,
     Family,
     Source,
     change_layers,
     change_mlp,
     fused_in_turn,
+    layer_types,
     optional,
     read_activation,
     required,
     sources,
 )
 from shardray.runtime.model.families.gpt_like import Fields, read_gpt_like
-from shardray.runtime.model.rotary import read_rotary
+from shardray.runtime.model.rotary import read_rotary, with_rotary_of
 from shardray.runtime.model.spec import DecoderSpec, Embedding, Layer, Norm, Norms
 
 _FIELDS = Fields(activation="hidden_activation", eps="norm_eps")
-_SLIDING, _FULL = "sliding_attention", "full_attention"
-_OLD_THETAS = {_SLIDING: ("local_rope_theta", 10_000.0), _FULL: ("global_rope_theta", 160_000.0)}
 
 
 def _read_config(config: Config) -> DecoderSpec:
@@ -33,15 +34,19 @@ def _read_config(config: Config) -> DecoderSpec:
     activation = read_activation(config, "hidden_activation", "gelu")
     spec = change_mlp(spec, gated=True, activation=activation, up_bias=mlp_bias, down_bias=mlp_bias)
     every = optional(config, "global_attn_every_n_layers", 3)
-    kinds = config.get("layer_types") or [_SLIDING if index % every else _FULL for index in range(spec.num_layers)]
+    kinds = layer_types(config, spec.num_layers, lambda index: index % every != 0)
+    thetas = {
+        SLIDING: optional(config, "local_rope_theta", 10_000.0),
+        FULL: optional(config, "global_rope_theta", 160_000.0),
+    }
     window = required(config, "local_attention", int) // 2 + 1
 
     def change(index: int, layer: Layer) -> Layer:
         kind = kinds[index]
         attention = replace(
             layer.attention,
-            rotary=read_rotary(_rope_config(config, kind), layer.attention.head_dim),
-            window=window if kind == _SLIDING else None,
+            rotary=read_rotary(with_rotary_of(config, kind, thetas[kind]), layer.attention.head_dim),
+            window=window if kind == SLIDING else None,
             qkv_bias=attention_bias,
             out_bias=attention_bias,
         )
@@ -49,13 +54,6 @@ def _read_config(config: Config) -> DecoderSpec:
         return replace(layer, attention=attention, attention_norms=before if index else Norms(), mlp_norms=before)
 
     return as_encoder(change_layers(spec, change), Embedding(norm=norm), norm)
-
-
-def _rope_config(config: Config, kind: str) -> Config:
-    """The config as it would be if all layers were of one kind."""
-    field, default = _OLD_THETAS[kind]
-    given = (config.get("rope_parameters") or {}).get(kind) or {"rope_theta": optional(config, field, default)}
-    return config | {"rope_parameters": {"rope_theta": default, "rope_type": "default", **given}}
 
 
 def _sources(spec: DecoderSpec) -> dict[str, Source]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from shardray.runtime.model.config_json import Config
 from shardray.runtime.model.families.family import Family, Source, fused_in_turn
 from shardray.runtime.model.families.llama import LAYER, LLAMA_IGNORED, llama_like_sources
 from shardray.runtime.model.families.mistral import read_mistral
 from shardray.runtime.model.spec import DecoderSpec
+
+
+def _read_config(config: Config) -> DecoderSpec:
+    return read_mistral({"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096} | config)
 
 
 def _sources(spec: DecoderSpec) -> dict[str, Source]:
@@ -18,7 +23,7 @@ def _sources(spec: DecoderSpec) -> dict[str, Source]:
 PHI3 = Family(
     "phi3",
     ("phi3",),
-    read_mistral,
+    _read_config,
     _sources,
     LLAMA_IGNORED,
     irrelevant={"original_max_position_embeddings": "used with a scaling alone"},

@@ -45,7 +45,7 @@ def _read_config(config: Config) -> DecoderSpec:
     writing = replace(writing, cross=replace(attention, causal=False), cross_norms=norms)
     reading = Layer(replace(attention, causal=False, relative=relative), mlp, norms, norms)
     num_layers, max_positions = required(config, "num_layers", int), optional(config, "n_positions", _TRAINED_LEN)
-    tied = optional(config, "tie_word_embeddings", is_first)
+    tied = optional(config, "tie_word_embeddings", True)
     is_scaled = optional(config, "scale_decoder_outputs", tied and is_first)
     return DecoderSpec(
         vocab_size=required(config, "vocab_size", int),
