@@ -26,7 +26,7 @@ from shardray.parallel.kernels import jit, vector
 from shardray.parallel.kernels.jit import Element
 from shardray.parallel.kernels.vector import VECTOR_BYTES, WIDTH
 from shardray.runtime.model.kernels import page_tiles
-from shardray.runtime.model.kernels.flash_tiles import TILES, make_soften, shrink
+from shardray.runtime.model.kernels.flash_tiles import TILES, make_soften, make_top, shrink
 from shardray.runtime.model.kernels.page_tiles import MAX_HEADS, PageElement, make_accumulate, make_score
 
 _AHEAD = 4  # times 16 tokens: far enough to hide memory, too few to push one another out of the cache
@@ -42,6 +42,8 @@ class Variant(NamedTuple):
     tile_vectors: int  # of 16 tokens, as in prefill
     score: object
     accumulate: object
+    top: object
+    top_all: object
     soften: object
     soften_all: object
 
@@ -49,13 +51,14 @@ class Variant(NamedTuple):
 def make_variant(element: Element, page_element: PageElement, tile_vectors: int = 4) -> Variant:
     """``tile_vectors``: of the variant of prefill that goes with it."""
     num_bytes, in_bfloat16 = page_element.num_bytes, page_element.num_bytes == 2
+    tops = (make_top(tile_vectors, TILES, all_visible) for all_visible in (False, True))
     softens = (make_soften(tile_vectors, TILES, all_visible, in_bfloat16) for all_visible in (False, True))
     page_kernels = make_score(page_element), make_accumulate(page_element)
     name = f"{page_element.name}_{tile_vectors}"
-    return Variant(name, element.store, element.pointer, num_bytes, tile_vectors, *page_kernels, *softens)
+    return Variant(name, element.store, element.pointer, num_bytes, tile_vectors, *page_kernels, *tops, *softens)
 
 
-_, store, pointer, element_bytes, tile_vectors, score, accumulate, soften, soften_all = make_variant(
+_, store, pointer, element_bytes, tile_vectors, score, accumulate, top, top_all, soften, soften_all = make_variant(
     jit.FLOAT32, page_tiles.FLOAT32
 )
 
@@ -78,8 +81,8 @@ def decode(args):
     groups, out, scale
 
     The row list begins with D, int64. ``groups`` is (g + 1,) int64: query heads [groups[i], groups[i + 1]) read KV
-    head i. ``scale`` is the address of a float32. Tensors are contiguous but for the rows of ``queries``; out is
-    (D, n, d). b and d are multiples of 16.
+    head i. ``scale``, the address of a float32, makes exponents of two of scores. Tensors are contiguous but for the
+    rows of ``queries``; out is (D, n, d). b and d are multiples of 16.
     """
     a = numba.carray(args, (17,))
     num_tasks, num_threads, num_heads, num_kv_heads, head_dim = jit.pointer_i64(a[1])[0] * a[4], a[2], a[3], a[4], a[5]
@@ -90,7 +93,7 @@ def decode(args):
     tile_width, block_width = tile_vectors * WIDTH, TILES * tile_vectors * WIDTH
     units = np.empty(2 * (num_blocks * block_size // WIDTH) + _AHEAD, np.int64)
     sums, kept = np.empty(num_heads * head_dim, np.float32), np.empty(2 * num_heads, np.float32)
-    scores = np.empty(num_heads * block_width, np.float32)
+    scores, tops = np.empty(num_heads * block_width, np.float32), np.empty(num_heads, np.float32)
     weights = np.empty(num_heads * block_width * element_bytes, np.uint8)
     out_words, sums_at, kept_at = sums.view(np.uint32), vector.address_of(sums), vector.address_of(kept)
     scores_at, weights_at = vector.address_of(scores), vector.address_of(weights)
@@ -138,11 +141,17 @@ def decode(args):
                     )  # fmt: skip
             place += count
             for h in range(group):
+                row_at = scores_at + h * tile_width * 4
+                if visible < block_width:
+                    tops[h] = top(row_at, tile_bytes, visible)
+                else:
+                    tops[h] = top_all(row_at, tile_bytes, visible)
+            for h in range(group):
                 row_at, weight_at = scores_at + h * tile_width * 4, weights_at + h * block_width * element_bytes
                 if visible < block_width:
-                    factor = soften(row_at, tile_bytes, visible, scale, kept_at + h * 8, weight_at)
+                    factor = soften(row_at, tile_bytes, visible, scale, tops[h], kept_at + h * 8, weight_at)
                 else:
-                    factor = soften_all(row_at, tile_bytes, visible, scale, kept_at + h * 8, weight_at)
+                    factor = soften_all(row_at, tile_bytes, visible, scale, tops[h], kept_at + h * 8, weight_at)
                 if factor != np.float32(1.0):
                     shrink(sums_at + h * head_dim * 4, head_dim // WIDTH, factor)
             for unit in range(count):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from shardray.runtime.model.kernels.page_tiles import PageElement
 from shardray.runtime.model.spec import Activation
 
 _ELEMENTS = {torch.float32: jit.FLOAT32, torch.bfloat16: jit.BFLOAT16}
+_LOG2_E = math.log2(math.e)  # weights of the softmax are powers of two
 _TOKENS_A_THREAD = 8  # fewer are not worth waking a second thread for
 _PREFILL_ROWS = 96  # query heads of some tokens that share a KV head: what a task of prefill attention works on
 
@@ -81,7 +83,7 @@ class CpuOps(Ops):
             queries.data_ptr(), queries.stride(0), pages.key_addresses[layer], pages.value_addresses[layer],
             view.block_tables.data_ptr(),
         )  # fmt: skip
-        groups, scale = attention.groups.data_ptr(), _float_address(attention.scale)
+        groups, scale = attention.groups.data_ptr(), _float_address(attention.scale * _LOG2_E)
         if view.num_decodes:
             self._decode(
                 self._num_threads, rows, self._num_threads, *shape, *inputs, view.context_lens.data_ptr(),

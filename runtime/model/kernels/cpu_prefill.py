@@ -23,7 +23,7 @@ import numpy as np
 from shardray.parallel.kernels import jit, product, vector
 from shardray.parallel.kernels.product import block_at, count_blocks
 from shardray.parallel.kernels.vector import VECTOR_BYTES, WIDTH
-from shardray.runtime.model.kernels.flash_tiles import TILES, fill, interleave, make_soften, shrink
+from shardray.runtime.model.kernels.flash_tiles import TILES, fill, interleave, make_soften, make_top, shrink
 
 _LINE_BYTES = 64
 
@@ -33,6 +33,8 @@ class Variant(NamedTuple):
 
     name: str
     tile_vectors: int  # of 16 tokens or elements of a head, side by side in a tile
+    top: object
+    top_all: object
     soften: object
     soften_all: object
     multiply_rows: object
@@ -44,7 +46,7 @@ class Variant(NamedTuple):
 
 
 tile_vectors = 0
-soften = soften_all = multiply_rows = multiply_head = shrink_row = write_row = None
+top = top_all = soften = soften_all = multiply_rows = multiply_head = shrink_row = write_row = None
 pack_keys = pack_values = None  # all of these: a variant's
 
 
@@ -102,8 +104,8 @@ def make_variant(name: str) -> Variant:
                 offset = (v + i) * WIDTH * 2
                 interleave(first + offset, second + offset, place + i * VECTOR_BYTES)
 
-    softens = (make_soften(vectors, TILES, all_visible) for all_visible in (False, True))
-    return Variant(name, vectors, *softens, multiply_rows, multiply_head, shrink_row, write_row, pack_keys, pack_values)
+    steps = (make(vectors, TILES, all_visible) for make in (make_top, make_soften) for all_visible in (False, True))
+    return Variant(name, vectors, *steps, multiply_rows, multiply_head, shrink_row, write_row, pack_keys, pack_values)
 
 
 @numba.njit
@@ -135,8 +137,8 @@ def prefill(args):
 
     The row list (see runtime/model/attention.py) says how many rows of several tokens there are, and of each its row
     of the table, first token, tokens and context length. ``groups`` is (g + 1,) int64: query heads
-    [groups[i], groups[i + 1]) read KV head i. ``scale`` is the address of a float32. Tensors are contiguous but for
-    the rows of ``queries``; out is (T, n, d). b and d are multiples of 16.
+    [groups[i], groups[i + 1]) read KV head i. ``scale``, the address of a float32, makes exponents of two of scores.
+    Tensors are contiguous but for the rows of ``queries``; out is (T, n, d). b and d are multiples of 16.
     """
     a = numba.carray(args, (18,))
     row_list, num_heads, num_kv_heads, head_dim, block_size = jit.pointer_i64(a[1]), a[2], a[3], a[4], a[5]
@@ -160,7 +162,7 @@ def prefill(args):
     kept_at = sums_at + rows_bytes[3]
     packed_at = kept_at + rows_bytes[4]
     zeros_at = packed_at + block_bytes
-    kept = jit.pointer_f32(kept_at)
+    kept, tops = jit.pointer_f32(kept_at), np.empty(WIDTH, np.float32)
     while True:
         task = num_tasks - 1 - jit.take_task(args)  # those with the longest contexts first
         if task < 0:
@@ -194,15 +196,25 @@ def prefill(args):
                 place = scores_at + tile * scores_bytes
                 fill(place, num_rows * tile_vectors)
                 multiply_rows(num_rows, tile_vectors, query_at, head_dim * 2, packed_at, num_pairs, place)
-            for i in range(num_rows):  # weights = softmax(scores), as far as it is known by now
-                visible = first_position + i // group + 1 - start if is_causal else context_len - start
-                row_at, weight_at = scores_at + i * tile_width * 4, weights_at + i * block_width * 2
-                if visible < block_width:
-                    factor = soften(row_at, scores_bytes, visible, scale, kept_at + i * 8, weight_at)
-                else:
-                    factor = soften_all(row_at, scores_bytes, visible, scale, kept_at + i * 8, weight_at)
-                if factor != np.float32(1.0):
-                    shrink_row(sums_at, i, num_rows, head_vectors, factor)
+            for some in range(0, num_rows, WIDTH):  # weights = softmax(scores), as far as it is known by now
+                last = min(some + WIDTH, num_rows)
+                for i in range(some, last):
+                    visible = first_position + i // group + 1 - start if is_causal else context_len - start
+                    row_at = scores_at + i * tile_width * 4
+                    if visible < block_width:
+                        tops[i - some] = top(row_at, scores_bytes, visible)
+                    else:
+                        tops[i - some] = top_all(row_at, scores_bytes, visible)
+                for i in range(some, last):
+                    visible = first_position + i // group + 1 - start if is_causal else context_len - start
+                    row_at, weight_at = scores_at + i * tile_width * 4, weights_at + i * block_width * 2
+                    highest, own = tops[i - some], kept_at + i * 8
+                    if visible < block_width:
+                        factor = soften(row_at, scores_bytes, visible, scale, highest, own, weight_at)
+                    else:
+                        factor = soften_all(row_at, scores_bytes, visible, scale, highest, own, weight_at)
+                    if factor != np.float32(1.0):
+                        shrink_row(sums_at, i, num_rows, head_vectors, factor)
             num_value_pairs = (min(block_width, limit - start) + 1) // 2  # sums += weights @ values
             for pair in range(num_value_pairs):
                 token = start + 2 * pair

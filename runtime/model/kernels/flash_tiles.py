@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from llvmlite import ir
@@ -22,7 +23,6 @@ from shardray.parallel.kernels.vector import FLOAT, FLOATS, HALVES, I64, VECTOR_
 
 TILES = 2  # of keys in a block
 _LOWEST = -126.0  # of an exponent of two
-_LOG2_E = math.log2(math.e)
 # 2 ** f for |f| <= 1/2, within 3e-6 for weights of 16 bits, and within 1e-8
 _POWERS, _MORE_POWERS = ([math.log(2.0) ** k / math.factorial(k) for k in range(count)] for count in (6, 8))
 
@@ -99,43 +99,55 @@ def shrink(typing_context: Any, sums: Any, num_vectors: Any, factor: Any) -> Any
     return types.void(types.int64, types.int64, types.float32), generate
 
 
-def make_soften(tile_vectors: int, num_tiles: int, all_visible: bool, in_bfloat16: bool = True) -> Any:
-    """A numba function (scores, tile bytes, visible, scale, kept, weights) -> float32, for one row of a block of keys.
+def make_top(tile_vectors: int, num_tiles: int, all_visible: bool) -> Any:
+    """A numba function (scores, tile bytes, visible) -> float32: the highest score of one row of a block of keys.
 
-    Of its scores each tile holds 16 * tile_vectors float32, ``tile bytes`` behind those of the tile before; the first
-    ``visible`` count, or all of them if they are known to be ``all_visible``. Their weights, 2 ** (scores * scale -
-    highest), are written side by side, as bfloat16 or float32. ``kept`` is the address of two float32, the highest
-    score and the sum of weights so far, and they become those of all scores until now. What is returned is the factor
-    by which earlier sums shrink.
+    Each tile holds 16 * tile_vectors of its scores, float32, ``tile bytes`` behind those of the tile before; the first
+    ``visible`` count, or all of them if they are known to be ``all_visible``.
     """
-    num_vectors, weight_bytes = tile_vectors * num_tiles, 2 if in_bfloat16 else 4
+
+    @intrinsic
+    def top(typing_context: Any, scores: Any, tile_bytes: Any, visible: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
+            rows = [
+                row if all_visible else builder.select(seen, row, _floats(-math.inf))
+                for row, seen in _scores(builder, tile_vectors, num_tiles, *operands)
+            ]
+            highest = _tree(rows, functools.partial(_higher, builder))
+            return vector.call(builder, "llvm.vector.reduce.fmax.v16f32", [highest], FLOAT)
+
+        return types.float32(*[types.int64] * 3), generate
+
+    return top
+
+
+def make_soften(tile_vectors: int, num_tiles: int, all_visible: bool, in_bfloat16: bool = True) -> Any:
+    """A numba function (scores, tile bytes, visible, scale, top, kept, weights) -> float32, for such a row.
+
+    ``top`` is its highest score, and ``scale`` makes exponents of two of scores. Tops are looked for some rows ahead:
+    what waits for its own row's is then computed for several rows at a time. Weights, 2 ** (scores * scale - highest),
+    are written side by side, as bfloat16 or float32. ``kept`` is the address of two float32, the highest exponent and
+    the sum of weights so far, and they become those of all scores until now. What is returned is the factor by which
+    earlier sums shrink.
+
+    Products and sums are joined as written here: what the compiler may join, it joins differently in each kernel.
+    """
+    weight_bytes = 2 if in_bfloat16 else 4
     exp2 = functools.partial(_exp2, powers=_POWERS if in_bfloat16 else _MORE_POWERS)
 
     @intrinsic
     def soften(
-        typing_context: Any, scores: Any, tile_bytes: Any, visible: Any, scale: Any, kept: Any, weights: Any
+        typing_context: Any, scores: Any, tile_bytes: Any, visible: Any, scale: Any, top: Any, kept: Any, weights: Any
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
-            scores, tile_bytes, visible, scale, kept, weights = operands
-            count = vector.splat(builder, builder.trunc(visible, vector.I32))
-            factors = vector.splat(builder, builder.fmul(scale, FLOAT(_LOG2_E)))
-            rows, seen = [], []
-            for v in range(num_vectors):
-                lanes = ir.Constant(WORDS, list(range(v * WIDTH, (v + 1) * WIDTH)))
-                seen.append(builder.icmp_signed("<", lanes, count))
-                tile = vector.offset(builder, scores, tile_bytes, v // tile_vectors)
-                row = vector.load_float32(builder, builder.add(tile, I64(v % tile_vectors * VECTOR_BYTES)))
-                row = builder.fmul(row, factors)
-                rows.append(row if all_visible else builder.select(seen[-1], row, _floats(-math.inf)))
-            top = _tree(rows, functools.partial(_higher, builder))
-            before = vector.load(builder, kept, FLOAT)
-            highest = vector.call(builder, "llvm.vector.reduce.fmax.v16f32", [top], FLOAT)
-            highest = _higher(builder, highest, before)
-            tops = vector.splat(builder, highest)
-            powers = []
-            for v, (here, row) in enumerate(zip(seen, rows, strict=True)):
-                power = exp2(builder, builder.fsub(row, tops))
-                power = power if all_visible else builder.select(here, power, _floats(0.0))
+            scores, tile_bytes, visible, scale, top, kept, weights = operands
+            factors, before = vector.splat(builder, scale), vector.load(builder, kept, FLOAT)
+            highest = _higher(builder, builder.fmul(top, scale), before)
+            tops, powers = vector.splat(builder, highest), []
+            lowered = builder.fneg(tops)
+            for v, (row, seen) in enumerate(_scores(builder, tile_vectors, num_tiles, scores, tile_bytes, visible)):
+                power = exp2(builder, vector.multiply_add(builder, row, factors, lowered))
+                power = power if all_visible else builder.select(seen, power, _floats(0.0))
                 place = builder.add(weights, I64(v * WIDTH * weight_bytes))
                 vector.store(builder, _to_bfloat16(builder, power) if in_bfloat16 else power, place)
                 powers.append(power)
@@ -148,10 +160,22 @@ def make_soften(tile_vectors: int, num_tiles: int, all_visible: bool, in_bfloat1
             vector.store(builder, highest, kept)
             return factor
 
-        i64 = types.int64
-        return types.float32(i64, i64, i64, types.float32, i64, i64), generate
+        i64, f32 = types.int64, types.float32
+        return f32(i64, i64, i64, f32, f32, i64, i64), generate
 
     return soften
+
+
+def _scores(
+    builder: Any, tile_vectors: int, num_tiles: int, scores: Any, tile_bytes: Any, visible: Any
+) -> Iterator[tuple[Any, Any]]:
+    """Sixteen scores of a row at a time, and which of them count"""
+    count = vector.splat(builder, builder.trunc(visible, vector.I32))
+    for v in range(tile_vectors * num_tiles):
+        tile = vector.offset(builder, scores, tile_bytes, v // tile_vectors)
+        lanes = ir.Constant(WORDS, list(range(v * WIDTH, (v + 1) * WIDTH)))
+        row = vector.load_float32(builder, builder.add(tile, I64(v % tile_vectors * VECTOR_BYTES)))
+        yield row, builder.icmp_signed("<", lanes, count)
 
 
 def _tree(parts: list[Any], join: Any) -> Any:
