@@ -108,14 +108,14 @@ def pick_best(pairs: Tensor) -> Tensor:
         return out
     scores, ranks = pairs[:, :, 0].max(dim=0)
     columns = pairs[ranks, torch.arange(num_rows, device=pairs.device), 1].long()
-    return columns.masked_fill_(~(scores < torch.inf), NOT_FINITE)
+    return torch.where(scores < torch.inf, columns, NOT_FINITE)
 
 
 def best_column(scores: Tensor) -> Tensor:
     """(T, V) float32 -> (T,) int64: the column of each row's highest score, of equal ones the first, or NOT_FINITE."""
     if _kernels(scores.device) is None:
         best, columns = scores.max(dim=1)
-        return columns.masked_fill_(~(best < torch.inf), NOT_FINITE)
+        return torch.where(best < torch.inf, columns, NOT_FINITE)
     return pick_best(best_columns(scores, 0)[None])
 
 

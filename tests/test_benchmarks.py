@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
 from collections import deque
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -286,9 +288,15 @@ class _HungryOnce:
 
 
 def test_a_workload_is_not_charged_with_what_was_needed_before_it() -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:  # that has no children
+        peak_bytes, most_bytes = other.submit(_run_hungry).result(timeout=60)
+    assert peak_bytes < most_bytes - (200 << 20)
+
+
+def _run_hungry() -> tuple[int, int]:
+    """Its peak as it is recorded, and the one before that."""
     contestant = _HungryOnce()
-    ran = run_contestant(contestant, Run([Request([1], 1)], 1))
-    assert ran.peak_rss_bytes < contestant.most_bytes - (200 << 20)
+    return run_contestant(contestant, Run([Request([1], 1)], 1)).peak_rss_bytes, contestant.most_bytes
 
 
 def test_the_peaks_of_a_process_that_has_ended_are_nothing_to_forget() -> None:

@@ -118,7 +118,7 @@ class Sampler:
         for choice in choices:
             tokens[self._index(choice.rows)] = choice.tokens
         self._advance(states, tokens)
-        tokens = tokens.masked_fill_(~is_finite, NOT_FINITE)
+        tokens = torch.where(is_finite, tokens, NOT_FINITE)
         return Draw(tokens, [found for choice in choices if (found := self._logprobs(choice, states))])
 
     def _process(self, logits: torch.Tensor, states: Sequence[_Slot]) -> None:

@@ -99,7 +99,11 @@ def test_a_hostile_template_ends_with_an_error_and_the_next_one_renders(source: 
     assert ChatTemplate("{{ messages[0].content }}", {}, BOUNDED).render(MESSAGES) == "hi"
 
 
-def test_after_ctrl_c_in_the_middle_of_one_rendering_the_next_has_its_own_answer() -> None:
+def test_after_ctrl_c_in_the_middle_of_one_rendering_the_next_has_its_own_answer(
+    request: pytest.FixtureRequest,
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     process = TemplateProcess()
     slow = ChatTemplate("{% for i in range(9999) %}{% for j in range(999) %}{% endfor %}{% endfor %}slow", {}, process)
     interrupt = threading.Timer(0.1, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))

@@ -41,7 +41,7 @@ def test_staged_weights_are_those_that_are_read_directly(name: str, dtype: torch
         staged.close()
         assert found.keys() == expected.keys()
         for key, tensor in found.items():
-            assert tensor.dtype == dtype
+            assert tensor.dtype == expected[key].dtype
             assert torch.equal(tensor, expected[key]), key
 
 
