@@ -15,10 +15,10 @@ from torch import Tensor
 
 from shardray.parallel.workspace import empty
 
-NOT_FINITE = -1  # instead of a column: a score of the row is infinite or NaN
-
 if TYPE_CHECKING:
     from shardray.parallel.kernels.rows import Kernels
+
+NOT_FINITE = -1  # instead of a column: a score of the row is infinite or NaN
 
 
 def join_rows(parts: Sequence[Tensor]) -> Tensor:
