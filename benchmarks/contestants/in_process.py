@@ -16,7 +16,8 @@ from shardray.runtime.engine.request import SamplingParams
 class InProcess:
     """Options of the label: ``tp`` and ``pp``, the shard counts; all shards but one are in processes of their own.
 
-    ``prefix=1`` keeps prefixes; otherwise the same prompt is computed in every pass.
+    ``prefix=1`` keeps prefixes; otherwise the same prompt is computed in every pass. ``drafts``: ``max_draft_tokens``, of
+    which no peer has the like here, so that it is 0 where they are compared.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -29,6 +30,7 @@ class InProcess:
             max_num_seqs=setup.max_num_seqs,
             kv_memory_bytes=KV_MEMORY_BYTES,
             num_threads=setup.num_threads,
+            max_draft_tokens=int(setup.options.get("drafts", 0)),
             prefix_caching=setup.options.get("prefix") == "1",
             skip_tokenizer_init=True,
         )

@@ -100,6 +100,8 @@ def _load_line(replica: control_pb2.Replica) -> str:
     ]
     if stats.num_prefix_hits:
         parts.append(f"{stats.prefix_hit_rate:.0%} of prompts found computed")
+    if stats.num_drafted_tokens:
+        parts.append(f"{stats.acceptance_rate:.0%} of drafted tokens right")
     if stats.expert_imbalance:
         parts.append(f"busiest expert {stats.expert_imbalance:.1f}x the mean")
     return " · ".join(parts)

@@ -105,6 +105,8 @@ def _replica_line(replica: control_pb2.Replica) -> str:
         )
         if stats.num_prefix_hits:
             line += f", {stats.prefix_hit_rate:.0%} of prompts found computed"
+        if stats.num_drafted_tokens:
+            line += f", {stats.acceptance_rate:.0%} of drafted tokens right"
         if stats.expert_imbalance:
             line += f", busiest expert {stats.expert_imbalance:.1f}x the mean"
     return line

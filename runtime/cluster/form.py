@@ -154,6 +154,7 @@ async def _assign(
             max_num_seqs=config.engine.max_num_seqs,
             max_num_batched_tokens=config.engine.max_num_batched_tokens,
             max_prefill_beside_decodes=config.engine.max_prefill_beside_decodes,
+            max_draft_tokens=config.engine.max_draft_tokens,
             prefix_caching=config.engine.prefix_caching,
             block_size=config.engine.block_size,
             memory_utilization=own_memory(config.engine.memory_utilization, host.info, nodes, shares[rank]),

@@ -110,6 +110,9 @@ class EngineSettings:
     max_prefill_beside_decodes: Count | None = None
     """Tokens of prompts in a step in which others decode; null: 64 on CPUs, 512 on GPUs. Fewer keep streams steady.
     Up to four times as many are read while that many more requests wait than run."""
+    max_draft_tokens: CountOrZero = 0
+    """Tokens of a request that a step may guess, and check, where its text repeats; 0: none. The tokens stay the same.
+    Steps of few streams then yield several tokens of each: 7 or 15 suit quoting, editing and code."""
     prefix_caching: Flag = True
     """Whether requests that begin with the same tokens share what was computed of them, as long as pages are left."""
     memory_utilization: Fraction = 0.9

@@ -32,6 +32,7 @@ class ShardAssignment(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     max_prefill_beside_decodes: int | None = None  # None: by the device
+    max_draft_tokens: int = 0
     prefix_caching: bool = True
     block_size: int = 16
     memory_utilization: float = 0.9

@@ -22,6 +22,8 @@ class SchedulerLimits:
     num_pages: int
     max_in_flight: int = 1  # plans made and not yet committed: one, two to overlap planning with running, one a stage
     lookahead: int = 0  # unresolved tokens a sequence may have when it is planned: 0, or 1 with a single stage
+    max_draft_tokens: int = 0  # of a sequence in a plan; 0: nothing is drafted
+    max_drafting_step: int = 16  # tokens of a plan with drafted ones
     prefix_caching: bool = True  # whether requests that begin alike share pages
     eos_token_ids: frozenset[int] = frozenset()
     encoder: EncoderInfo | None = None

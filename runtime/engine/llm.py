@@ -55,10 +55,11 @@ class LLM:
     ``source`` is what ``shardray pull`` takes: a name, a hub id, a folder, a ``.gguf`` file. ``device`` is ``cpu``,
     ``cuda``, ``cuda:0`` or ``auto``. With several shards the first is in this process, and each of the others in one of
     its own, on ``cuda`` with the next device; ``num_threads`` is for each. ``record_steps``: whether decode steps run
-    as they were recorded, where they can be (None: on GPUs, as CUDA graphs). ``prefix_caching``: whether requests that
-    begin with the same tokens share what was computed of them. ``skip_tokenizer_init``: prompts are token ids, and no
-    text is made of the output. Use it as a context manager, or call ``close``. Raises ModelConfigError, PlanError,
-    CheckpointError or MemoryError for what cannot be served, MeshError for a shard that cannot form.
+    as they were recorded, where they can be (None: on GPUs, as CUDA graphs). ``max_draft_tokens``: tokens of a request
+    that a step may guess and check where the text repeats, which changes none of them. ``prefix_caching``: whether
+    requests that begin with the same tokens share what was computed of them. ``skip_tokenizer_init``: prompts are token
+    ids, and no text is made of the output. Use it as a context manager, or call ``close``. Raises ModelConfigError,
+    PlanError, CheckpointError or MemoryError for what cannot be served, MeshError for a shard that cannot form.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class LLM:
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 2048,
         max_prefill_beside_decodes: int | None = None,
+        max_draft_tokens: int = 0,
         prefix_caching: bool = True,
         kv_memory_bytes: int | None = None,
         memory_utilization: float = 0.9,
@@ -102,6 +104,7 @@ class LLM:
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
                 max_prefill_beside_decodes=max_prefill_beside_decodes,
+                max_draft_tokens=max_draft_tokens,
                 prefix_caching=prefix_caching,
                 kv_memory_bytes=kv_memory_bytes,
                 memory_utilization=memory_utilization,

@@ -222,6 +222,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_preemptions: int = 0
     num_prompt_tokens: int = 0  # since start
     num_output_tokens: int = 0
+    num_drafted_tokens: int = 0  # guessed, and computed beside the others
+    num_accepted_tokens: int = 0  # those of them that were right
     num_prefix_queries: int = 0  # tokens of requests that started (again)
     num_prefix_hits: int = 0  # those of them whose keys and values were there
     step_time_s: float = 0.0  # smoothed
@@ -237,6 +239,11 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     def prefix_hit_rate(self) -> float:
         """Share of the tokens of requests that started whose keys and values were there."""
         return self.num_prefix_hits / self.num_prefix_queries if self.num_prefix_queries else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of the tokens that were guessed that was right."""
+        return self.num_accepted_tokens / self.num_drafted_tokens if self.num_drafted_tokens else 0.0
 
     @property
     def kv_waste(self) -> float:

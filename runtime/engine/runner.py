@@ -151,12 +151,11 @@ class ShardRunner:
     def _draw(self, plan: StepPlan, output: StepOutput, slots: Tensor) -> Draw:
         if plan.is_greedy and output.tokens is not None:
             return Draw(output.tokens)
-        sampling, draw = [row for row in plan.rows if row.samples], Draw(torch.zeros_like(slots))
+        draw = Draw(torch.zeros_like(slots))
         logits = None if output.out is None else self._decoder.gather(output.out)
         if self._sampler is not None and logits is not None:
-            positions = [row.start + row.num_tokens for row in sampling]
-            draw = self._sampler.draw(logits, [row.slot for row in sampling], positions)
-        if sampling and self._mesh.spec.pp_size == 1:
+            draw = self._sampler.draw(logits, plan.sampled)
+        if len(slots) and self._mesh.spec.pp_size == 1:
             self._slots.set_last_tokens(slots, self._mesh.tp.broadcast(draw.tokens))
         return draw
 

@@ -104,13 +104,14 @@ class Sampler:
         if start.params.penalizes:
             self._seen.start(start.slot, start.prompt_ids, start.generated_ids)
 
-    def draw(self, logits: torch.Tensor, slots: Sequence[int], positions: Sequence[int]) -> Draw:
+    def draw(self, logits: torch.Tensor, places: Sequence[tuple[int, int]]) -> Draw:
         """Draw a token for each row; does not wait for the device.
 
-        ``logits``: (num_rows, vocab_size) float32 on the device, which this may change. ``positions[i]``: index of the
-        new token of row i in its prompt + output. No slot may appear twice.
+        ``logits``: (num_rows, vocab_size) float32 on the device, which this may change. ``places``: of each row the
+        slot, and the index of the new token in its prompt + output. Only a slot whose tokens do not depend on those
+        before them (no penalties, min_tokens reached) may appear several times.
         """
-        states = [self._slots[slot] for slot in slots]
+        states, positions = [self._slots[slot] for slot, _ in places], [position for _, position in places]
         is_finite = logits.amax(dim=-1) < torch.inf  # or -inf: what is barred is not counted
         self._process(logits, states)
         choices = self._choose(logits, states, positions)

@@ -6,46 +6,22 @@ preempted sequence held can be given away by the very next plan, even while olde
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from dataclasses import dataclass, field
-
-import msgspec
 
 from shardray.runtime.engine.limits import SchedulerLimits
+from shardray.runtime.engine.lookup import PromptLookup
+from shardray.runtime.engine.open_plan import Drafting, OpenPlan
 from shardray.runtime.engine.request import EngineRequest, EngineStats, FieldError, FinishReason, TokenOutput
 from shardray.runtime.engine.sequence import Sequence, SequenceQueue
 from shardray.runtime.engine.sequence_pages import SequencePages
-from shardray.runtime.engine.step import EncoderRow, PageGrant, Row, SlotStart, StepPlan, StepResult
-from shardray.runtime.engine.traced import TracedStep
+from shardray.runtime.engine.step import Sampled, StepPlan, StepResult
 
 _NOT_FINITE = (
     "the model's logits are not numbers; serve it in bfloat16 or float32 if this is float16, or check its weights"
 )
 
-
-@dataclass(slots=True)
-class _Draft:
-    """A plan in the making, and the sequences of its sampling rows in their order."""
-
-    step: int
-    starts: list[SlotStart] = field(default_factory=list)
-    grants: list[PageGrant] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    encoder_rows: list[EncoderRow] = field(default_factory=list)
-    sampling: list[Sequence] = field(default_factory=list)
-    pooling: list[Sequence] = field(default_factory=list)  # of encoder rows that yield an embedding
-    is_greedy: bool = True
-    traced: list[tuple[Sequence, int]] = field(default_factory=list)  # with the tokens that each has in the plan
-    begin_ns: int = 0  # since 1970; of a plan with such
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(row.num_tokens for row in self.rows) + sum(len(row.token_ids) for row in self.encoder_rows)
-
-    def add_grant(self, grant: PageGrant | None) -> None:
-        if grant is not None:
-            self.grants.append(grant)
+# Where streams fill a step, a drafted token takes the time of one that is sure: it has to be nearly so itself.
+_RIGHT_IN_FULL_STEP = 8
 
 
 class Scheduler:
@@ -58,12 +34,14 @@ class Scheduler:
         self._live: dict[str, Sequence] = {}  # by request id; each is either waiting or running
         self._waiting = SequenceQueue()
         self._running = SequenceQueue()
-        self._in_flight: deque[_Draft] = deque()
+        self._in_flight: deque[OpenPlan] = deque()
         self._num_arrivals = 0
         self._num_steps = 0
         self._num_preemptions = 0
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
+        self._num_drafted_tokens = 0
+        self._num_accepted_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -79,16 +57,18 @@ class Scheduler:
         if request.request_id in self._live:
             raise FieldError("request_id", f"{request.request_id!r} is already in use")
         params, given_ids = request.params, self._limits.given_ids(request)
+        token_ids = [*given_ids, *request.generated_ids]
         encoder_ids = request.prompt_ids if self._limits.encoder is not None else ()
         sequence = Sequence(
             request=request,
             urgency=(-request.priority, -self._num_arrivals),
             stop_ids=frozenset(params.stop_token_ids).union(() if params.ignore_eos else self._limits.eos_token_ids),
             max_len=self._limits.max_len(request),
-            token_ids=[*given_ids, *request.generated_ids],
+            token_ids=token_ids,
             num_given=len(given_ids),
             encoder_ids=encoder_ids,
             is_plain=params.is_plain,
+            lookup=PromptLookup(token_ids) if self._limits.max_draft_tokens and not params.penalizes else None,
             num_prompt_blocks=0 if request.pooling is not None else self._pages.pool.pages_for(len(encoder_ids)),
         )
         if request.pooling is None and (reason := sequence.finish_reason()):
@@ -114,68 +94,62 @@ class Scheduler:
         """The next step, or None when nothing can run before a plan in flight is committed or a request arrives."""
         if len(self._in_flight) >= self._limits.max_in_flight:
             return None
-        draft = _Draft(self._num_steps)
-        chosen, budget = self._choose_running()
+        plan = OpenPlan(self._num_steps, self._drafting())
+        chosen, budget = self._choose_running(0 if plan.drafting.num_tokens else self._limits.lookahead)
         for sequence, num_tokens in chosen:
             if sequence.slot is not None:  # else it was just preempted for a more urgent one
-                self._schedule(draft, sequence, min(num_tokens, self._make_room(sequence)))
-        self._admit(draft, budget)
-        if not draft.rows and not draft.encoder_rows:
+                room = self._make_room(sequence)
+                self._schedule(plan, sequence, min(num_tokens, room), room - num_tokens)
+        if not plan.num_drafted:  # else whoever waits was just preempted
+            self._admit(plan, budget)
+        if not plan.rows and not plan.encoder_rows:
             return None
         self._num_steps += 1
-        self._in_flight.append(draft)
-        if draft.traced:
-            draft.begin_ns = time.time_ns()
-        return StepPlan(
-            step=draft.step,
-            starts=tuple(draft.starts),
-            grants=tuple(draft.grants),
-            rows=tuple(draft.rows),
-            encoder_rows=tuple(draft.encoder_rows),
-            is_greedy=draft.is_greedy,
-            is_traced=bool(draft.traced),
-        )
+        self._in_flight.append(plan)
+        return plan.close()
 
     def commit(self, result: StepResult) -> list[TokenOutput]:
         """Take the tokens of the oldest plan in flight; returns those to publish, in the plan's order."""
-        draft = self._in_flight.popleft()
-        if result.step != draft.step:
-            raise ValueError(f"the result of step {result.step} came when that of step {draft.step} was due")
+        plan = self._in_flight.popleft()
+        if result.step != plan.step:
+            raise ValueError(f"the result of step {result.step} came when that of step {plan.step} was due")
         outputs = []
-        for sequence, sampled in zip(draft.sampling, result.sampled, strict=True):
+        num_read = 0
+        for sequence, drafted_ids in plan.sampling:
+            sampled = result.sampled[num_read : num_read + 1 + len(drafted_ids)]
+            num_read += len(sampled)
             sequence.num_unresolved -= 1
             if sequence.finished:  # cancelled, or stopped by a token that was unresolved when this step was planned
                 continue
-            if sampled.token_id < 0:
-                self._finish(sequence)
-                request_id = sequence.request.request_id
-                outputs.append(TokenOutput(request_id, finish_reason=FinishReason.ERROR, error=_NOT_FINITE))
-                continue
-            sequence.token_ids.append(sampled.token_id)
-            self._num_output_tokens += 1
-            num_found = 0
-            if sequence.num_generated == 1:
-                self._num_prompt_tokens += len(sequence.request.prompt_ids)
-                num_found = sequence.num_found
-            reason = sequence.finish_reason()
-            if reason is not None:
-                self._finish(sequence)
-            outputs.append(
-                TokenOutput(
-                    sequence.request.request_id,
-                    sampled.token_id,
-                    sampled.logprob,
-                    sampled.top_logprobs,
-                    reason,
-                    num_cached_prompt_tokens=num_found,
-                )
-            )
-        outputs += self._commit_embeddings(draft, result)
-        return _with_steps(outputs, draft, result) if draft.traced else outputs
+            taken = sequence.resolve(sampled, drafted_ids)
+            self._num_drafted_tokens += len(drafted_ids)
+            self._num_accepted_tokens += len(taken) - 1
+            outputs += [self._publish(sequence, one, one is taken[-1]) for one in taken]
+        outputs += self._commit_embeddings(plan, result)
+        return plan.with_steps(outputs, result)
 
-    def _commit_embeddings(self, draft: _Draft, result: StepResult) -> list[TokenOutput]:
+    def _publish(self, sequence: Sequence, sampled: Sampled, is_last: bool) -> TokenOutput:
+        """A new token of a live sequence; ``is_last``: of those that a plan yields for it."""
+        request_id = sequence.request.request_id
+        if sampled.token_id < 0:
+            self._finish(sequence)
+            return TokenOutput(request_id, finish_reason=FinishReason.ERROR, error=_NOT_FINITE)
+        self._num_output_tokens += 1
+        num_found = 0
+        if sequence.num_generated == 1:
+            self._num_prompt_tokens += len(sequence.request.prompt_ids)
+            num_found = sequence.num_found
+        reason = sequence.finish_reason() if is_last else None
+        if reason is not None:
+            self._finish(sequence)
+        return TokenOutput(
+            request_id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason,
+            num_cached_prompt_tokens=num_found,
+        )  # fmt: skip
+
+    def _commit_embeddings(self, plan: OpenPlan, result: StepResult) -> list[TokenOutput]:
         outputs = []
-        for sequence, embedding in zip(draft.pooling, result.embeddings, strict=True):
+        for sequence, embedding in zip(plan.pooling, result.embeddings, strict=True):
             sequence.num_unresolved -= 1
             if not sequence.finished:
                 self._num_prompt_tokens += len(sequence.encoder_ids)
@@ -199,6 +173,8 @@ class Scheduler:
             num_preemptions=self._num_preemptions,
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=self._num_output_tokens,
+            num_drafted_tokens=self._num_drafted_tokens,
+            num_accepted_tokens=self._num_accepted_tokens,
             num_prefix_queries=pages.num_prefix_queries,
             num_prefix_hits=pages.num_prefix_hits,
         )
@@ -219,9 +195,22 @@ class Scheduler:
         if slots != list(range(self._limits.max_num_seqs)):
             raise RuntimeError(f"slots free or held: {slots}, expected 0 to {self._limits.max_num_seqs - 1} once each")
 
-    def _choose_running(self) -> tuple[list[tuple[Sequence, int]], int]:
+    def _drafting(self) -> Drafting:
+        """What the next plan may have of drafted tokens: none if it may read a prompt.
+
+        They stand behind tokens that are known: all sequences then wait for what is in flight, and stay in one plan.
+        """
+        limits, num_running = self._limits, len(self._running)
+        most = min(limits.max_drafting_step, limits.max_num_batched_tokens) - num_running
+        fewest_right = _RIGHT_IN_FULL_STEP * num_running // limits.max_drafting_step
+        reads = bool(self._waiting and self._free_slots) or any(one.num_uncomputed > 1 for one in self._running)
+        if not limits.max_draft_tokens or reads or not any(one.is_sure(fewest_right) for one in self._running):
+            most = 0
+        return Drafting(max(0, most), fewest_right)
+
+    def _choose_running(self, lookahead: int) -> tuple[list[tuple[Sequence, int]], int]:
         """(sequence, tokens) for what runs on, the most urgent first, and the prefill budget that is left."""
-        decodes = self._choose_decodes()
+        decodes = self._choose_decodes(lookahead)
         chosen = [(sequence, 1) for sequence in decodes]
         reading = [sequence for sequence in self._running if sequence.num_uncomputed > 1]
         num_readers = len(reading) + min(len(self._waiting), len(self._free_slots))
@@ -234,9 +223,9 @@ class Scheduler:
         chosen.sort(key=lambda choice: choice[0].urgency, reverse=True)
         return chosen, budget
 
-    def _choose_decodes(self) -> list[Sequence]:
+    def _choose_decodes(self, lookahead: int) -> list[Sequence]:
         """Sequences to decode; with several lanes an equal share of the running ones, those that waited longest."""
-        ready = [sequence for sequence in self._running if sequence.can_decode(self._limits.lookahead)]
+        ready = [sequence for sequence in self._running if sequence.can_decode(lookahead)]
         if ready and ready[-1] is self._running.last and not self._pages.room(ready[-1]):
             ready.pop()  # it has nobody to preempt, and must not take the place of one that can run
         share = -(-len(self._running) // self._limits.num_lanes)
@@ -244,10 +233,10 @@ class Scheduler:
             ready.sort(key=lambda sequence: sequence.last_step)
         return ready[:share]
 
-    def _admit(self, draft: _Draft, budget: int) -> None:
+    def _admit(self, plan: OpenPlan, budget: int) -> None:
         """Start waiting sequences in their order, as far as slots, budget and pages go. Never preempts."""
         num_spare = self._pages.num_spare(self._running) if self._waiting and self._free_slots else 0
-        room = self._limits.max_num_batched_tokens - draft.num_tokens if self._limits.encoder is not None else 0
+        room = self._limits.max_num_batched_tokens - plan.num_tokens if self._limits.encoder is not None else 0
         while budget > 0 and self._waiting and self._free_slots:
             sequence = self._waiting.first
             if sequence.num_unresolved or len(sequence.encoder_ids) > room:
@@ -257,27 +246,22 @@ class Scheduler:
                 return
             self._waiting.remove(sequence)
             self._running.add(sequence)
-            draft.starts.append(sequence.start(self._free_slots.pop()))
+            plan.starts.append(sequence.start(self._free_slots.pop()))
             num_spare -= start.num_pages + 1
-            draft.add_grant(self._pages.adopt(sequence, start))
+            plan.add_grant(self._pages.adopt(sequence, start))
             if sequence.encoder_ids:
-                self._encode(draft, sequence)
+                self._encode(plan, sequence)
                 room -= len(sequence.encoder_ids)
                 budget -= len(sequence.encoder_ids)
                 continue
             num_tokens = min(sequence.num_uncomputed, budget)
-            self._schedule(draft, sequence, num_tokens)
+            self._schedule(plan, sequence, num_tokens)
             budget -= num_tokens
 
-    def _encode(self, draft: _Draft, sequence: Sequence) -> None:
+    def _encode(self, plan: OpenPlan, sequence: Sequence) -> None:
         """Put a prompt for the encoder into the plan, with its pages. The decoder's tokens follow in the next ones."""
-        draft.add_grant(self._pages.take(sequence, 0))
-        draft.encoder_rows.append(sequence.encode())
-        sequence.last_step = draft.step
-        if sequence.request.is_traced:
-            draft.traced.append((sequence, len(sequence.encoder_ids)))
-        if sequence.request.pooling is not None:
-            draft.pooling.append(sequence)
+        plan.add_grant(self._pages.take(sequence, 0))
+        plan.add_encoder_row(sequence, sequence.encode())
 
     def _make_room(self, sequence: Sequence) -> int:
         """Room for a running sequence; while it has none, the least urgent one is preempted.
@@ -289,20 +273,17 @@ class Scheduler:
             self._preempt(self._running.last)
         return num_tokens
 
-    def _schedule(self, draft: _Draft, sequence: Sequence, num_tokens: int) -> None:
-        """Put a sequence's next tokens into the plan, with the pages they fill."""
+    def _schedule(self, plan: OpenPlan, sequence: Sequence, num_tokens: int, room_to_draft: int = 0) -> None:
+        """Put a sequence's next tokens into the plan, with the pages they fill; and tokens drafted behind them."""
         if num_tokens == 0:
             return
-        draft.add_grant(self._pages.take(sequence, num_tokens))
-        row = sequence.advance(num_tokens)
+        drafting = plan.drafting
+        most = min(self._limits.max_draft_tokens, room_to_draft, drafting.num_tokens)
+        drafted_ids = sequence.draft(most, drafting.fewest_right)
+        drafting.num_tokens -= len(drafted_ids)
+        plan.add_grant(self._pages.take(sequence, num_tokens + len(drafted_ids)))
+        plan.add_row(sequence, sequence.advance(num_tokens, drafted_ids))
         self._pages.add_prefix(sequence)
-        sequence.last_step = draft.step
-        draft.rows.append(row)
-        if sequence.request.is_traced:
-            draft.traced.append((sequence, num_tokens))
-        if row.samples:
-            draft.sampling.append(sequence)
-            draft.is_greedy &= sequence.is_greedy
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to its old place in the queue; once its tokens in flight have come, it is computed again with them."""
@@ -325,19 +306,3 @@ class Scheduler:
         self._free_slots.append(sequence.slot)
         self._pages.give_back(sequence)
         sequence.reset()
-
-
-def _with_steps(outputs: list[TokenOutput], draft: _Draft, result: StepResult) -> list[TokenOutput]:
-    """The same, and those of traced requests tell of this step and of earlier ones that gave them nothing."""
-    duration_ns = time.time_ns() - draft.begin_ns
-    untold = {}
-    for sequence, num_tokens in draft.traced:
-        step = TracedStep(draft.step, draft.begin_ns, duration_ns, num_tokens, draft.num_tokens, result.stages)
-        sequence.untold_steps.append(step)
-        untold[sequence.request.request_id] = sequence.untold_steps
-    told = []
-    for output in outputs:
-        steps = untold.get(output.request_id, [])
-        told.append(msgspec.structs.replace(output, steps=tuple(steps)) if steps else output)
-        steps.clear()
-    return told

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 
+from shardray.runtime.engine.lookup import PromptLookup
 from shardray.runtime.engine.prefixes import UNKNOWN, Prefix
 from shardray.runtime.engine.request import EngineRequest, FinishReason
-from shardray.runtime.engine.step import EncoderRow, PageGrant, Row, SlotStart
+from shardray.runtime.engine.step import EncoderRow, PageGrant, Row, Sampled, SlotStart
 from shardray.runtime.engine.traced import TracedStep
 
 
@@ -19,7 +20,8 @@ class Sequence:
 
     Tokens come in three kinds, in this order: computed (a plan that is made covers them), known but not yet computed,
     and unresolved (a plan in flight samples them). Once the prompt is computed there is always exactly one token to
-    compute next, be it known or unresolved.
+    compute next, be it known or unresolved. A plan may compute drafted tokens as well: they count as computed until it
+    is known which of them are right, and the sequence is in no other plan meanwhile.
 
     With an encoder the prompt is none of these tokens: it is read whole, before all of them, and has the first pages.
     """
@@ -33,6 +35,7 @@ class Sequence:
     encoder_ids: tuple[int, ...] = ()  # what an encoder reads
     num_prompt_blocks: int = 0  # pages that hold what the decoder attends to of it
     is_plain: bool = False  # see SamplingParams
+    lookup: PromptLookup | None = None  # what drafts tokens; None: nothing does
     is_encoded: bool = False  # a plan that is made reads it
     num_computed: int = 0
     num_unresolved: int = 0
@@ -66,6 +69,26 @@ class Sequence:
         """Whether of the token that the last plan samples the highest logit is all that matters."""
         return self.is_plain and self.num_generated + self.num_unresolved > self.request.params.min_tokens
 
+    def is_sure(self, fewest_right: int) -> bool:
+        """Whether it has tokens to draft behind those that are known: see PromptLookup."""
+        return self.lookup is not None and self.lookup.is_sure(fewest_right)
+
+    def draft(self, most: int, fewest_right: int) -> tuple[int, ...]:
+        """Up to ``most`` tokens to stand behind those that are known, in a plan that computes all of these.
+
+        Not before a token sampled behind them depends on no more than its position: not on ``min_tokens``, nor on what
+        penalties would have counted.
+        """
+        if self.lookup is None or not self.lookup.is_sure(fewest_right):
+            return ()
+        if (
+            self.num_unresolved
+            or self.num_uncomputed != 1
+            or self.num_generated < max(1, self.request.params.min_tokens)
+        ):
+            return ()
+        return self.lookup.draft(min(most, self.max_len - len(self.token_ids) - 1))
+
     def start(self, slot: int) -> SlotStart:
         """Take a slot. Ids travel only when the sampler needs them."""
         self.slot = slot
@@ -95,15 +118,38 @@ class Sequence:
         self.prefix, self.num_computed = prefix, num_tokens
         return self.grant(pages) if pages else None
 
-    def advance(self, num_tokens: int) -> Row:
-        """The next ``num_tokens`` tokens as a row; it samples if they are all there is to compute."""
+    def advance(self, num_tokens: int, drafted_ids: tuple[int, ...] = ()) -> Row:
+        """The next ``num_tokens`` tokens as a row, with those drafted behind them.
+
+        It samples if they are all there is to compute.
+        """
         assert self.slot is not None
         start = self.num_computed
         samples = num_tokens == self.num_uncomputed
-        self.num_computed += num_tokens
+        self.num_computed += num_tokens + len(drafted_ids)
         self.num_unresolved += samples
         # An unresolved token lies past the known ones: the slice is then empty, as the row of such a token is to be.
-        return Row(self.slot, start, tuple(self.token_ids[start : start + num_tokens]), samples)
+        token_ids = (*self.token_ids[start : start + num_tokens], *drafted_ids)
+        return Row(self.slot, start, token_ids, samples, len(drafted_ids))
+
+    def resolve(self, sampled: tuple[Sampled, ...], drafted_ids: tuple[int, ...]) -> list[Sampled]:
+        """Take of what a plan sampled, one token and one behind each drafted one, what is good; returns that.
+
+        The first is, and each behind a drafted token that is the one sampled before it; none behind the sequence's end,
+        or behind logits that are not finite.
+        """
+        taken = []
+        for one, drafted_id in zip(sampled, (*drafted_ids, None), strict=True):
+            taken.append(one)
+            if one.token_id >= 0:
+                self.token_ids.append(one.token_id)
+            if one.token_id != drafted_id or self.finish_reason() is not None:
+                break
+        if drafted_ids:  # keys and values behind a wrong one are written over; after a preemption there are none
+            self.num_computed = min(self.num_computed, len(self.token_ids) - 1)
+        if self.lookup is not None:
+            self.lookup.read()
+        return taken
 
     def reset(self) -> None:
         """Give up the slot and all that was computed. Tokens in flight stay due."""

@@ -56,6 +56,7 @@ _LOAD_TIMEOUT_S = 3600.0
 # A step with so much of a prompt takes about three times as long as one that only reads the weights: three times the
 # tokens at which products take longer than reading what they multiply, beside some decodes.
 _PREFILL_BESIDE_DECODES = {"cpu": 64, "cuda": 512}
+_DRAFTING_STEP = {"cpu": 16, "cuda": 128}  # tokens up to which a step takes little longer than for one
 
 
 def open_rendezvous(bind_host: str, credentials: Credentials, size: int) -> Rendezvous:
@@ -209,6 +210,8 @@ def _assemble(
         max_model_len=served.max_model_len,
         block_size=served.block_size,
         num_pages=num_pages,
+        max_draft_tokens=assignment.max_draft_tokens,
+        max_drafting_step=_DRAFTING_STEP[device.type],
         prefix_caching=assignment.prefix_caching,
         max_in_flight=place.pp_size if place.pp_size > 1 else 2,
         lookahead=0 if place.pp_size > 1 else 1,

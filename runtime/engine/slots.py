@@ -119,10 +119,11 @@ class SlotTable:
         num_decodes = int((counts == 1).sum())
         tables = self._tables(slots, starts + counts)
         inputs = self._lay_out(token_ids, counts, starts, slots, tables, num_decodes)
-        sampling = [row.slot for row in plan.rows if row.samples]
-        last_token = dict(zip(slots.tolist(), (np.cumsum(counts) - 1).tolist(), strict=True))
-        sampled = np.array([last_token[slot] for slot in sampling], dtype=np.int64)
-        inputs = inputs._replace(sampled_tokens=sampled, sampling_slots=np.array(sampling, dtype=np.int64))
+        begins = dict(zip(slots.tolist(), (np.cumsum(counts) - counts - starts).tolist(), strict=True))
+        # A slot with drafted tokens comes several times. What it sampled last is not read: its next row brings it.
+        sampling = np.array([slot for slot, _ in plan.sampled], dtype=np.int64)
+        sampled = np.array([begins[slot] + position - 1 for slot, position in plan.sampled], dtype=np.int64)
+        inputs = inputs._replace(sampled_tokens=sampled, sampling_slots=sampling)
         return LaidOut(inputs, _prefills(counts, starts, num_decodes), plan.encoder_rows)
 
     def as_view(

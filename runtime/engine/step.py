@@ -39,10 +39,20 @@ class Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
     start: int  # position of the first token = tokens whose keys and values the slot already holds
     token_ids: tuple[int, ...]
     samples: bool  # whether the last token's logits yield a new token
+    num_drafted: int = 0  # of the last tokens: each yields a new one as well, good if those before it were right
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids) or 1
+
+    @property
+    def drafted_ids(self) -> tuple[int, ...]:
+        return self.token_ids[-self.num_drafted :] if self.num_drafted else ()
+
+    @property
+    def num_sampled(self) -> int:
+        """Of the last tokens, those whose logits yield a new one."""
+        return 1 + self.num_drafted if self.samples else 0
 
 
 class EncoderRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -68,9 +78,18 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
     def num_tokens(self) -> int:
         return sum(row.num_tokens for row in self.rows) + sum(len(row.token_ids) for row in self.encoder_rows)
 
+    @property
+    def sampled(self) -> list[tuple[int, int]]:
+        """(slot, position) of each token that the step yields."""
+        return [
+            (row.slot, row.start + row.num_tokens - back)
+            for row in self.rows
+            for back in range(row.num_sampled - 1, -1, -1)
+        ]
+
 
 class Sampled(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """The token of one sampling row; -1 where its logits are not finite."""
+    """One new token; -1 where its logits are not finite."""
 
     token_id: int
     logprob: float | None = None
@@ -78,7 +97,7 @@ class Sampled(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One entry for each row with ``samples``, and one for each with ``pooling``, in the plan's order."""
+    """One entry for each token that a row samples, and one for each row with ``pooling``, in the plan's order."""
 
     step: int
     sampled: tuple[Sampled, ...]

@@ -46,6 +46,11 @@ METRICS = (
     ),
     Metric("vllm:prefix_cache_hits", "counter", ENGINE, "tokens", "those of them that had been computed before"),
     Metric("vllm:generation_tokens", "counter", ENGINE, "tokens", "tokens generated"),
+    Metric("vllm:spec_decode_num_draft_tokens", "counter", ENGINE, "tokens", "tokens guessed, and checked"),
+    Metric(
+        "vllm:spec_decode_num_accepted_tokens", "counter", ENGINE, "tokens",
+        "those of them that were right, and are among those generated",
+    ),
     Metric(
         "vllm:cache_config_info", "gauge", (*ENGINE, "block_size", "num_gpu_blocks"), "1",
         "always 1; the labels are the tokens of a page and the number of pages, on CPUs too",

@@ -101,6 +101,8 @@ def _add_engine(samples: _Samples, model: str, replica: ReplicaStatus) -> None:
     samples.add("vllm:prefix_cache_queries", stats.num_prefix_queries, *engine)
     samples.add("vllm:prefix_cache_hits", stats.num_prefix_hits, *engine)
     samples.add("vllm:generation_tokens", stats.num_output_tokens, *engine)
+    samples.add("vllm:spec_decode_num_draft_tokens", stats.num_drafted_tokens, *engine)
+    samples.add("vllm:spec_decode_num_accepted_tokens", stats.num_accepted_tokens, *engine)
     samples.add("vllm:cache_config_info", 1, *engine, stats.block_size, num_pages)
     samples.add("shardray:recoveries", replica.num_recoveries, *engine)
     samples.add("shardray:engine_steps", stats.num_steps, *engine)

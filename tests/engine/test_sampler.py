@@ -39,7 +39,7 @@ def sample(
     sampler: Sampler, logits: torch.Tensor, slots: Sequence[int], positions: Sequence[int]
 ) -> tuple[torch.Tensor, list[Sampled]]:
     """Draw a token for each row, and read what was drawn."""
-    draw = sampler.draw(logits, slots, positions)
+    draw = sampler.draw(logits, list(zip(slots, positions, strict=True)))
     return draw.tokens, draw.read([tensor.cpu() for tensor in draw.tensors()])
 
 

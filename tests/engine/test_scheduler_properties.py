@@ -31,6 +31,8 @@ def any_limits(draw: st.DrawFn) -> SchedulerLimits:
         num_pages=-(-NUM_KV_TOKENS // block_size) + draw(st.integers(0, 8)),
         max_in_flight=draw(st.integers(1, 4)),
         lookahead=draw(st.integers(0, 1)),
+        max_draft_tokens=draw(st.sampled_from([0, 3, 7])),
+        max_drafting_step=draw(st.integers(1, 24)),
         prefix_caching=draw(st.booleans()),
         eos_token_ids=frozenset({EOS_ID}),
     )
@@ -140,7 +142,7 @@ def test_no_token_changes_however_short_the_pages_are(
 def test_the_first_request_ends_as_soon_as_if_it_were_alone(
     limits: SchedulerLimits, requests: list[EngineRequest]
 ) -> None:
-    limits = replace(limits, max_in_flight=1, lookahead=0)
+    limits = replace(limits, max_in_flight=1, lookahead=0, max_draft_tokens=0)  # else faster while no prompt is read
 
     def num_steps(num_requests: int) -> int:
         service = ToyService(limits)

@@ -1,7 +1,8 @@
 """A toy mesh whose every token depends on all that the page tables let it read, and a service that checks its texts.
 
 The toy model's next token is a hash of the tokens found in the simulated KV pages, so a wrong page table, a page reused
-too early, a wrong start or a lost token changes the text.
+too early, a wrong start or a lost token changes the text. Some requests' texts repeat themselves now and then: there,
+all but every ninth token depends on the one before it alone.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ def next_token(history: list[int], num_generated: int, params: SamplingParams) -
     """A hash of the history; before min_tokens it is drawn again until it is no stop."""
     barred_ids = {EOS_ID, *params.stop_token_ids} if num_generated < params.min_tokens else set()
     draw = 0
+    repeats = (params.seed or 0) % 2 == 1 and len(history) % 9 != 0
+    seen = history[-1:] if repeats else history
     while True:
-        token_id = zlib.crc32(repr((history, params.seed, draw)).encode()) % VOCAB_SIZE
+        token_id = zlib.crc32(repr((seen, params.seed, draw)).encode()) % VOCAB_SIZE
         if token_id not in barred_ids:
             return token_id
         draw += 1
@@ -50,7 +53,8 @@ class ToySlot:
     start: SlotStart
     pages: list[int] = field(default_factory=list)
     kv_len: int = 0
-    sampled_ids: list[int] = field(default_factory=list)
+    sampled_ids: list[int] = field(default_factory=list)  # behind drafted tokens, also those that are not good
+    num_drafted: int = 0  # in its last row
 
 
 class ToyMesh:
@@ -71,7 +75,7 @@ class ToyMesh:
             slot.pages += grant.pages
         places = [place for row in plan.rows for place in self._write(row)]
         assert len(set(places)) == len(places), "two rows of one step wrote to one place"
-        sampled = tuple(Sampled(self._sample(self.slots[row.slot])) for row in plan.rows if row.samples)
+        sampled = tuple(Sampled(self._sample(self.slots[slot], position)) for slot, position in plan.sampled)
         self.results.append(StepResult(plan.step, sampled))
 
     def _place(self, slot: ToySlot, position: int) -> tuple[int, int]:
@@ -83,17 +87,18 @@ class ToyMesh:
         if not slot.kv_len:  # what its first pages hold already
             assert row.start % self.block_size == 0
             slot.kv_len = row.start
-        assert row.start == slot.kv_len
+        assert slot.kv_len - slot.num_drafted <= row.start <= slot.kv_len
+        assert row.token_ids or not slot.num_drafted, "the slot does not know which of its last tokens were good"
         token_ids = row.token_ids or (slot.sampled_ids[-1],)
-        slot.kv_len += len(token_ids)
+        slot.kv_len, slot.num_drafted = row.start + len(token_ids), row.num_drafted
         places = [self._place(slot, position) for position in range(row.start, slot.kv_len)]
         for position, (place, token_id) in enumerate(zip(places, token_ids, strict=True), row.start):
             self.kv[place] = (position, token_id)
         return places
 
-    def _sample(self, slot: ToySlot) -> int:
-        positions, history = zip(*(self.kv[self._place(slot, i)] for i in range(slot.kv_len)), strict=True)
-        assert positions == tuple(range(slot.kv_len)), "a page was overwritten by another sequence"
+    def _sample(self, slot: ToySlot, position: int) -> int:
+        positions, history = zip(*(self.kv[self._place(slot, i)] for i in range(position)), strict=True)
+        assert positions == tuple(range(position)), "a page was overwritten by another sequence"
         start = slot.start
         if start.params.penalizes:
             assert history == (*start.prompt_ids, *start.generated_ids, *slot.sampled_ids)
@@ -147,6 +152,10 @@ class ToyService:
         assert len(slots) == len(plan.rows)
         assert slots <= set(range(self.limits.max_num_seqs))
         assert self.limits.lookahead or all(row.token_ids for row in plan.rows)
+        assert all(row.num_drafted <= self.limits.max_draft_tokens for row in plan.rows)
+        if any(row.num_drafted for row in plan.rows):
+            assert plan.num_tokens <= self.limits.max_drafting_step
+            assert all(row.num_tokens == 1 + row.num_drafted for row in plan.rows), "a prompt is read as well"
         self.mesh.run(plan)
         assert len(self.mesh.results) <= self.limits.max_in_flight
         return plan

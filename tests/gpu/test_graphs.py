@@ -79,7 +79,7 @@ def test_drawing_waits_for_nothing(fields: dict[str, Any]) -> None:
     for slot in range(3):
         sampler.start(SlotStart(slot, params, (5, 6), (), 0))
     logits = torch.randn(3, 5000, device=CUDA)
-    sampler.draw(logits.clone(), [0, 1, 2], [2, 2, 2])
+    sampler.draw(logits.clone(), [(0, 2), (1, 2), (2, 2)])
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -28,7 +28,7 @@ from tests.observe.expressions import EXPRESSIONS, metrics_of
 pytestmark = pytest.mark.integration
 SETTINGS = (
     "model.max_model_len=128", "model.dtype=float32", "engine.kv_memory_bytes=100KiB", "engine.max_num_seqs=8",
-    "engine.step_timeout_s=2", "engine.block_size=4", "engine.max_num_batched_tokens=64", "cluster.spares=1",
+    "engine.step_timeout_s=2", "engine.block_size=4", "engine.max_num_batched_tokens=64", "engine.max_draft_tokens=7", "cluster.spares=1",
     "parallel.tensor_parallel_size=2", "limits.max_queued_requests=4", "grpc.listen=127.0.0.1:0",
     "metrics.listen=127.0.0.1:0", "logging.format=json", "logging.level=info",
 )  # fmt: skip
@@ -94,14 +94,16 @@ def until_a_spare_is_ready(metrics: str, scrapes: list[Scrape], timeout_s: float
         scrapes.append(scrape(metrics))
 
 
-async def ask(client: AsyncClient, index: int) -> None:
+async def ask(client: AsyncClient, index: int, temperature: float = 1.0) -> None:
     with contextlib.suppress(ServerError):  # some are refused: that is to be seen too
-        await client.generate([*PROMPT, index], max_tokens=80, ignore_eos=True, request_id=f"load-{index}")
+        await client.generate(
+            [*PROMPT, index], max_tokens=80, temperature=temperature, ignore_eos=True, request_id=f"load-{index}"
+        )
 
 
 async def ask_once(address: str) -> None:
     async with AsyncClient(address, timeout_s=60) as client:
-        await ask(client, 12)
+        await ask(client, 12, temperature=0.0)  # a text that goes round, of which tokens are drafted
 
 
 async def burden(address: str, metrics: str, victim: int, scrapes: list[Scrape]) -> None:

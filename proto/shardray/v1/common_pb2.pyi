@@ -360,6 +360,8 @@ class EngineStats(_message.Message):
     EXPERT_IMBALANCE_FIELD_NUMBER: _builtins.int
     NUM_PREFIX_QUERIES_FIELD_NUMBER: _builtins.int
     NUM_PREFIX_HITS_FIELD_NUMBER: _builtins.int
+    NUM_DRAFTED_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _builtins.int
     num_running: _builtins.int
     """Requests that hold a slot of the batch."""
     num_waiting: _builtins.int
@@ -392,6 +394,10 @@ class EngineStats(_message.Message):
     """Tokens of requests that started, those that started again included, since start."""
     num_prefix_hits: _builtins.int
     """Those of them whose keys and values were there already."""
+    num_drafted_tokens: _builtins.int
+    """Tokens that were guessed and checked beside the others (engine.max_draft_tokens), since start."""
+    num_accepted_tokens: _builtins.int
+    """Those of them that were right, and are among num_output_tokens."""
     def __init__(
         self,
         *,
@@ -411,10 +417,12 @@ class EngineStats(_message.Message):
         expert_imbalance: _builtins.float = ...,
         num_prefix_queries: _builtins.int = ...,
         num_prefix_hits: _builtins.int = ...,
+        num_drafted_tokens: _builtins.int = ...,
+        num_accepted_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "expert_imbalance", b"expert_imbalance", "max_model_len", b"max_model_len", "num_cached_tokens", b"num_cached_tokens", "num_output_tokens", b"num_output_tokens", "num_pages", b"num_pages", "num_preemptions", b"num_preemptions", "num_prefix_hits", b"num_prefix_hits", "num_prefix_queries", b"num_prefix_queries", "num_prompt_tokens", b"num_prompt_tokens", "num_running", b"num_running", "num_steps", b"num_steps", "num_used_pages", b"num_used_pages", "num_waiting", b"num_waiting", "plan_time_s", b"plan_time_s", "step_time_s", b"step_time_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "expert_imbalance", b"expert_imbalance", "max_model_len", b"max_model_len", "num_accepted_tokens", b"num_accepted_tokens", "num_cached_tokens", b"num_cached_tokens", "num_drafted_tokens", b"num_drafted_tokens", "num_output_tokens", b"num_output_tokens", "num_pages", b"num_pages", "num_preemptions", b"num_preemptions", "num_prefix_hits", b"num_prefix_hits", "num_prefix_queries", b"num_prefix_queries", "num_prompt_tokens", b"num_prompt_tokens", "num_running", b"num_running", "num_steps", b"num_steps", "num_used_pages", b"num_used_pages", "num_waiting", b"num_waiting", "plan_time_s", b"plan_time_s", "step_time_s", b"step_time_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

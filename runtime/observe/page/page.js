@@ -142,7 +142,8 @@ function replicaCard(replica, before) {
     const share = stats.num_used_pages / stats.num_pages;
     card.append(bar("KV cache", share, `${(100 * share).toFixed(0)} % of ${tokens} tokens`));
     const found = stats.num_prefix_hits ? ` · ${((100 * stats.num_prefix_hits) / stats.num_prefix_queries).toFixed(0)} % of prompts found computed` : "";
-    const line = `${replica.output_tokens_per_s.toFixed(0)} tokens/s · ${stats.num_running} running · ${stats.num_waiting} waiting · step ${seconds(stats.step_time_s)} · ${stats.num_preemptions} preemptions${found}`;
+    const drafted = stats.num_drafted_tokens ? ` · ${((100 * stats.num_accepted_tokens) / stats.num_drafted_tokens).toFixed(0)} % of drafted tokens right` : "";
+    const line = `${replica.output_tokens_per_s.toFixed(0)} tokens/s · ${stats.num_running} running · ${stats.num_waiting} waiting · step ${seconds(stats.step_time_s)} · ${stats.num_preemptions} preemptions${found}${drafted}`;
     card.append(element("p", "detail", stats.expert_imbalance ? `${line} · busiest expert ${stats.expert_imbalance.toFixed(1)}× the mean` : line));
   }
   if (replica.shards.length) card.append(grid(replica, before));
