@@ -232,7 +232,7 @@ FLOAT32 = Element("float32", pointer_u32, copy_in, copy_out)
 
 
 @intrinsic
-def _float_of(typing_context: Any, bits: Any) -> Any:
+def float_of(typing_context: Any, bits: Any) -> Any:
     """The float32 of those bits"""
 
     def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
@@ -259,4 +259,4 @@ def exp(value: Any) -> Any:
     p = p * f + np.float32(1.0)
     p = p * f + np.float32(1.0)
     exponent = (np.int32(whole) + np.int32(127)) << np.int32(23)
-    return p * _float_of(exponent)  # type: ignore[call-arg]
+    return p * float_of(exponent)  # type: ignore[call-arg]

@@ -59,7 +59,7 @@ def fill_in(args):
 
 
 @numba.njit(inline="always")
-def _in_order(bits):
+def in_order(bits):
     """int32 that are in the order of the floats of those bits; both zeros are equal, and NaN is above all."""
     sign, size = bits >> np.int32(31), bits & np.int32(0x7FFFFFFF)
     return np.int32(0x7FFFFFFF) if size > np.int32(0x7F800000) else (size ^ sign) - sign
@@ -81,11 +81,11 @@ def best_columns(args):
         for block in range(0, num_columns, _BLOCK):
             highest = np.int32(-0x80000000)
             for i in range(block, min(block + _BLOCK, num_columns)):
-                highest = max(highest, _in_order(scores[start + i]))
+                highest = max(highest, in_order(scores[start + i]))
             if highest > best:
                 best, best_block = highest, block
         column = best_block
-        while column + 1 < num_columns and _in_order(scores[start + column]) != best:
+        while column + 1 < num_columns and in_order(scores[start + column]) != best:
             column += 1
         out[row, 0] = jit.pointer_f32(a[4])[start + column] if num_columns else -np.inf
         out[row, 1] = a[3] + column

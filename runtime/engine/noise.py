@@ -20,9 +20,9 @@ from shardray.runtime.engine.inputs import to_device
 
 _MASK_64 = 2**64 - 1
 _GOLDEN_64 = 0x9E3779B97F4A7C15  # 2**64 / golden ratio
-_LOWBIAS_1 = 0x7FEB352D
-_LOWBIAS_2 = 0x846CA68B - 2**32  # as a signed 32-bit integer
-_UNIT = 2.0**-31 * (1.0 - 2.0**-24)  # brings 31 bits, which float32 may round up to 2**31, below 1
+LOWBIAS_1 = 0x7FEB352D
+LOWBIAS_2 = 0x846CA68B - 2**32  # as a signed 32-bit integer
+UNIT = 2.0**-31 * (1.0 - 2.0**-24)  # brings 31 bits, which float32 may round up to 2**31, below 1
 
 
 def noise_key(seed: int, position: int) -> tuple[int, int]:
@@ -48,17 +48,17 @@ def exponential_noise(keys: Sequence[tuple[int, int]], hashed_ids: torch.Tensor)
     words = to_device(keys, hashed_ids.device, torch.int32).view(-1, 2, 1)  # (num_rows, 2, 1)
     hashed = _permute(hashed_ids ^ words[:, 0], words[:, 1])  # (num_rows, width)
     # 31 bits rather than a signed word, so that values next to 0, where the likely winners are, keep full precision.
-    uniform = hashed.bitwise_and_(0x7FFFFFFF).to(torch.float32).mul_(-_UNIT).sub_(_UNIT / 2)  # in (-1, 0)
+    uniform = hashed.bitwise_and_(0x7FFFFFFF).to(torch.float32).mul_(-UNIT).sub_(UNIT / 2)  # in (-1, 0)
     return uniform.log1p_().neg_()
 
 
 def _permute(words: torch.Tensor, key: torch.Tensor | None) -> torch.Tensor:
     """lowbias32 in place, with ``key`` joined in after the first multiplication."""
     scratch = torch.empty_like(words)
-    _xor_shift(words, 16, scratch).mul_(_LOWBIAS_1)
+    _xor_shift(words, 16, scratch).mul_(LOWBIAS_1)
     if key is not None:
         words.bitwise_xor_(key)
-    _xor_shift(words, 15, scratch).mul_(_LOWBIAS_2)
+    _xor_shift(words, 15, scratch).mul_(LOWBIAS_2)
     return _xor_shift(words, 16, scratch)
 
 

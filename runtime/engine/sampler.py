@@ -15,16 +15,13 @@ from typing import NamedTuple
 
 import torch
 
-from shardray.parallel.rows import NOT_FINITE
-from shardray.runtime.engine.candidates import is_filtered, survivors
 from shardray.runtime.engine.inputs import to_device
-from shardray.runtime.engine.noise import exponential_noise, hash_token_ids, noise_key
+from shardray.runtime.engine.noise import hash_token_ids, noise_key
 from shardray.runtime.engine.penalties import SeenTokens
-from shardray.runtime.engine.request import SamplingParams
+from shardray.runtime.engine.race import Choice, choose_at_random, choose_greedily
 from shardray.runtime.engine.step import Sampled, SlotStart
 
 _MAX_TOP_LOGPROBS = 20  # the most that SamplingParams takes; always found, so that ties do not depend on the batch
-_LOWEST_TEMPERATURE = 1e-30  # a lower one would round to 0 in float32, and it makes no difference
 
 
 class _Slot:
@@ -35,19 +32,6 @@ class _Slot:
         self.params = start.params
         self.num_barred = start.params.min_tokens - start.num_generated  # tokens for which stopping is still barred
         self.barred_ids = sorted({*eos_token_ids, *start.params.stop_token_ids})
-
-
-class _Choice(NamedTuple):
-    """The winners of some rows of a batch."""
-
-    rows: Sequence[int]  # indices into the batch
-    scores: torch.Tensor  # (n, width) processed scores, -inf where filtered
-    token_ids: torch.Tensor | None  # (n, width), None if the columns are the vocabulary
-    columns: torch.Tensor  # (n,) the column that won
-
-    @property
-    def tokens(self) -> torch.Tensor:
-        return self.columns if self.token_ids is None else self.token_ids.gather(1, self.columns[:, None]).view(-1)
 
 
 class _Logprobs(NamedTuple):
@@ -88,12 +72,16 @@ class Draw(NamedTuple):
 class Sampler:
     """Samples one token for each row of logits.
 
-    ``eos_token_ids`` are the ids that ``min_tokens`` bars besides a request's own stop ids.
+    ``eos_token_ids`` are the ids that ``min_tokens`` bars besides a request's own stop ids. ``num_threads``: that it
+    may use on a CPU.
     """
 
-    def __init__(self, vocab_size: int, eos_token_ids: Collection[int], device: torch.device) -> None:
+    def __init__(
+        self, vocab_size: int, eos_token_ids: Collection[int], device: torch.device, num_threads: int = 1
+    ) -> None:
         self._eos_token_ids = eos_token_ids
         self._device = device
+        self._num_threads = num_threads
         self._slots: dict[int, _Slot] = {}
         self._seen = SeenTokens(device)
         self._hashed_ids = hash_token_ids(torch.arange(vocab_size, device=device))  # (vocab_size,)
@@ -112,14 +100,15 @@ class Sampler:
         before them (no penalties, min_tokens reached) may appear several times.
         """
         states, positions = [self._slots[slot] for slot, _ in places], [position for _, position in places]
-        is_finite = logits.amax(dim=-1) < torch.inf  # or -inf: what is barred is not counted
         self._process(logits, states)
         choices = self._choose(logits, states, positions)
-        tokens = torch.zeros(len(states), dtype=torch.int64, device=self._device)
-        for choice in choices:
-            tokens[self._index(choice.rows)] = choice.tokens
+        if len(choices) == 1:  # of all rows in their order
+            tokens = choices[0].tokens
+        else:
+            tokens = torch.zeros(len(states), dtype=torch.int64, device=self._device)
+            for choice in choices:
+                tokens[self._index(choice.rows)] = choice.tokens
         self._advance(states, tokens)
-        tokens = torch.where(is_finite, tokens, NOT_FINITE)
         return Draw(tokens, [found for choice in choices if (found := self._logprobs(choice, states))])
 
     def _process(self, logits: torch.Tensor, states: Sequence[_Slot]) -> None:
@@ -137,26 +126,17 @@ class Sampler:
             rows, token_ids = zip(*barred, strict=True)
             logits[self._index(rows), self._index(token_ids)] = -torch.inf
 
-    def _choose(self, logits: torch.Tensor, states: Sequence[_Slot], positions: Sequence[int]) -> list[_Choice]:
-        params = [state.params for state in states]
-        greedy = [row for row, p in enumerate(params) if p.greedy]
-        free = [row for row, p in enumerate(params) if not p.greedy and not is_filtered(p)]
-        filtered = [row for row, p in enumerate(params) if not p.greedy and is_filtered(p)]
-        keys = [noise_key(p.seed or 0, position) for p, position in zip(params, positions, strict=True)]
+    def _choose(self, logits: torch.Tensor, states: Sequence[_Slot], positions: Sequence[int]) -> list[Choice]:
+        greedy = [row for row, state in enumerate(states) if state.params.greedy]
+        others = [row for row, state in enumerate(states) if not state.params.greedy]
         choices = []
         if greedy:
-            scores = self._take(logits, greedy)
-            choices.append(_Choice(greedy, scores, None, _argmax(scores)))
-        if free:
-            scores = _temper(self._take(logits, free), [params[row] for row in free])
-            columns = _race(scores, [keys[row] for row in free], self._hashed_ids)
-            choices.append(_Choice(free, scores, None, columns))
-        if filtered:
-            picked = [params[row] for row in filtered]
-            for places, scores, token_ids in survivors(_temper(self._take(logits, filtered), picked), picked):
-                rows = [filtered[place] for place in places]
-                columns = _race(scores, [keys[row] for row in rows], self._hashed_ids[token_ids])
-                choices.append(_Choice(rows, scores, token_ids, columns))
+            choices.append(choose_greedily(self._take(logits, greedy), greedy))
+        if others:
+            params = [states[row].params for row in others]
+            keys = [noise_key(states[row].params.seed or 0, positions[row]) for row in others]
+            scores = self._take(logits, others)
+            choices += choose_at_random(scores, others, params, keys, self._hashed_ids, self._num_threads)
         return choices
 
     def _advance(self, states: Sequence[_Slot], tokens: torch.Tensor) -> None:
@@ -165,9 +145,9 @@ class Sampler:
             state.num_barred -= state.num_barred > 0
         penalized = [row for row, state in enumerate(states) if state.params.penalizes]
         if penalized:
-            self._seen.add([states[row].slot for row in penalized], self._take(tokens, penalized))
+            self._seen.add([states[row].slot for row in penalized], self._take(tokens, penalized).clamp_min(0))
 
-    def _logprobs(self, choice: _Choice, states: Sequence[_Slot]) -> _Logprobs | None:
+    def _logprobs(self, choice: Choice, states: Sequence[_Slot]) -> _Logprobs | None:
         """The winner's logprob and the best ones, of the rows that want any."""
         limits = [states[row].params.logprobs for row in choice.rows]
         wanted = [i for i, limit in enumerate(limits) if limit is not None]
@@ -185,30 +165,3 @@ class Sampler:
 
     def _index(self, ids: Sequence[int]) -> torch.Tensor:
         return to_device(ids, self._device, torch.int64)
-
-
-def _argmax(scores: torch.Tensor) -> torch.Tensor:
-    """The column of each row's maximum, the lowest among equals. (num_rows,) int64"""
-    if scores.device.type == "cpu" and len(scores):
-        # Measured on rows of 49,152: 3 µs a row in numpy, 41 µs in torch, whose CPU kernel is not vectorized.
-        return torch.from_numpy(scores.numpy().argmax(axis=-1))
-    return scores.argmax(dim=-1)
-
-
-def _temper(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Scores over temperature, shifted so that each row's maximum is 0 and nothing overflows."""
-    temperatures = [[max(p.temperature, _LOWEST_TEMPERATURE)] for p in params]
-    temperature = to_device(temperatures, scores.device, torch.float32)
-    top = scores.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
-    return (scores - top).div_(temperature)
-
-
-def _race(scores: torch.Tensor, keys: Sequence[tuple[int, int]], hashed_ids: torch.Tensor) -> torch.Tensor:
-    """Draw a column of each row with probability softmax(scores). ``hashed_ids``: those of the columns."""
-    weights = scores.softmax(dim=-1)
-    if hashed_ids.dim() > 1 or scores.device.type != "cpu":
-        return _argmax(weights.div_(exponential_noise(keys, hashed_ids)))
-    # Over the whole vocabulary the noise of one row fits a CPU's cache, that of a batch does not.
-    for row, key in zip(weights, keys, strict=True):
-        row.div_(exponential_noise([key], hashed_ids)[0])
-    return _argmax(weights)

@@ -31,6 +31,7 @@ from shardray.runtime.engine.limits import SchedulerLimits
 from shardray.runtime.engine.loop import Engine
 from shardray.runtime.engine.memory import MemoryGrant, num_encoder_pages, rank_memory, trim_heap
 from shardray.runtime.engine.programs import StepPrograms, prepare_programs
+from shardray.runtime.engine.race import prepare_draw
 from shardray.runtime.engine.recorded import StepRecording
 from shardray.runtime.engine.request import ServedModel
 from shardray.runtime.engine.runner import ShardRunner
@@ -77,6 +78,7 @@ def warm_up(model_dir: str, dtype: str, device: str, num_threads: int) -> None:
     torch.set_num_threads(1)  # see _use_cores
     choose_ops(torch.device(device), kind, num_threads)
     prepare_rows(torch.device(device))
+    prepare_draw(torch.device(device))
     if choose_recorder(torch.device(device)) is not None:
         prepare_programs()
     Linear(torch.zeros(1, 2, dtype=kind, device=device))(torch.zeros(1, 2, dtype=kind, device=device))
@@ -197,7 +199,7 @@ def _assemble(
     samples = place.stage == place.pp_size - 1 and place.tp_rank == 0
     sampler: Sampler | None = None
     if samples:
-        sampler = Sampler(spec.vocab_size, eos_token_ids, device)
+        sampler = Sampler(spec.vocab_size, eos_token_ids, device, assignment.num_threads)
     slots = SlotTable(
         served.max_num_seqs, served.max_model_len, served.block_size, device,
         None if served.encoder is None else served.max_prompt_len,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,7 +21,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from shardray.runtime.engine import candidates
+from shardray.runtime.engine import race
 from shardray.runtime.engine.candidates import survivors
 from shardray.runtime.engine.request import SamplingParams
 from shardray.runtime.engine.sampler import Sampler
@@ -386,24 +387,57 @@ def test_cuda_gives_the_tokens_of_the_cpu():
     assert results[0] == results[1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
-def test_candidates_of_full_width_give_the_tokens_of_growing_ones(data):
-    """What a GPU does, where nothing may be looked at, against what a CPU does."""
+def test_what_is_compiled_draws_what_torch_draws(data):
+    """Tokens, and logprobs of those that the filters keep: what a CPU does against what a GPU does."""
     vocab_size = data.draw(st.sampled_from([40, 100, 3000]))
     picked = [data.draw(random_params(vocab_size)) for _ in range(data.draw(st.integers(1, 40)))]
     scale, seed = data.draw(st.sampled_from([0.3, 3.0, 10.0])), data.draw(st.integers(0, 10**6))
-    scores = torch.stack([peaked_logits(vocab_size, seed + row, scale) for row in range(len(picked))])
-    scores -= scores.amax(dim=-1, keepdim=True)
-    limits = candidates._limits(scores, picked)
-    kept = []
-    for way in (candidates._of_growing_width, candidates._of_full_width):
-        found = {}
-        for group in way(scores.clone(), limits):
-            for row, own, token_ids in zip(group.rows, group.scores, group.token_ids, strict=True):
-                found[row] = [
-                    (int(i), float(score)) for i, score in zip(token_ids, own, strict=True) if score > -math.inf
-                ]
-        kept.append(found)
-    assert kept[0] == kept[1]
-    assert sorted(kept[0]) == list(range(len(picked)))
+    logits = torch.stack([peaked_logits(vocab_size, seed + row, scale) for row in range(len(picked))])
+    if are_round := data.draw(st.booleans()):
+        logits = logits.round()  # many are equal, and any of them among the best; no top_p may be reached exactly
+        picked = [msgspec.structs.replace(p, top_p=0.95 * p.top_p + 0.0012345) if p.top_p < 1 else p for p in picked]
+    rows, found = list(range(len(picked))), []
+    for kernel in (race.prepare_draw(CPU), None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(race, "prepare_draw", lambda device, kernel=kernel: kernel)
+            sampler = Sampler(vocab_size, EOS, CPU)
+            for row, params in enumerate(picked):
+                sampler.start(start(row, params, (0,)))
+            found.append(sample(sampler, logits.clone(), rows, [1] * len(rows))[1])
+    for compiled, by_torch in zip(*found, strict=True):
+        assert compiled.token_id == by_torch.token_id
+        assert compiled.logprob == pytest.approx(by_torch.logprob, abs=1e-3)
+        best, best_by_torch = dict(compiled.top_logprobs), dict(by_torch.top_logprobs)
+        assert [*best.values()] == pytest.approx([*best_by_torch.values()], abs=1e-3)
+        assert are_round or [*best] == [*best_by_torch]
+
+
+def test_filters_and_temperatures_of_neighbours_change_nothing_of_a_row():
+    logits = torch.stack([peaked_logits(5000, row) for row in range(8)])
+    picked = [msgspec.structs.replace(params, logprobs=20) for params in MIXED][:8]
+    together = Sampler(5000, EOS, CPU, num_threads=2)
+    for row, params in enumerate(picked):
+        together.start(start(row, params, (row, 8, 8)))
+    _, found = sample(together, logits[: len(picked)].clone(), list(range(len(picked))), [3] * len(picked))
+    assert found == [sample_one(logits[row], params, (row, 8, 8)) for row, params in enumerate(picked)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_says_so_and_its_neighbour_goes_on(value):
+    logits = torch.stack([peaked_logits(300, 0), peaked_logits(300, 1)])
+    expected = sample_one(logits[1], SamplingParams(seed=3, top_p=0.9))
+    logits[0, 7] = value
+    sampler = Sampler(300, EOS, CPU)
+    for row in range(2):
+        sampler.start(start(row, SamplingParams(seed=3, top_p=0.9)))
+    assert sample(sampler, logits, [0, 1], [0, 0])[1] == [Sampled(-1), expected]
+
+
+def test_tokens_that_are_barred_are_never_drawn_and_a_row_of_them_alone_ends_nothing():
+    logits = torch.full((400,), -math.inf)
+    logits[[5, 9]] = 0.0
+    drawn = {sample_one(logits, SamplingParams(seed=seed, top_k=3, top_p=0.99)).token_id for seed in range(40)}
+    assert drawn == {5, 9}
+    assert 0 <= sample_one(torch.full((400,), -math.inf), SamplingParams(seed=1)).token_id < 400

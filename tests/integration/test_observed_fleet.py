@@ -28,9 +28,9 @@ from tests.observe.expressions import EXPRESSIONS, metrics_of
 pytestmark = pytest.mark.integration
 SETTINGS = (
     "model.max_model_len=128", "model.dtype=float32", "engine.kv_memory_bytes=100KiB", "engine.max_num_seqs=8",
-    "engine.step_timeout_s=2", "engine.block_size=4", "engine.max_num_batched_tokens=64", "engine.max_draft_tokens=7", "cluster.spares=1",
-    "parallel.tensor_parallel_size=2", "limits.max_queued_requests=4", "grpc.listen=127.0.0.1:0",
-    "metrics.listen=127.0.0.1:0", "logging.format=json", "logging.level=info",
+    "engine.step_timeout_s=2", "engine.block_size=4", "engine.max_num_batched_tokens=64", "engine.max_draft_tokens=7",
+    "cluster.spares=1", "parallel.tensor_parallel_size=2", "limits.max_queued_requests=4",
+    "grpc.listen=127.0.0.1:0", "metrics.listen=127.0.0.1:0", "logging.format=json", "logging.level=info",
 )  # fmt: skip
 # What says how things are, and need not move while they are so.
 STILL = {
