@@ -52,6 +52,7 @@ class Options:
             "engine.kv_memory_bytes=48MiB",
             "engine.max_num_seqs=4",  # fewer than clients: some requests wait
             "engine.max_num_batched_tokens=128",  # long prompts take several steps
+            "engine.max_draft_tokens=7",  # tokens come several at a time
             "engine.step_timeout_s=3",
             "ray.form_timeout_s=60",
             "grpc.listen=127.0.0.1:0",
