@@ -203,10 +203,11 @@ class Scheduler:
         limits, num_running = self._limits, len(self._running)
         most = min(limits.max_drafting_step, limits.max_num_batched_tokens) - num_running
         fewest_right = _RIGHT_IN_FULL_STEP * num_running // limits.max_drafting_step
-        reads = bool(self._waiting and self._free_slots) or any(one.num_uncomputed > 1 for one in self._running)
-        if not limits.max_draft_tokens or reads or not any(one.is_sure(fewest_right) for one in self._running):
-            most = 0
-        return Drafting(max(0, most), fewest_right)
+        if not limits.max_draft_tokens or most <= 0 or (self._waiting and self._free_slots):
+            return Drafting(0, fewest_right)
+        reads = any(sequence.num_uncomputed > 1 for sequence in self._running)
+        drafts = any(sequence.is_sure(fewest_right) for sequence in self._running)
+        return Drafting(most if drafts and not reads else 0, fewest_right)
 
     def _choose_running(self, lookahead: int) -> tuple[list[tuple[Sequence, int]], int]:
         """(sequence, tokens) for what runs on, the most urgent first, and the prefill budget that is left."""
