@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.machine import BUSY_CORES
 from benchmarks.targets import TARGETS, Ratio, Reading, Target, is_reached
+from benchmarks.workloads import SAMPLED
 
 Record = dict[str, Any]
 
@@ -83,8 +84,9 @@ def figures_table(records: Sequence[Record], workload: str) -> str:
         cells = [_cell(own, *column[1:]) for column in _COLUMNS]
         engine = [record["engine"] for record in own]
         waste, control = (_engine_cell(engine, name) for name in ("kv_waste", "control_s_per_step"))
-        same = statistics.median(record["agreement"]["identical_share"] for record in own)
-        rows.append([label, str(own[0]["num_threads"]), str(len(own)), *cells, waste, control, f"{100 * same:.0f} %"])
+        same = f"{100 * statistics.median(record['agreement']['identical_share'] for record in own):.0f} %"
+        same = "–" if workload == SAMPLED else same  # each draws by its own random numbers
+        rows.append([label, str(own[0]["num_threads"]), str(len(own)), *cells, waste, control, same])
     return table(rows)
 
 

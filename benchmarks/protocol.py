@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Request:
-    """One greedy generation of exactly ``max_tokens`` tokens; an end-of-sequence id does not end it.
+    """One generation of exactly ``max_tokens`` tokens: an end-of-sequence id does not end it. Temperature 0 is greedy.
 
     It is handed over ``arrival_s`` after its pass began, whatever has become of the others by then.
     """
@@ -20,6 +20,8 @@ class Request:
     prompt_ids: list[int]
     max_tokens: int
     arrival_s: float = 0.0
+    temperature: float = 0.0
+    top_p: float = 1.0
 
     @property
     def total_len(self) -> int:

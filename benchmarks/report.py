@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks import driver_load, fleet, plots, startup
 from benchmarks.compare import Record, figures_table, machine_line, omissions, quiet, table, target_table, workloads_of
 from benchmarks.metrics import GOOD_TPOT_S, GOOD_TTFT_S
+from benchmarks.workloads import MAIN, SAMPLED
 
 PERFORMANCE_DIR = Path(__file__).parent.parent / "docs" / "performance"
 PERFORMANCE_PAGE = PERFORMANCE_DIR.with_suffix(".md")
@@ -45,7 +46,7 @@ def _notes(folder: Path) -> list[str]:
 
 
 def _side_by_side(records: Sequence[Record], folder: Path) -> list[str]:
-    runs = _runs(records, "single", "concurrent", "mixed", "prompt-2048")
+    runs = _runs(records, *MAIN, SAMPLED, "prompt-2048")
     if not runs:
         return []
     plots.draw_rates(folder / "rates.png", runs)

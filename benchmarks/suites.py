@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from benchmarks.workloads import ARRIVAL_RATES, BATCH_SIZES, CONTEXT_LENS, MAIN
+from benchmarks.workloads import ARRIVAL_RATES, BATCH_SIZES, CONTEXT_LENS, MAIN, SAMPLED
 
 _ONE, _TP2, _PP2 = "shardray:threads=1", "shardray:tp=2,threads=1", "shardray:pp=2,threads=1"
 _POISSON = tuple(f"poisson-{rate}" for rate in ARRIVAL_RATES)
@@ -50,8 +50,8 @@ SUITES = {
         (
             Heat(
                 (
-                    (("shardray",), (*MAIN, "prompt-2048", "long-prompts")),
-                    (("openvino", "llama.cpp", "vllm", "transformers"), (*MAIN, "prompt-2048")),
+                    (("shardray",), (*MAIN, SAMPLED, "prompt-2048", "long-prompts")),
+                    (("openvino", "llama.cpp", "vllm", "transformers"), (*MAIN, SAMPLED, "prompt-2048")),
                     (("transformers-cb",), ("single", "concurrent")),
                 ),
                 num_rounds=4,

@@ -77,6 +77,12 @@ def _concurrent(draw: _Draw) -> Workload:
     return Workload("concurrent", tuple(requests))
 
 
+def _sampled(draw: _Draw) -> Workload:
+    """As ``concurrent``, with tokens drawn as chats have them."""
+    requests = _concurrent(draw).requests
+    return Workload(SAMPLED, tuple(dataclasses.replace(one, temperature=0.8, top_p=0.95) for one in requests))
+
+
 def _mixed(draw: _Draw) -> Workload:
     """64 of mixed lengths: 16 to 512 in, 16 to 256 out."""
     requests = [draw.request(draw.length(16, 512), draw.length(16, 256)) for _ in range(draw.count(64))]
@@ -122,11 +128,13 @@ def _batch(num_seqs: int, draw: _Draw) -> Workload:
 
 
 MAIN = ("single", "concurrent", "mixed")
+SAMPLED = "sampled"
 
 WORKLOADS: dict[str, Callable[[_Draw], Workload]] = {
     "single": _single,
     "concurrent": _concurrent,
     "mixed": _mixed,
+    SAMPLED: _sampled,
     "prompt-2048": _prompt,
     "long-prompts": _long_prompts,
     "shared-prefix": _shared_prefix,

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import processes
-from benchmarks.compare import to_markdown
+from benchmarks.compare import figures_table, to_markdown
 from benchmarks.contestants.base import run as run_contestant
 from benchmarks.contestants.slots import Sequence, Slots
 from benchmarks.gguf_writing import gguf_of
@@ -27,7 +27,7 @@ from benchmarks.machine import BUSY_CORES, OthersMeter, words_to_read
 from benchmarks.metrics import agreement, pass_figures, percentile
 from benchmarks.protocol import Request, Run, Trace
 from benchmarks.targets import Ratio
-from benchmarks.workloads import MAIN, make_workload
+from benchmarks.workloads import MAIN, SAMPLED, make_workload
 from shardray.parallel import huge_pages
 from shardray.runtime.model.gguf_file import GgufFile
 from tests.tiny_models import LLAMA, save_llama
@@ -99,6 +99,16 @@ def test_a_served_mesh_of_two_ranks_gives_the_same_tokens_as_the_engine_in_proce
     code, records = run_bench(model_folder, tmp_path / "out.jsonl", *labels)
     check_records(records, labels)
     assert records[-1]["runtime"]["num_shards"] == 2
+    assert code == 0
+
+
+@pytest.mark.integration
+def test_sampled_tokens_are_drawn_and_not_compared(model_folder: Path, tmp_path: Path) -> None:
+    labels = ["shardray", "served", "transformers"]
+    code, records = run_bench(model_folder, tmp_path / "out.jsonl", *labels, workloads=(SAMPLED,))
+    assert [record["contestant"] for record in records] == labels
+    assert len({record["output_sha256"] for record in records}) == len(labels)
+    assert "0 %" not in figures_table(records, SAMPLED).splitlines()[-1]
     assert code == 0
 
 

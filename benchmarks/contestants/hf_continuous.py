@@ -75,6 +75,8 @@ class HfContinuous:
         self._manager.stop(block=True, timeout=10)
 
     def _add(self, index: int, request: Request) -> None:
+        if request.temperature > 0:
+            raise ValueError("transformers-cb is asked for greedy tokens alone")
         self._manager.add_request(
             request.prompt_ids,
             request_id=f"{self._num_served}-{index}",

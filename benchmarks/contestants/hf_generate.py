@@ -75,7 +75,7 @@ class HfGenerate:
         self._model.generate(
             torch.tensor(token_ids),
             attention_mask=torch.tensor(mask),
-            do_sample=False,
+            **_sampling(batch[0]),
             max_new_tokens=max(request.max_tokens for request in batch),
             cache_implementation=cache,
             pad_token_id=_PAD_ID,
@@ -83,6 +83,12 @@ class HfGenerate:
             stopping_criteria=[_StopAfter(width + stop_after)] if stop_after is not None else [],
         )
         return steps.steps
+
+
+def _sampling(request: Request) -> dict[str, Any]:
+    if request.temperature == 0.0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": request.temperature, "top_p": request.top_p, "top_k": 0}
 
 
 _Steps = list[tuple[float, list[int]]]  # of each step its time and one token a row

@@ -16,8 +16,8 @@ from shardray.runtime.engine.request import SamplingParams
 class InProcess:
     """Options of the label: ``tp`` and ``pp``, the shard counts; all shards but one are in processes of their own.
 
-    ``prefix=1`` keeps prefixes; otherwise the same prompt is computed in every pass. ``drafts``: ``max_draft_tokens``, of
-    which no peer has the like here, so that it is 0 where they are compared.
+    ``prefix=1`` keeps prefixes; otherwise the same prompt is computed in every pass. ``drafts``: its
+    ``max_draft_tokens``. No peer has the like here, so that it is 0 where they are compared.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -46,9 +46,12 @@ class InProcess:
         while coming or streams.num_live:
             while coming and traces[coming[0]].submitted_s <= now_s():
                 indices.append(coming.popleft())
-                max_tokens = requests[indices[-1]].max_tokens
-                params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=max_tokens)
-                streams.add(requests[indices[-1]].prompt_ids, params)
+                request = requests[indices[-1]]
+                params = SamplingParams(
+                    temperature=request.temperature, top_p=request.top_p, seed=indices[-1], ignore_eos=True,
+                    max_tokens=request.max_tokens,
+                )  # fmt: skip
+                streams.add(request.prompt_ids, params)
             came = streams.poll(max(0.0, traces[coming[0]].submitted_s - now_s()) if coming else None)
             at_s = now_s()
             for index, delta, _ in came:

@@ -1,7 +1,7 @@
 """llama.cpp through the low-level interface of ``llama-cpp-python``, with continuous batching as its server does it.
 
 Each request is a sequence of its own in one context (``n_seq_max``). Every step is one ``llama_decode`` of a batch that
-holds the next token of each running sequence and fills up with prompt tokens; llama.cpp's own greedy sampler chooses.
+holds the next token of each running sequence and fills up with prompt tokens; llama.cpp's own samplers choose.
 Runs in llama.cpp's environment: imports nothing else that has to be installed.
 """
 
@@ -38,7 +38,7 @@ class LlamaCpp:
         self._model = llama_cpp.llama_model_load_from_file(setup.options["gguf"].encode(), params)
         if not self._model:
             raise RuntimeError(f"llama.cpp cannot load {setup.options['gguf']}")
-        self._sampler = llama_cpp.llama_sampler_init_greedy()
+        self._samplers: dict[tuple[float, float], Any] = {}  # by temperature and top_p
         self._batch = llama_cpp.llama_batch_init(_BATCH_TOKENS, 0, 1)
         self._context: Any = None
         self._shape = (0, 0)
@@ -73,7 +73,8 @@ class LlamaCpp:
 
     def close(self) -> None:
         llama_cpp.llama_batch_free(self._batch)
-        llama_cpp.llama_sampler_free(self._sampler)
+        for sampler in self._samplers.values():
+            llama_cpp.llama_sampler_free(sampler)
         llama_cpp.llama_free(self._context)
         llama_cpp.llama_model_free(self._model)
 
@@ -112,11 +113,29 @@ class LlamaCpp:
             raise RuntimeError(f"llama_decode failed with code {code}")
         tokens = []
         for place, sequence in sampling:
-            token_id = llama_cpp.llama_sampler_sample(self._sampler, self._context, place)
+            sampler = self._sampler(sequence.temperature, sequence.top_p)
+            token_id = llama_cpp.llama_sampler_sample(sampler, self._context, place)
             sequence.pending.append(token_id)
             sequence.num_left -= 1
             tokens.append((sequence.index, [token_id]))
         return tokens
+
+    def _sampler(self, temperature: float, top_p: float) -> Any:
+        """One for all sequences that have the same."""
+        if (temperature, top_p) not in self._samplers:
+            chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+            if temperature == 0.0:
+                parts = [llama_cpp.llama_sampler_init_greedy()]
+            else:
+                parts = [
+                    llama_cpp.llama_sampler_init_top_p(top_p, 1),
+                    llama_cpp.llama_sampler_init_temp(temperature),
+                    llama_cpp.llama_sampler_init_dist(0),
+                ]
+            for part in parts:
+                llama_cpp.llama_sampler_chain_add(chain, part)
+            self._samplers[temperature, top_p] = chain
+        return self._samplers[temperature, top_p]
 
     def _add(self, token_id: int, position: int, seq_id: int) -> None:
         batch, place = self._batch, self._batch.n_tokens

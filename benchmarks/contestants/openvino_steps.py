@@ -60,7 +60,9 @@ class OpenVino:
         config = openvino_genai.GenerationConfig()
         config.max_new_tokens = request.max_tokens
         config.ignore_eos = True
-        config.do_sample = False
+        config.do_sample = request.temperature > 0
+        if config.do_sample:
+            config.temperature, config.top_p = request.temperature, request.top_p
         token_ids = openvino.Tensor(np.array([request.prompt_ids], dtype=np.int64))
         self._num_added += 1
         self._handles[index] = self._pipeline.add_request(self._num_added, token_ids, config)

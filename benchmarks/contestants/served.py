@@ -69,8 +69,9 @@ class Served:
         if request.arrival_s:
             await asyncio.sleep(trace.submitted_s - now_s())
         deltas = self._client.stream(
-            request.prompt_ids, max_tokens=request.max_tokens, temperature=0.0, ignore_eos=True
-        )
+            request.prompt_ids, max_tokens=request.max_tokens, temperature=request.temperature, top_p=request.top_p,
+            ignore_eos=True,
+        )  # fmt: skip
         async for delta in deltas:
             trace.add(delta.token_ids, now_s())
         return trace

@@ -21,11 +21,13 @@ class Sequence:
     index: int  # of the request, in the list that is served
     pending: deque[int]
     num_left: int  # tokens that are still wanted
+    temperature: float = 0.0
+    top_p: float = 1.0
     num_done: int = 0  # tokens that llama.cpp has seen
 
     @classmethod
     def of(cls, index: int, request: Request) -> Sequence:
-        return cls(index, deque(request.prompt_ids), request.max_tokens)
+        return cls(index, deque(request.prompt_ids), request.max_tokens, request.temperature, request.top_p)
 
 
 @dataclass

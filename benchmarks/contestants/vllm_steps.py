@@ -63,7 +63,8 @@ class Vllm:
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
-            temperature=0.0,
+            temperature=request.temperature,
+            top_p=request.top_p,
             max_tokens=request.max_tokens,
             ignore_eos=True,
             detokenize=False,
