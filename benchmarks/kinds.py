@@ -65,7 +65,7 @@ _OPENVINO = ("openvino-genai==2026.4.1.0", "openvino-tokenizers==2026.4.1.0", "o
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("shardray", "in_process", options=("tp", "pp", "prefix")),
+        Kind("shardray", "in_process", options=("tp", "pp", "prefix", "drafts")),
         Kind("served", "served", options=("tp", "pp", "prefix")),
         Kind(
             "transformers", "hf_generate", _TRANSFORMERS, ("cache",),

@@ -62,23 +62,21 @@ def choose_at_random(
     if kernel is not None:
         return [_compiled_choice(kernel, scores, rows, params, keys, hashed_ids, num_threads)]
     is_finite = scores.amax(dim=-1) < torch.inf
-    choices, scores = [], _temper(scores, params)
+    choices, tempered = [], _temper(scores, params)
     free = [place for place, p in enumerate(params) if not is_filtered(p)]
     filtered = [place for place, p in enumerate(params) if is_filtered(p)]
     if free:
         index = to_device(free, scores.device)
-        own = scores[index]
+        own = tempered[index] if filtered else tempered
         columns = _race(own, [keys[place] for place in free], hashed_ids)
         choices.append(Choice([rows[place] for place in free], own, None, columns, is_finite[index]))
     if filtered:
-        own = scores[to_device(filtered, scores.device)]
+        own = tempered[to_device(filtered, scores.device)] if free else tempered
         for places, best, token_ids in survivors(own, [params[place] for place in filtered]):
             found = [filtered[place] for place in places]
-            index, columns = (
-                to_device(found, scores.device),
-                _race(best, [keys[i] for i in found], hashed_ids[token_ids]),
-            )
-            choices.append(Choice([rows[place] for place in found], best, token_ids, columns, is_finite[index]))
+            columns = _race(best, [keys[place] for place in found], hashed_ids[token_ids])
+            finite = is_finite[to_device(found, scores.device)]
+            choices.append(Choice([rows[place] for place in found], best, token_ids, columns, finite))
     return choices
 
 

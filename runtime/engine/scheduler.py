@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 
+import msgspec
+
 from shardray.runtime.engine.limits import SchedulerLimits
 from shardray.runtime.engine.lookup import PromptLookup
 from shardray.runtime.engine.open_plan import Drafting, OpenPlan
@@ -122,30 +124,30 @@ class Scheduler:
             if sequence.finished:  # cancelled, or stopped by a token that was unresolved when this step was planned
                 continue
             taken = sequence.resolve(sampled, drafted_ids)
-            self._num_drafted_tokens += len(drafted_ids)
-            self._num_accepted_tokens += len(taken) - 1
-            outputs += [self._publish(sequence, one, one is taken[-1]) for one in taken]
+            if drafted_ids:
+                self._num_drafted_tokens += len(drafted_ids)
+                self._num_accepted_tokens += len(taken) - 1
+                outputs += [self._publish(sequence, one, None) for one in taken[:-1]]
+            outputs.append(self._publish(sequence, taken[-1], sequence.finish_reason()))
+        if num_read != len(result.sampled):
+            raise ValueError(f"step {plan.step} yields {num_read} tokens, and its result has {len(result.sampled)}")
         outputs += self._commit_embeddings(plan, result)
         return plan.with_steps(outputs, result)
 
-    def _publish(self, sequence: Sequence, sampled: Sampled, is_last: bool) -> TokenOutput:
-        """A new token of a live sequence; ``is_last``: of those that a plan yields for it."""
+    def _publish(self, sequence: Sequence, sampled: Sampled, reason: FinishReason | None) -> TokenOutput:
+        """A new token of a live sequence, which ends with it if there is a reason."""
         request_id = sequence.request.request_id
         if sampled.token_id < 0:
             self._finish(sequence)
             return TokenOutput(request_id, finish_reason=FinishReason.ERROR, error=_NOT_FINITE)
         self._num_output_tokens += 1
-        num_found = 0
-        if sequence.num_generated == 1:
-            self._num_prompt_tokens += len(sequence.request.prompt_ids)
-            num_found = sequence.num_found
-        reason = sequence.finish_reason() if is_last else None
         if reason is not None:
             self._finish(sequence)
-        return TokenOutput(
-            request_id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason,
-            num_cached_prompt_tokens=num_found,
-        )  # fmt: skip
+        output = TokenOutput(request_id, sampled.token_id, sampled.logprob, sampled.top_logprobs, reason)
+        if sequence.num_generated != 1:
+            return output
+        self._num_prompt_tokens += len(sequence.request.prompt_ids)
+        return msgspec.structs.replace(output, num_cached_prompt_tokens=sequence.num_found)
 
     def _commit_embeddings(self, plan: OpenPlan, result: StepResult) -> list[TokenOutput]:
         outputs = []
@@ -279,9 +281,11 @@ class Scheduler:
         if num_tokens == 0:
             return
         drafting = plan.drafting
-        most = min(self._limits.max_draft_tokens, room_to_draft, drafting.num_tokens)
-        drafted_ids = sequence.draft(most, drafting.fewest_right)
-        drafting.num_tokens -= len(drafted_ids)
+        drafted_ids: tuple[int, ...] = ()
+        if drafting.num_tokens:
+            most = min(self._limits.max_draft_tokens, room_to_draft, drafting.num_tokens)
+            drafted_ids = sequence.draft(most, drafting.fewest_right)
+            drafting.num_tokens -= len(drafted_ids)
         plan.add_grant(self._pages.take(sequence, num_tokens + len(drafted_ids)))
         plan.add_row(sequence, sequence.advance(num_tokens, drafted_ids))
         self._pages.add_prefix(sequence)

@@ -79,15 +79,12 @@ class Sequence:
         Not before a token sampled behind them depends on no more than its position: not on ``min_tokens``, nor on what
         penalties would have counted.
         """
-        if self.lookup is None or not self.lookup.is_sure(fewest_right):
+        lookup, fewest_generated = self.lookup, max(1, self.request.params.min_tokens)
+        if lookup is None or not lookup.is_sure(fewest_right) or self.num_generated < fewest_generated:
             return ()
-        if (
-            self.num_unresolved
-            or self.num_uncomputed != 1
-            or self.num_generated < max(1, self.request.params.min_tokens)
-        ):
+        if self.num_unresolved or self.num_uncomputed != 1:
             return ()
-        return self.lookup.draft(min(most, self.max_len - len(self.token_ids) - 1))
+        return lookup.draft(min(most, self.max_len - len(self.token_ids) - 1))
 
     def start(self, slot: int) -> SlotStart:
         """Take a slot. Ids travel only when the sampler needs them."""
@@ -129,27 +126,27 @@ class Sequence:
         self.num_computed += num_tokens + len(drafted_ids)
         self.num_unresolved += samples
         # An unresolved token lies past the known ones: the slice is then empty, as the row of such a token is to be.
-        token_ids = (*self.token_ids[start : start + num_tokens], *drafted_ids)
+        token_ids = tuple(self.token_ids[start : start + num_tokens]) + drafted_ids
         return Row(self.slot, start, token_ids, samples, len(drafted_ids))
 
-    def resolve(self, sampled: tuple[Sampled, ...], drafted_ids: tuple[int, ...]) -> list[Sampled]:
+    def resolve(self, sampled: tuple[Sampled, ...], drafted_ids: tuple[int, ...]) -> tuple[Sampled, ...]:
         """Take of what a plan sampled, one token and one behind each drafted one, what is good; returns that.
 
         The first is, and each behind a drafted token that is the one sampled before it; none behind the sequence's end,
         or behind logits that are not finite.
         """
-        taken = []
-        for one, drafted_id in zip(sampled, (*drafted_ids, None), strict=True):
-            taken.append(one)
+        num_taken = 0
+        for one in sampled:
+            num_taken += 1
             if one.token_id >= 0:
                 self.token_ids.append(one.token_id)
-            if one.token_id != drafted_id or self.finish_reason() is not None:
+            if num_taken > len(drafted_ids) or one.token_id != drafted_ids[num_taken - 1] or self.finish_reason():
                 break
         if drafted_ids:  # keys and values behind a wrong one are written over; after a preemption there are none
             self.num_computed = min(self.num_computed, len(self.token_ids) - 1)
         if self.lookup is not None:
             self.lookup.read()
-        return taken
+        return sampled[:num_taken]
 
     def reset(self) -> None:
         """Give up the slot and all that was computed. Tokens in flight stay due."""

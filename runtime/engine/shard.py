@@ -58,6 +58,7 @@ _LOAD_TIMEOUT_S = 3600.0
 # tokens at which products take longer than reading what they multiply, beside some decodes.
 _PREFILL_BESIDE_DECODES = {"cpu": 64, "cuda": 512}
 _DRAFTING_STEP = {"cpu": 16, "cuda": 128}  # tokens up to which a step takes little longer than for one
+_LEAST_DRAFTING_STEP = 16  # where max_num_seqs is less: for the logits of so many tokens is memory reckoned
 
 
 def open_rendezvous(bind_host: str, credentials: Credentials, size: int) -> Rendezvous:
@@ -213,7 +214,7 @@ def _assemble(
         block_size=served.block_size,
         num_pages=num_pages,
         max_draft_tokens=assignment.max_draft_tokens,
-        max_drafting_step=_DRAFTING_STEP[device.type],
+        max_drafting_step=min(_DRAFTING_STEP[device.type], max(_LEAST_DRAFTING_STEP, served.max_num_seqs)),
         prefix_caching=assignment.prefix_caching,
         max_in_flight=place.pp_size if place.pp_size > 1 else 2,
         lookahead=0 if place.pp_size > 1 else 1,
