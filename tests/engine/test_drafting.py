@@ -19,6 +19,7 @@ from shardray.runtime.engine.scheduler import Scheduler
 from shardray.runtime.engine.step import Sampled, StepPlan, StepResult
 from tests.engine.scheduling import LIMITS, committed, planned
 from tests.engine.toy_mesh import ToyService
+from tests.model.encoder_zoo import PAIRS, PairReference, save_encoder
 from tests.model.zoo import ZOO, save
 from tests.ranks import Arrival, RankPool
 from tests.tiny_models import Reference, save_gpt2
@@ -175,6 +176,23 @@ def test_a_family_gives_the_tokens_of_transformers(name: str, tmp_path: Path, mo
     assert [[*one.prompt_ids, *one.token_ids] for one in found] == texts
     assert stats.num_accepted_tokens > stats.num_drafted_tokens / 2 > 30
     assert stats.num_steps < GREEDY.max_tokens
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_decoder_behind_an_encoder_gives_the_tokens_of_transformers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = PairReference(save_encoder(name, tmp_path))
+    prompts = [(5, 60, 7, 33, 9, 81), (11, 12, 40), tuple(range(20, 50))]
+    answers = [reference.greedy(prompt, GREEDY.max_tokens) for prompt in prompts]
+    monkeypatch.setattr(scheduler, "PromptLookup", Oracle)
+    with LLM(tmp_path, device="cpu", dtype="float32", max_num_seqs=3, max_model_len=64, max_draft_tokens=4) as llm:
+        given_ids = EngineRequest(request_id="", prompt_ids=(5,), params=GREEDY).given_ids(llm._engine.info.encoder)
+        monkeypatch.setattr(Oracle, "texts", [[*given_ids, *answer] for answer in answers])
+        found = llm.generate(prompts, GREEDY)
+        stats = llm.stats()
+    assert [one.token_ids for one in found] == answers
+    assert stats.num_accepted_tokens > 30
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (3, 1), (1, 2), (2, 2)], ids=str)
