@@ -84,8 +84,8 @@ def figures_table(records: Sequence[Record], workload: str) -> str:
         cells = [_cell(own, *column[1:]) for column in _COLUMNS]
         engine = [record["engine"] for record in own]
         waste, control = (_engine_cell(engine, name) for name in ("kv_waste", "control_s_per_step"))
-        same = f"{100 * statistics.median(record['agreement']['identical_share'] for record in own):.0f} %"
-        same = "–" if workload == SAMPLED else same  # each draws by its own random numbers
+        share = statistics.median(record["agreement"]["identical_share"] for record in own)
+        same = "–" if workload == SAMPLED else f"{100 * share:.0f} %"  # each draws by its own random numbers
         rows.append([label, str(own[0]["num_threads"]), str(len(own)), *cells, waste, control, same])
     return table(rows)
 

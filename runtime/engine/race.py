@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from shardray.parallel.rows import NOT_FINITE
+from shardray.parallel.rows import NOT_FINITE, best_column
 from shardray.runtime.engine.candidates import is_filtered, survivors
 from shardray.runtime.engine.inputs import to_device
 from shardray.runtime.engine.noise import exponential_noise
@@ -45,12 +45,8 @@ class Choice(NamedTuple):
 
 def choose_greedily(scores: Tensor, rows: Sequence[int]) -> Choice:
     """The highest of each row, the lowest id among equals."""
-    if scores.device.type == "cpu" and len(scores):
-        # Measured on rows of 49,152: 3 µs a row in numpy, 41 µs in torch, whose CPU kernel is not vectorized.
-        columns = torch.from_numpy(scores.numpy().argmax(axis=-1))
-    else:
-        columns = scores.argmax(dim=-1)
-    return Choice(rows, scores, None, columns, scores.gather(1, columns[:, None]).view(-1) < torch.inf)
+    columns = best_column(scores)
+    return Choice(rows, scores, None, columns.clamp_min(0), columns >= 0)
 
 
 def choose_at_random(

@@ -120,9 +120,10 @@ class SlotTable:
         tables = self._tables(slots, starts + counts)
         inputs = self._lay_out(token_ids, counts, starts, slots, tables, num_decodes)
         begins = dict(zip(slots.tolist(), (np.cumsum(counts) - counts - starts).tolist(), strict=True))
+        places = plan.sampled
         # A slot with drafted tokens comes several times. What it sampled last is not read: its next row brings it.
-        sampling = np.array([slot for slot, _ in plan.sampled], dtype=np.int64)
-        sampled = np.array([begins[slot] + position - 1 for slot, position in plan.sampled], dtype=np.int64)
+        sampling = np.array([slot for slot, _ in places], dtype=np.int64)
+        sampled = np.array([begins[slot] + position - 1 for slot, position in places], dtype=np.int64)
         inputs = inputs._replace(sampled_tokens=sampled, sampling_slots=sampling)
         return LaidOut(inputs, _prefills(counts, starts, num_decodes), plan.encoder_rows)
 
