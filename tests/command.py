@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import sys
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -22,8 +23,10 @@ class Command:
 
     arguments: tuple[str, ...]
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+    started: ClassVar[list[Command]] = []
 
     def __post_init__(self) -> None:
+        self.started.append(self)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "shardray", *self.arguments],
             env={**os.environ, "SHARDRAY_TEST_MARK": self.mark},
@@ -52,14 +55,22 @@ class Command:
         deadline = time.monotonic() + timeout_s
         while (left := self._marked()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        return left
+        return [" ".join(process.info["cmdline"]) for process in left]
 
-    def _marked(self) -> list[str]:
+    def kill(self) -> None:
+        """All of it, where a test failed before it could end it: the next ones need the cores."""
+        while left := self._marked():
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(left, timeout=5)
+
+    def _marked(self) -> list[psutil.Process]:
         found = []
-        for process in psutil.process_iter():
+        for process in psutil.process_iter(["cmdline"]):
             try:
                 if process.environ().get("SHARDRAY_TEST_MARK") == self.mark and process.status() != "zombie":
-                    found.append(" ".join(process.cmdline()))
+                    found.append(process)
             except psutil.Error:
                 continue
         return found

@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before ray is imported: it reads the environment once
 
 import ray
-from ray.exceptions import RayError
 
 from shardray.runtime.cluster.errors import ClusterError
 from shardray.runtime.config import RaySettings
@@ -81,7 +80,7 @@ class RaySession:
                 logging_level=logging.ERROR,
                 **(self._local_options(num_hosts) if self.is_local else {}),
             )
-        except (OSError, RuntimeError, ValueError, RayError) as error:
+        except Exception as error:  # a raylet that did not come up in time is nothing more particular
             raise ClusterError(self._explain(error)) from error
         if self.is_local:
             _end_idle_agents()

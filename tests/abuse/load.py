@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from bisect import bisect
 from collections import Counter
 from dataclasses import dataclass, field
 from statistics import median
@@ -118,7 +119,7 @@ async def _ask(
 
 def _figures(tally: Tally, seconds: float) -> dict[str, Any]:
     waits_s = [_in_quarter(number, seconds, tally.first_token_s) for number in (1, 3)]
-    served = [_in_quarter(number, seconds, [(ended_s, 1.0) for ended_s in tally.ended_s]) for number in (1, 3)]
+    ahead = [_in_quarter(number, seconds, _ahead(tally)) for number in (1, 3)]
     return {
         "arrived": tally.codes.total(),
         "admitted": tally.codes["OK"],
@@ -129,8 +130,17 @@ def _figures(tally: Tally, seconds: float) -> dict[str, Any]:
         "retry_s": [round(f(tally.retry_s or [0.0]), 2) for f in (min, median, max)],
         "queue_s": [round(f(tally.queue_s or [0.0]), 2) for f in (min, median, max)],
         "first_token_s": [round(median(waits or [0.0]), 3) for waits in waits_s],  # in the 2nd and the last quarter
-        "served_per_s": [round(len(ones) / (seconds / 4), 2) for ones in served],  # likewise
+        "ahead": [median(ones or [0.0]) for ones in ahead],  # likewise
     }
+
+
+def _ahead(tally: Tally) -> list[tuple[float, float]]:
+    """By arrival: how many others ended before the first token came, whatever the pace was."""
+    ended_s = sorted(tally.ended_s)
+    return [
+        (arrived_s, float(bisect(ended_s, arrived_s + wait_s) - bisect(ended_s, arrived_s)))
+        for arrived_s, wait_s in tally.first_token_s
+    ]
 
 
 def _in_quarter(number: int, seconds: float, values: list[tuple[float, float]]) -> list[float]:

@@ -41,13 +41,21 @@ _STORE_BYTES = 80 << 20
 _QUICK_CHECKS = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500}
 
 
+def start_head(**options: Any) -> Cluster:
+    """A Ray whose head has ``options``; once more, if another process took a port that Ray had picked for it."""
+    options |= {"object_store_memory": _STORE_BYTES, "include_dashboard": False}
+    try:
+        return Cluster(initialize_head=True, head_node_args=options)
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        return Cluster(initialize_head=True, head_node_args=options)
+
+
 @contextmanager
 def several_nodes(num_nodes: int, num_cpus: int) -> Iterator[Cluster]:
     """A Ray on this machine: a head without room for hosts, and nodes with room for ``num_cpus`` each."""
-    head = {
-        "num_cpus": 0, "object_store_memory": _STORE_BYTES, "include_dashboard": False, "_system_config": _QUICK_CHECKS,
-    }  # fmt: skip
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = start_head(num_cpus=0, _system_config=_QUICK_CHECKS)
     try:
         for _ in range(num_nodes):
             cluster.add_node(num_cpus=num_cpus, object_store_memory=_STORE_BYTES)

@@ -109,17 +109,17 @@ async def ask_once(address: str) -> None:
 async def burden(address: str, metrics: str, victim: int, scrapes: list[Scrape]) -> None:
     """More requests than there is room for, a host that dies under them, a bad request; scraped all along."""
     async with AsyncClient(address, timeout_s=60) as client:
-        asking = [asyncio.create_task(ask(client, index)) for index in range(12)]
-        with contextlib.suppress(ServerError):
-            await client.generate(PROMPT, temperature=-1.0)
-        for round_ in range(600):
-            await asyncio.sleep(0.1)
-            scrapes.append(await asyncio.to_thread(scrape, metrics))
-            if round_ == 5:
-                os.kill(victim, signal.SIGKILL)
-            if all(task.done() for task in asking):
-                break
-        await asyncio.gather(*asking)
+        async with asyncio.TaskGroup() as asking:
+            tasks = [asking.create_task(ask(client, index)) for index in range(12)]
+            with contextlib.suppress(ServerError):
+                await client.generate(PROMPT, temperature=-1.0)
+            while not any(name == "vllm:generation_tokens_total" and value for (name, _), value in scrapes[-1].items()):
+                scrapes.append(await asyncio.to_thread(scrape, metrics))
+            assert not all(task.done() for task in tasks)
+            os.kill(victim, signal.SIGKILL)
+            while not all(task.done() for task in tasks):
+                await asyncio.sleep(0.1)
+                scrapes.append(await asyncio.to_thread(scrape, metrics))
 
 
 @pytest.fixture(scope="module")

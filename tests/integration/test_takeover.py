@@ -20,7 +20,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from shardray.runtime.client import Client
-from tests.cluster.fleets import PROMPT_IDS, make_tiny_llama, reference_ids
+from tests.cluster.fleets import PROMPT_IDS, make_tiny_llama, reference_ids, start_head
 
 pytestmark = [pytest.mark.integration]
 
@@ -32,8 +32,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    head = {"num_cpus": 4, "object_store_memory": 80 << 20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = start_head(num_cpus=4)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
     yield cluster
     ray.shutdown()
