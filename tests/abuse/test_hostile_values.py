@@ -21,7 +21,7 @@ def channel(fleet: AbusedFleet) -> Iterator[grpc.Channel]:
         yield opened
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(call=calls())
 def test_no_value_is_an_error_that_nobody_foresaw(channel: grpc.Channel, call: tuple[str, bytes]) -> None:
     error = failure(channel, *call)

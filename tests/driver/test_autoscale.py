@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shardray.runtime.config import AutoscalingSettings
@@ -45,7 +45,6 @@ def changes(counts: list[int], start: int) -> list[tuple[int, int]]:
     return [(second, after - before) for second, (before, after) in enumerate(pairs) if after != before]
 
 
-@settings(deadline=None)
 @given(autoscalings(), st.lists(LOADS, min_size=1, max_size=200), st.integers(1, 30))
 def test_the_number_never_leaves_the_bounds(chosen: AutoscalingSettings, loads: list[int], start: int) -> None:
     assert chosen.max_replicas is not None
@@ -53,7 +52,6 @@ def test_the_number_never_leaves_the_bounds(chosen: AutoscalingSettings, loads: 
     assert all(chosen.min_replicas <= count <= chosen.max_replicas for count in counts)
 
 
-@settings(deadline=None)
 @given(autoscalings(), st.lists(LOADS, min_size=1, max_size=200))
 def test_a_change_waits_for_its_delay_after_the_start_and_after_any_other(
     chosen: AutoscalingSettings, loads: list[int]
@@ -65,7 +63,6 @@ def test_a_change_waits_for_its_delay_after_the_start_and_after_any_other(
         earlier = second
 
 
-@settings(deadline=None)  # a thousand looks take as long as the machine is busy
 @given(autoscalings(), LOADS, st.integers(1, 15))
 def test_a_steady_load_never_flaps_and_ends_at_what_it_needs(
     chosen: AutoscalingSettings, load: int, start: int

@@ -77,7 +77,7 @@ async def test_another_driver_finds_requests_in_flight_with_all_that_it_needs_to
     await journal.stop()
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(batches=st.lists(st.lists(st.integers(0, 200_000), min_size=1, max_size=4), max_size=8))
 async def test_tokens_come_back_in_order_however_they_were_batched(batches: list[list[int]], tmp_path: Path) -> None:
     path = tmp_path / f"{time.monotonic_ns()}.db"

@@ -49,7 +49,7 @@ def decode_plans(draw: st.DrawFn) -> tuple[dict[int, list[int]], StepPlan]:
     return pages, StepPlan(0, (), (), tuple(rows))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(decode_plans(), min_size=1, max_size=4))
 def test_static_inputs_hold_the_step_and_padding_that_touches_only_the_scratch_page(
     plans: list[tuple[dict[int, list[int]], StepPlan]],
@@ -74,7 +74,7 @@ def test_static_inputs_hold_the_step_and_padding_that_touches_only_the_scratch_p
         assert read <= {*range(NUM_PAGES), SCRATCH_PAGE}  # columns past a row's end name pages that there are
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(decode_plans(), st.booleans())
 def test_decodes_are_laid_out_as_rows_of_any_length_are(
     drawn: tuple[dict[int, list[int]], StepPlan], has_tasks: bool
@@ -94,7 +94,7 @@ def test_decodes_are_laid_out_as_rows_of_any_length_are(
         assert array.flags.c_contiguous
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(decode_plans(), min_size=1, max_size=3))
 def test_tasks_of_recorded_rows_are_those_of_the_step_and_rows_that_fill_up_have_none(
     plans: list[tuple[dict[int, list[int]], StepPlan]],
@@ -132,7 +132,7 @@ def test_contexts_that_share_more_pages_than_there_are_run_operation_by_operatio
         assert (found is not None) == runs
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.data())
 def test_a_laid_out_plan_says_where_every_token_stands(data: st.DataObject) -> None:
     pages, plan = data.draw(decode_plans())

@@ -36,7 +36,7 @@ def text_of(deltas: list[Delta]) -> str:
     return "".join(delta.text for delta in deltas)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(TEXTS.filter(bool))
 def test_the_deltas_add_up_to_the_text(tokenizer, text):
     ids = tokenizer.encode(text)
@@ -78,7 +78,7 @@ def test_a_stop_id_that_is_an_ordinary_word_is_not_shown(tokenizer):
     assert text_of(deltas) == "one two"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(TEXTS.filter(bool), st.lists(st.text(st.sampled_from("ab stop\n漢🙂"), min_size=1, max_size=4), max_size=3))
 def test_text_ends_before_the_stop_string_that_is_complete_first(tokenizer, text, stops):
     output = OutputText(tokenizer, SamplingParams(stop=tuple(stops)), (1,))

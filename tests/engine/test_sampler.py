@@ -118,7 +118,7 @@ def random_params(draw: st.DrawFn, vocab_size: int) -> SamplingParams:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_logprobs_are_those_of_transformers_for_any_settings(data):
     vocab_size = data.draw(st.sampled_from([40, 100, 3000]))
@@ -129,7 +129,7 @@ def test_logprobs_are_those_of_transformers_for_any_settings(data):
     check_against_reference(logits, params, prompt, generated)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     levels=st.sampled_from([2, 3, 16]),
     seed=st.integers(0, 10**6),
@@ -387,7 +387,7 @@ def test_cuda_gives_the_tokens_of_the_cpu():
     assert results[0] == results[1]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_what_is_compiled_draws_what_torch_draws(data):
     """Tokens, and logprobs of those that the filters keep: what a CPU does against what a GPU does."""

@@ -113,11 +113,11 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestRequestsThatComeAndGo = SchedulerMachine.TestCase
-TestRequestsThatComeAndGo.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestRequestsThatComeAndGo.settings = settings(max_examples=100, stateful_step_count=30)
 
 
 @given(limits=any_limits(), requests=st.lists(any_request(), min_size=2, max_size=12), seed=st.integers(0, 2**32))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_token_changes_however_short_the_pages_are(
     limits: SchedulerLimits, requests: list[EngineRequest], seed: int
 ) -> None:
@@ -138,7 +138,7 @@ def test_no_token_changes_however_short_the_pages_are(
 
 
 @given(limits=any_limits(), requests=st.lists(any_request(), min_size=1, max_size=8))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_first_request_ends_as_soon_as_if_it_were_alone(
     limits: SchedulerLimits, requests: list[EngineRequest]
 ) -> None:

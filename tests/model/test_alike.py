@@ -40,7 +40,7 @@ def assert_alike(spec: DecoderSpec, plan: ShardPlan) -> None:
 
 
 @given(spec=decoder_specs(), tp_size=st.integers(1, 7), data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_decoder_and_any_cut(spec: DecoderSpec, tp_size: int, data: st.DataObject) -> None:
     pp_size = data.draw(st.integers(1, spec.num_layers))
     split = data.draw(st.none() | st.lists(st.sampled_from([1.0, 2.5]), min_size=tp_size, max_size=tp_size))

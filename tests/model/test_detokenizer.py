@@ -28,7 +28,7 @@ def chunks(draw: st.DrawFn | st.DataObject, ids: list[int]) -> list[list[int]]:
     return [ids[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=TEXTS, data=st.data())
 def test_the_pieces_add_up_to_the_whole_and_none_holds_half_a_character(
     tokenizer: Tokenizer, text: str, data: st.DataObject
@@ -42,7 +42,7 @@ def test_the_pieces_add_up_to_the_whole_and_none_holds_half_a_character(
         assert not any("\ufffd" in piece for piece in pieces)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=TEXTS, data=st.data())
 def test_after_a_prompt_the_text_is_what_the_answer_adds_to_it(
     tokenizer: Tokenizer, text: str, data: st.DataObject
@@ -56,7 +56,7 @@ def test_after_a_prompt_the_text_is_what_the_answer_adds_to_it(
     assert before + "".join(detokenizer.push([token_id]) for token_id in ids[cut:]) + detokenizer.finish() == whole
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(ids=st.lists(st.integers(0, 49151), max_size=30))
 def test_random_byte_level_ids_decode_as_a_whole_would(smollm2_tokenizer: Tokenizer, ids: list[int]) -> None:
     detokenizer = Detokenizer(smollm2_tokenizer)

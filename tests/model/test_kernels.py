@@ -63,7 +63,7 @@ def filled_pages(num_pages: int, num_kv_heads: int, head_dim: int, dtype: torch.
     head_dim=st.sampled_from([16, 64, 80]),
     num_threads=st.sampled_from([1, 2]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_decode_attention_equals_the_reference(
     dtype: torch.dtype, context_lens: list[int], kv_of_head: tuple[int, ...], head_dim: int, num_threads: int
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shardray.parallel.plan import Axis, ModelSizes, make_plan
@@ -58,7 +58,6 @@ def all_parameters(spec: DecoderSpec) -> dict[str, Parameter]:
 
 
 @given(spec=decoder_specs(), tp_size=st.integers(1, 7), data=st.data())
-@settings(deadline=None)
 def test_the_ranks_together_own_each_element_once_and_only_kv_heads_are_shared(
     spec: DecoderSpec, tp_size: int, data: st.DataObject
 ) -> None:
@@ -78,7 +77,6 @@ def test_the_ranks_together_own_each_element_once_and_only_kv_heads_are_shared(
 
 
 @given(spec=decoder_specs(), tp_size=st.integers(1, 7))
-@settings(deadline=None)
 def test_a_rank_s_slices_of_one_layer_fit_together(spec: DecoderSpec, tp_size: int) -> None:
     plan = make_plan(model_sizes(spec), tp_size, 1)
     dim, mlp = spec.attention.head_dim, spec.layers[-1].mlp
@@ -124,7 +122,6 @@ def test_norms_exist_where_the_spec_has_them(spec: DecoderSpec) -> None:
         assert (f"{name}.bias" in names) == (norm is not None and norm.has_bias)
 
 
-@settings(deadline=None)
 @given(
     num_kv_heads=st.integers(1, 4),
     group=st.integers(1, 4),

@@ -117,7 +117,7 @@ def test_it_equals_the_reference(
         min_size=1, max_size=4,
     )
 )  # fmt: skip
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_rows_of_any_length_anywhere_in_their_context_equal_the_reference(sizes: RowSizes) -> None:
     case = Case((0, 0, 1), 32, 16, sizes)
     check_close(case.attend(CpuOps(torch.bfloat16, 2)), case.reference())

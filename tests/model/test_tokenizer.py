@@ -30,7 +30,7 @@ def reference(smollm2_folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(smollm2_folder)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=st.text() | st.text(alphabet="ab 12\n\t'é中😀<|im_end|>"))
 def test_smollm2_ids_and_texts_are_those_of_transformers(
     smollm2_tokenizer: Tokenizer, reference: Any, text: str
@@ -176,7 +176,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Tokenizer]:
     return processor, Tokenizer.load(folder)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.text(alphabet="helo wrdFancisP  10*\n\té中😀▁", max_size=40))
 def test_merges_derived_from_scores_cut_texts_as_sentencepiece_does(trained: tuple[Any, Tokenizer], text: str) -> None:
     processor, tokenizer = trained

@@ -48,7 +48,7 @@ def sliced_tensors(draw: st.DrawFn) -> tuple[torch.Tensor, tuple[slice, ...]]:
     return tensor, tuple(index)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(case=sliced_tensors(), data=st.data())
 def test_any_slice_is_read_as_torch_would_slice_it_and_costs_exactly_its_bytes(
     case: tuple[torch.Tensor, tuple[slice, ...]], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

@@ -43,7 +43,7 @@ def check(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @given(shape=SHAPES, num_tokens=st.integers(0, 40), biased=st.booleans(), wide=st.booleans(), threads=st.integers(1, 2))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_product_is_that_of_float64_up_to_rounding(
     variant: str, shape: tuple[int, int], num_tokens: int, biased: bool, wide: bool, threads: int
 ) -> None:

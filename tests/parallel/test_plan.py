@@ -168,7 +168,7 @@ def test_the_costliest_stage_is_as_cheap_as_it_can_be(costs: list[float], num_st
 
 
 @given(num_layers=st.integers(1, 60), num_stages=st.integers(1, 12))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_like_layers_are_dealt_out_evenly(num_layers: int, num_stages: int) -> None:
     num_stages = min(num_stages, num_layers)
     lengths = [len(stage) for stage in split_layers([1.0] * num_layers, num_stages)]

@@ -312,7 +312,7 @@ _NAMES = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     parameters=st.dictionaries(_NAMES, _VALUES, max_size=4),
     json_text=st.one_of(
