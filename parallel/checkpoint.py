@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-_READABLE = ("F32", "BF16", "F16")
+_READABLE = ("F32", "BF16", "F16", "I8")
 _DTYPES = {  # in a header, in torch, bytes of an element
     "F64": ("float64", 8),
     "F32": ("float32", 4),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shardray.parallel.comm import Comm
 from shardray.parallel.kernels.triton_launch import runs_triton
+from shardray.parallel.quantized import Int8Weight, Weight, join_weights
 from shardray.parallel.rows import best_column, best_columns, join_rows, pick_best, take_rows
 
 _ONEDNN = "onednn"
@@ -24,14 +25,16 @@ _ONEDNN = "onednn"
 class Linear:
     """``x @ weight.T + bias`` on one rank.
 
-    CPU weights of two bytes are packed once, for our kernel or oneDNN's. On CUDA a few tokens go through our kernel.
-    Packed weights that are there already (see ``kept.py``) come as tensors of the device "meta": a shape and no bytes.
+    CPU weights of one or two bytes are packed once, for our kernel or oneDNN's. On CUDA a few tokens go through our
+    kernel. Packed weights that are there already (see ``kept.py``) come as tensors of the device "meta": a shape and no
+    bytes.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.out_size = weight.shape[0]
-        self.device = torch.device("cpu") if weight.is_meta else weight.device
-        self._multiply = _prepare(weight, bias)
+    def __init__(self, weight: Weight, bias: Tensor | None = None) -> None:
+        stored = weight.values if isinstance(weight, Int8Weight) else weight
+        self.out_size = stored.shape[0]
+        self.device = torch.device("cpu") if stored.is_meta else stored.device
+        self._multiply = _prepare_int8(weight, bias) if isinstance(weight, Int8Weight) else _prepare(weight, bias)
 
     def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """(T, in) -> (T, out), in ``dtype`` or that of ``x``"""
@@ -51,6 +54,22 @@ def _prepare(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, torch.dty
         return PackedLinear(weight, bias, layout)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
     return lambda x, dtype: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "").to(dtype)
+
+
+def _prepare_int8(weight: Int8Weight, bias: Tensor | None) -> Callable[[Tensor, torch.dtype], Tensor]:
+    """On CPUs what is multiplied is rounded to 8 bits as well; elsewhere the weight is widened for it."""
+    values, scales = weight
+    layout = packed_layout("cpu" if values.is_meta else values.device.type, values.dtype)
+    if layout is not None and values.numel() > 0:
+        from shardray.parallel.kernels.int8_linear import PackedInt8Linear
+
+        return PackedInt8Linear(values, scales, bias, layout)
+
+    def multiply(x: Tensor, dtype: torch.dtype) -> Tensor:
+        product = F.linear(x, values.to(x.dtype)).float() * scales.T
+        return (product if bias is None else product + bias).to(dtype)
+
+    return multiply
 
 
 def _with_narrow_kernel(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, torch.dtype], Tensor]:
@@ -80,6 +99,8 @@ def packed_layout(device_type: str, dtype: torch.dtype) -> str | None:
     """Which layout that is: a variant of our kernel, or oneDNN's, whose memory is its own affair."""
     if device_type != "cpu":
         return None
+    if dtype == torch.int8:
+        return _int8_variant()
     if dtype == torch.bfloat16 and (variant := _kernel_variant()) is not None:
         return variant
     return _ONEDNN if _can_prepack(dtype) else None
@@ -91,6 +112,17 @@ def _kernel_variant() -> str | None:
     if importlib.util.find_spec("numba") is None:
         return None
     from shardray.parallel.kernels.linear import cpu_features, variant_for
+
+    return variant_for(cpu_features())
+
+
+@functools.cache
+def _int8_variant() -> str | None:
+    """Which of our kernels for weights of 8 bits is this processor's, if any."""
+    if importlib.util.find_spec("numba") is None:
+        return None
+    from shardray.parallel.kernels.int8_linear import variant_for
+    from shardray.parallel.kernels.linear import cpu_features
 
     return variant_for(cpu_features())
 
@@ -109,14 +141,14 @@ class ColumnParallelLinear(Linear):
     """Each rank holds a block of output rows; outputs stay split. Several projections of one input merge into one."""
 
     @classmethod
-    def merged(cls, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> ColumnParallelLinear:
-        return cls(join_rows(weights), None if biases is None else join_rows(biases))
+    def merged(cls, weights: Sequence[Weight], biases: Sequence[Tensor] | None) -> ColumnParallelLinear:
+        return cls(join_weights(weights), None if biases is None else join_rows(biases))
 
 
 class RowParallelLinear:
     """Each rank holds a block of input columns; the partial products are summed. Rank 0's has the bias in it."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, comm: Comm) -> None:
+    def __init__(self, weight: Weight, bias: Tensor | None, comm: Comm) -> None:
         self._linear = Linear(weight, bias if comm.rank == 0 else None)
         self.device = self._linear.device
         self._comm = comm
@@ -144,7 +176,7 @@ class VocabParallelEmbedding:
 class VocabParallelHead:
     """Each rank makes the logits of its vocabulary rows, and they stay there until somebody needs them all."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, widths: Sequence[int], comm: Comm) -> None:
+    def __init__(self, weight: Weight, bias: Tensor | None, widths: Sequence[int], comm: Comm) -> None:
         """``widths``: rows of every rank."""
         self._linear = Linear(weight, bias)
         self._widths = list(widths)

@@ -25,7 +25,8 @@ from torch import Tensor
 from shardray.parallel.kept import keep
 from shardray.parallel.kernels import jit
 from shardray.parallel.kernels.jit import Kernel
-from shardray.parallel.kernels.product import Variant, make_variant, product
+from shardray.parallel.kernels.pairs_product import make_variant
+from shardray.parallel.kernels.product import Variant, product
 from shardray.parallel.kernels.vector import WIDTH
 from shardray.parallel.workspace import empty
 
@@ -70,7 +71,7 @@ class PackedLinear:
         variant = make_variant(variant_name)
         self._kernel = _compiled(variant)
         self._out_size, self._in_size = weight.shape
-        packed_shape = _round_up(self._out_size, WIDTH), _round_up(self._in_size, 2)
+        packed_shape = round_up(self._out_size, WIDTH), round_up(self._in_size, 2)
         self._weights = keep(packed_shape, weight.dtype, lambda packed: _pack(weight, packed, variant.block_vectors))
         self._bias = torch.zeros(packed_shape[0])
         if bias is not None:
@@ -86,7 +87,7 @@ class PackedLinear:
             x = F.pad(x, (0, 1)) if self._in_size % 2 else x.contiguous()
             threads = torch.get_num_threads()
             wide = dtype == torch.float32
-            self._kernel(threads, num_tokens, x.data_ptr(), out.data_ptr(), threads, *self._fixed, wide)
+            self._kernel(threads, num_tokens, x.data_ptr(), out.data_ptr(), threads, *self._fixed, wide, 0, 0, 0)
         return out
 
 
@@ -94,12 +95,16 @@ def _pack(weight: Tensor, packed: Tensor, block_vectors: int) -> None:
     """(N, K) -> as drawn above, in the memory of ``packed``: (N, K) rounded up to what is drawn"""
     if weight.shape != packed.shape:
         weight = F.pad(weight, (0, packed.shape[1] - weight.shape[1], 0, packed.shape[0] - weight.shape[0]))
-    block = block_vectors * WIDTH
+    pack_words(weight.view(torch.int32), packed.view(torch.int32), block_vectors)
+
+
+def pack_words(weight: Tensor, packed: Tensor, block_vectors: int) -> None:
+    """(N, words of K) int32 -> blocks, of which each holds word for word of K that of each of its outputs."""
+    block, num_words = block_vectors * WIDTH, weight.shape[1]
     num_blocks = weight.shape[0] // block
     for part, size in ((slice(num_blocks * block), block), (slice(num_blocks * block, None), WIDTH)):
-        pairs = weight[part].view(-1, size, weight.shape[1] // 2, 2)
-        packed[part].view(-1, weight.shape[1] // 2, size, 2).copy_(pairs.transpose(1, 2))
+        packed[part].view(-1, num_words, size).copy_(weight[part].view(-1, size, num_words).transpose(1, 2))
 
 
-def _round_up(count: int, unit: int) -> int:
+def round_up(count: int, unit: int) -> int:
     return -(-count // unit) * unit

@@ -1,11 +1,11 @@
-"""The compiled part of a bfloat16 matrix product (see parallel/kernels/linear.py): which thread multiplies what, when.
+"""The compiled part of a matrix product (see parallel/kernels/linear.py): which thread multiplies what, when.
 
 A task is some blocks of outputs for a span of tokens. While a block is multiplied with one tile of tokens after the
-other, its weights and the tokens stay in the second-level cache, for at most ``_PASS`` pairs of K at a time, and the
+other, its weights and the tokens stay in the second-level cache, for at most ``_PASS`` words of K at a time, and the
 weights of the next block are fetched. With a single tile there is nothing to hide that behind, and memory streams best
 undisturbed.
 
-Legend: T tokens, N outputs, K inputs.
+Legend: T tokens, N outputs, K inputs, of which a word of 4 bytes holds two or four.
 """
 
 # mypy: ignore-errors
@@ -13,50 +13,49 @@ Legend: T tokens, N outputs, K inputs.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import numba
 import numpy as np
 
 from shardray.parallel.kernels import jit, vector
-from shardray.parallel.kernels.tile import HALVES, PAIRS, make_tile
 from shardray.parallel.kernels.vector import VECTOR_BYTES, WIDTH
 
-_PASS = 1024  # pairs of K
+_PASS = 1024  # words of K
 _SPAN_BYTES = 256 << 10  # of x
 _TASKS_A_THREAD = 8
 
 
 class Variant(NamedTuple):
-    """The product for one kind of processor: what the names below stand for."""
+    """The product of one kind of numbers on one kind of processor: what the names below stand for.
+
+    The functions are numba's, over int64. ``a``: the arguments of ``product``; what ends in ``_at`` is an address.
+    """
 
     name: str
     block_vectors: int  # of 16 outputs, side by side in a block of weights
     max_rows: int  # of a tile: as many as there are registers for their sums
-    multiply: object
+    row_bytes: object  # (words of K) -> from one row, as ``add`` takes it, to the next
+    num_scratch: object  # (rows, words of K) -> words that ``ready`` needs for so many
+    ready: object  # (a, first token, rows, scratch_at) -> where ``add`` finds them
+    begin: object  # (a, first vector, vectors, rows, sums_at)
+    add: object  # (rows, vectors, rows_at, words of K, first word, count, weights_at, sums_at, ahead_at, lines ahead)
+    end: object  # (a, first vector, vectors, rows, sums_at)
 
 
-block_vectors, max_rows, multiply = 0, 0, None  # replaced by those of a variant
-
-
-@functools.cache
-def make_variant(name: str) -> Variant:
-    """``pairs``: AVX-512 that multiplies bfloat16. ``halves``: any AVX-512. ``narrow``: less room in registers."""
-    dot = PAIRS if name == "pairs" else HALVES
-    vectors, rows = (2, 2) if name == "narrow" else (4, 6)
-    return Variant(name, vectors, rows, make_tile(dot, rows, vectors))
+# Replaced by those of a variant
+block_vectors, max_rows, row_bytes, num_scratch, ready, begin, add, end = 0, 0, *[None] * 6
 
 
 @numba.njit(inline="always")
-def _tasks(num_tokens, num_pairs, num_blocks, num_threads, max_rows):
+def _tasks(num_tokens, num_words, num_blocks, num_threads, max_rows):
     """(tokens of a span, spans, blocks of a task, whole tasks of a span, tasks of a span)
 
     Spans are of about the same size, in whole tiles. A thread alone takes all blocks at once; several get tasks enough
     that a slower core takes fewer. Where there are few blocks and threads do not divide them, what is left over is cut
     by tokens as well: those tasks, one for each thread and block, come after the whole ones.
     """
-    num_spans = (num_tokens - 1) // max(_SPAN_BYTES // (4 * min(num_pairs, _PASS)), max_rows) + 1
+    num_spans = (num_tokens - 1) // max(_SPAN_BYTES // (4 * min(num_words, _PASS)), max_rows) + 1
     span = min(((num_tokens - 1) // num_spans // max_rows + 1) * max_rows, num_tokens)
     num_spans = (num_tokens - 1) // span + 1
     blocks_a_task = max(num_blocks * num_spans // (_TASKS_A_THREAD * num_threads), 1) if num_threads > 1 else num_blocks
@@ -96,27 +95,30 @@ def _write(words, num_columns, out, place, as_float32):
 
 
 def product(args):
-    """args: T, x, out, threads, N, pairs of K, weights, bias, whether out is float32.  out = x @ weights + bias
+    """args: T, x, out, threads, N, words of K, weights, bias, whether out is float32, and what else a variant takes.
 
-    x is (T, 2 pairs) bfloat16, out (T, N) bfloat16 or float32, bias float32, padded to 16 outputs like the weights.
+    out = x @ weights + bias: x is (T, K), out (T, N) bfloat16 or float32, bias float32, padded like the weights.
     """
-    a = numba.carray(args, (10,))
-    num_tokens, x, out, num_threads, num_outputs = a[1], a[2], a[3], a[4], a[5]
-    num_pairs, weights, bias = a[6], a[7], a[8]
+    a = numba.carray(args, (13,))
+    num_tokens, out, num_threads, num_outputs, num_words, weights = a[1], a[3], a[4], a[5], a[6], a[7]
     num_vectors = (num_outputs - 1) // WIDTH + 1
     num_blocks = count_blocks(num_vectors, block_vectors)
     span, num_spans, blocks_a_task, whole_tasks, tasks_a_span = _tasks(
-        num_tokens, num_pairs, num_blocks, num_threads, max_rows
+        num_tokens, num_words, num_blocks, num_threads, max_rows
     )
-    last = num_blocks - 1
-    words = np.empty(span * block_vectors * WIDTH, np.uint32)  # float32 sums of the tokens and one block
+    last, span_here, rows_at, bytes_a_row = num_blocks - 1, -1, 0, row_bytes(num_words)
+    num_sums = span * block_vectors * WIDTH
+    # First the float32 sums of the tokens of a span and one block
+    words = np.empty(num_sums + num_scratch(span, num_words), np.uint32)
     sums_at = vector.address_of(words)
     while True:
         task = jit.take_task(args)
         if task >= num_spans * tasks_a_span:
             break
         first_token, place = task // tasks_a_span * span, task % tasks_a_span
-        num_rows = min(span, num_tokens - first_token)
+        num_rows, first_row = min(span, num_tokens - first_token), 0
+        if span_here != first_token:
+            span_here, rows_at = first_token, ready(a, first_token, num_rows, sums_at + num_sums * 4)
         if place < whole_tasks:
             first_block = place * blocks_a_task
             last_block = min(first_block + blocks_a_task, num_blocks)
@@ -124,8 +126,8 @@ def product(args):
             part = (place - whole_tasks) % num_threads
             first_block = whole_tasks + (place - whole_tasks) // num_threads
             last_block = first_block + 1
-            first_token += num_rows * part // num_threads
-            num_rows = num_rows * (part + 1) // num_threads - num_rows * part // num_threads
+            first_row = num_rows * part // num_threads
+            num_rows = num_rows * (part + 1) // num_threads - first_row
         num_tiles = (num_rows - 1) // max_rows + 1
         for block in range(first_block, last_block):
             # Next comes the next block; at the end of a task, as long as threads keep pace, that of so many tasks on
@@ -133,21 +135,22 @@ def product(args):
             start, vectors = block_at(block, num_vectors, block_vectors)
             then, _ = block_at(following, num_vectors, block_vectors)
             width = vectors * WIDTH
-            lines = min((vectors - 1) // num_tiles + 1, 2) if num_tiles > 1 else 0  # prefetched for each pair
-            for i in range(num_rows):
-                vector.copy(bias + start * VECTOR_BYTES, vectors, sums_at + i * width * 4)
-            for first_pair in range(0, num_pairs, _PASS):
-                count = min(_PASS, num_pairs - first_pair)
-                here = weights + (start * num_pairs + vectors * first_pair) * VECTOR_BYTES
-                there = weights + (then * num_pairs + vectors * first_pair) * VECTOR_BYTES
+            lines = min((vectors - 1) // num_tiles + 1, 2) if num_tiles > 1 else 0  # prefetched for each word
+            begin(a, start, vectors, num_rows, sums_at)
+            for first_word in range(0, num_words, _PASS):
+                count = min(_PASS, num_words - first_word)
+                here = weights + (start * num_words + vectors * first_word) * VECTOR_BYTES
+                there = weights + (then * num_words + vectors * first_word) * VECTOR_BYTES
                 for tile in range(num_tiles):
                     row, next_row = num_rows * tile // num_tiles, num_rows * (tile + 1) // num_tiles
-                    multiply(
-                        next_row - row, vectors, x + ((first_token + row) * num_pairs + first_pair) * 4, num_pairs * 4,
-                        here, count, sums_at + row * width * 4,
-                        there + min(tile * lines, vectors - lines) * count * VECTOR_BYTES, lines * VECTOR_BYTES,
+                    x_at = rows_at + (first_row + row) * bytes_a_row
+                    ahead = there + min(tile * lines, vectors - lines) * count * VECTOR_BYTES
+                    add(
+                        next_row - row, vectors, x_at, num_words, first_word, count, here, sums_at + row * width * 4,
+                        ahead, lines,
                     )  # fmt: skip
+            end(a, start, vectors, num_rows, sums_at)
             num_columns = min(width, num_outputs - start * WIDTH)
             for i in range(num_rows):
-                place = (first_token + i) * num_outputs + start * WIDTH
-                _write(words[i * width : (i + 1) * width], num_columns, out, place, a[9] != 0)
+                at = (first_token + first_row + i) * num_outputs + start * WIDTH
+                _write(words[i * width : (i + 1) * width], num_columns, out, at, a[9] != 0)

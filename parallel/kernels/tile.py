@@ -76,9 +76,7 @@ class _Tile:
         places = [builder.add(sums, I64(i * VECTOR_BYTES)) for i in range(self._num_rows * self._num_vectors)]
         totals = [vector.register(builder, vector.load(builder, place, FLOATS)) for place in places]
         with vector.loop(builder, num_pairs) as pair:
-            line = builder.add(ahead, builder.mul(pair, ahead_step))
-            vector.prefetch(builder, line)
-            vector.prefetch(builder, builder.add(line, builder.lshr(ahead_step, I64(1))))  # another if there are two
+            vector.prefetch_lines(builder, ahead, pair, ahead_step)
             self._add_pair(rows, weights, pair, totals)
         for place, total in zip(places, totals, strict=True):
             vector.store(builder, builder.load(total), place)

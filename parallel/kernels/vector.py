@@ -73,6 +73,13 @@ def prefetch(builder: Any, address: Any) -> None:
     call(builder, "llvm.prefetch.p0", [pointer, read, second_level, data], ir.VoidType())
 
 
+def prefetch_lines(builder: Any, address: Any, index: Any, num_bytes: Any) -> None:
+    """Fetch what lies at address + index * num_bytes: 0, 64 or 128 bytes"""
+    line = builder.add(address, builder.mul(index, num_bytes))
+    prefetch(builder, line)
+    prefetch(builder, builder.add(line, builder.lshr(num_bytes, I64(1))))  # another if there are two
+
+
 def register(builder: Any, value: Any) -> Any:
     """A variable that LLVM keeps in a register: ``builder.load`` and ``builder.store``"""
     return cgutils.alloca_once_value(builder, value)  # type: ignore[no-untyped-call]
@@ -117,6 +124,19 @@ def copy(typing_context: Any, source: Any, num_vectors: Any, target: Any) -> Any
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), generate
+
+
+@intrinsic
+def clear(typing_context: Any, target: Any, num_vectors: Any) -> Any:
+    """Vectors of zeros, from an address on"""
+
+    def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
+        target, num_vectors = operands
+        with loop(builder, num_vectors) as i:
+            store(builder, ir.Constant(WORDS, [0] * WIDTH), offset(builder, target, i, VECTOR_BYTES))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
 
 
 @intrinsic

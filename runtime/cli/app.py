@@ -21,6 +21,7 @@ from shardray.runtime.cli import (
     generate,
     plan,
     pull,
+    quantize,
     reload,
     render,
     restart,
@@ -46,6 +47,7 @@ app = typer.Typer(
 )
 for module in (
     pull,
+    quantize,
     plan,
     serve,
     generate,

@@ -15,7 +15,7 @@ import psutil
 from shardray.parallel import huge_pages
 from shardray.parallel.plan import ShardPlan
 from shardray.runtime.engine.served import ServedSpec
-from shardray.runtime.model.parameters import num_cached_layers, num_copied_elements, num_owned_elements
+from shardray.runtime.model.parameters import num_cached_layers, num_copied_elements, num_owned_bytes
 
 _CGROUP_FILES = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
@@ -65,9 +65,9 @@ def rank_memory(served: ServedSpec, plan: ShardPlan, stage: int, tp_rank: int, i
     """What the rank of ``stage`` and ``tp_rank`` needs. ``is_packed``: see ``parallel/layers.py``."""
     spec, item_bytes = served.spec, served.item_bytes
     num_kv_heads, head_dim = len(plan.kv_heads[tp_rank]), spec.attention.head_dim
-    num_elements = num_owned_elements(spec, plan, stage, tp_rank)
+    weight_bytes = num_owned_bytes(spec, plan, stage, tp_rank, item_bytes)
     if is_packed:
-        num_elements += num_copied_elements(spec, plan, stage, tp_rank)
+        weight_bytes += num_copied_elements(spec, plan, stage, tp_rank) * item_bytes
     one_layer = 2 * served.block_size * num_kv_heads * head_dim * item_bytes  # of a page: keys and values
     return RankMemory(
         page_bytes=one_layer * num_cached_layers(spec, plan, stage),
@@ -75,7 +75,7 @@ def rank_memory(served: ServedSpec, plan: ShardPlan, stage: int, tp_rank: int, i
         max_model_len=served.max_model_len,
         max_num_seqs=served.max_num_seqs,
         max_prompt_len=served.max_prompt_len,
-        weight_bytes=num_elements * item_bytes,
+        weight_bytes=weight_bytes,
         encoder_bytes=one_layer * num_encoder_pages(served),
         step_bytes=_step_bytes(served),
     )

@@ -14,9 +14,10 @@ from shardray.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from shardray.runtime.model.attention import KVPages, OwnHeads, PagedAttention, PromptsView, StepView
 from shardray.runtime.model.kernels.ops import Angles, NormWeights, Ops
 from shardray.runtime.model.latent import LatentProjections
-from shardray.runtime.model.mlp import ExpertsBlock, OwnExperts, Parameters, below, mlp_block
+from shardray.runtime.model.mlp import ExpertsBlock, OwnExperts, mlp_block
 from shardray.runtime.model.query_key_norm import QueryKeyNorm
 from shardray.runtime.model.spec import Attention, Layer, Norm, Norms
+from shardray.runtime.model.weights import Parameters, below, weight_of
 
 Pending = tuple[Tensor, Tensor | None]  # the residual (T, H), and what is to be added to it
 
@@ -30,7 +31,7 @@ class AttentionBlock:
         self._qkv = _projections(attention, parameters)
         self._norm = None if attention.latent is not None else QueryKeyNorm.of(attention, heads, parameters, comm)
         self._value_dim = attention.head_dim if attention.latent is None else attention.latent.value_dim
-        self._out = RowParallelLinear(parameters["o.weight"], parameters.get("o.bias"), comm)
+        self._out = RowParallelLinear(weight_of(parameters, "o"), parameters.get("o.bias"), comm)
         self._num_heads = len(heads.kv_of_head)
         self._attention = PagedAttention(
             attention, heads, self._out.device, parameters.get("sinks"), parameters.get("relative.weight")
@@ -60,7 +61,7 @@ def _projections(attention: Attention, parameters: Parameters) -> ColumnParallel
 def _merged(attention: Attention, parameters: Parameters, *names: str) -> ColumnParallelLinear:
     """Several projections of one input"""
     biases = [parameters[f"{name}.bias"] for name in names] if attention.qkv_bias else None
-    return ColumnParallelLinear.merged([parameters[f"{name}.weight"] for name in names], biases)
+    return ColumnParallelLinear.merged([weight_of(parameters, name) for name in names], biases)
 
 
 class CrossAttentionBlock:
@@ -71,7 +72,7 @@ class CrossAttentionBlock:
         self._head_dim = attention.head_dim
         self._queries = _merged(attention, parameters, "q")
         self._keys_and_values = _merged(attention, parameters, "k", "v")
-        self._out = RowParallelLinear(parameters["o.weight"], parameters.get("o.bias"), comm)
+        self._out = RowParallelLinear(weight_of(parameters, "o"), parameters.get("o.bias"), comm)
         self._attention = PagedAttention(attention, heads, self._out.device)
 
     def remember(self, encoded: Tensor, layer: int, pages: KVPages, prompts: PromptsView) -> None:

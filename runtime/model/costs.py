@@ -108,8 +108,9 @@ def step_cost(
         activation_bytes += count * 2 * item_bytes * load.num_tokens * _outputs_of_token(spec, kind, plan, tp_rank)
     makes_logits = stage == plan.pp_size - 1 and not load.is_encoding
     if makes_logits:
-        weight = head_parameters(spec)["head.weight"].num_owned(plan, tp_rank)
-        head = Work(2.0 * weight * load.num_seqs, weight * item_bytes)
+        weight = head_parameters(spec)["head.weight"]
+        size = weight.num_owned(plan, tp_rank)
+        head = Work(2.0 * size * load.num_seqs, size * weight.item_bytes(item_bytes))
     hidden_bytes = load.num_tokens * spec.hidden_size * item_bytes
     tensor = _layer_sums(layers, plan, load, hidden_bytes) + _end_traffic(plan, stage, makes_logits, load, hidden_bytes)
     hands_over = Traffic(1, hidden_bytes) if stage < plan.pp_size - 1 else Traffic()
@@ -171,7 +172,7 @@ def _layer_products(
         if met < 1.0:
             assert isinstance(layer.mlp, Experts)
             read = share_of_experts(layer.mlp, load.num_tokens)
-        total += Work(2.0 * size * met * load.num_tokens, size * read * item_bytes)
+        total += Work(2.0 * size * met * load.num_tokens, size * read * parameter.item_bytes(item_bytes))
     return total
 
 

@@ -22,9 +22,10 @@ from shardray.runtime.model.blocks import DecoderLayer
 from shardray.runtime.model.embedding import TokenEmbedding
 from shardray.runtime.model.kernels.ops import NormWeights, Ops
 from shardray.runtime.model.load import ParameterLoader
-from shardray.runtime.model.mlp import OwnExperts, Parameters, below
+from shardray.runtime.model.mlp import OwnExperts
 from shardray.runtime.model.spec import DecoderSpec, Pooling
 from shardray.runtime.model.stack import EncoderStack, LayerStack
+from shardray.runtime.model.weights import Parameters, below, weight_of
 
 Progress = Callable[[float], None]
 
@@ -164,8 +165,8 @@ class _Head:
         self._spec = spec.head
         self._norm = None if spec.head.norm is None else NormWeights.of(spec.head.norm, "final_norm", parameters)
         self._projection = parameters.get("head_projection.weight")
-        weight, bias = parameters["head.weight"], parameters.get("head.bias")
-        self.logits = VocabParallelHead(weight, bias, [len(block) for block in plan.vocab], comm)
+        weights = weight_of(parameters, "head"), parameters.get("head.bias")
+        self.logits = VocabParallelHead(*weights, [len(block) for block in plan.vocab], comm)
         own = plan.vocab[comm.rank]
         columns = [token_id - own.start for token_id in suppressed_ids if token_id in own]
         self._suppressed = torch.tensor(columns, dtype=torch.int64, device=self.logits.device)

@@ -14,9 +14,9 @@ from torch import Tensor
 from shardray.parallel.comm import Comm
 from shardray.parallel.layers import VocabParallelEmbedding
 from shardray.runtime.model.kernels.ops import NormWeights
-from shardray.runtime.model.mlp import Parameters
 from shardray.runtime.model.positions import Sinusoidal
 from shardray.runtime.model.spec import Embedding
+from shardray.runtime.model.weights import Parameters
 
 
 class TokenEmbedding:

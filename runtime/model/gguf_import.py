@@ -6,19 +6,16 @@ back into the half-split order that ``config.json`` models use.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from shardray.runtime.model.gguf_config import generation_config, llama_config
 from shardray.runtime.model.gguf_file import GgufFile
 from shardray.runtime.model.gguf_tokenizer import write_tokenizer
 from shardray.runtime.model.model_cache import ModelSourceError, Progress, silent
-
-MAX_SHARD_BYTES = 2 * 1024**3  # one shard is held in memory while it is written
+from shardray.runtime.model.writing import save_in_shards, write_json
 
 _TENSOR_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -51,8 +48,8 @@ def convert_gguf(gguf_path: Path, folder: Path, progress: Progress = silent) -> 
     dtype = _stored_dtype(source)
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
     write_tokenizer(source, folder)
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", generation_config(source))
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", generation_config(source))
     _write_weights(source, names, config, dtype, folder, progress)
 
 
@@ -78,33 +75,16 @@ def _write_weights(
     folder: Path,
     progress: Progress,
 ) -> None:
-    shards = _group_into_shards(source, names, dtype.itemsize)
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards):
-        last = f"-{i + 1:05}-of-{len(shards):05}" if len(shards) > 1 else ""
-        file_name = f"model{last}.safetensors"
-        tensors: dict[str, torch.Tensor] = {}
-        for name in shard:
-            tensors[names[name]] = _read_weight(source, name, config).to(dtype)
-            weight_map[names[name]] = file_name
-            progress(f"Converting {source.path.name}", len(weight_map), len(names))
-        save_file(tensors, folder / file_name, metadata={"format": "pt"})
-        (folder / file_name).chmod(0o644)  # written as 0600, which hides a shared cache from others
-    if len(shards) > 1:
-        _write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    num_bytes = {name: int(source.tensors[name].n_elements) * dtype.itemsize for name in names}
+    done = 0
 
+    def convert(name: str) -> dict[str, torch.Tensor]:
+        nonlocal done
+        done += 1
+        progress(f"Converting {source.path.name}", done, len(names))
+        return {names[name]: _read_weight(source, name, config).to(dtype)}
 
-def _group_into_shards(source: GgufFile, names: dict[str, str], itemsize: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    shard_bytes = 0
-    for name in names:
-        tensor_bytes = int(source.tensors[name].n_elements) * itemsize
-        if shards[-1] and shard_bytes + tensor_bytes > MAX_SHARD_BYTES:
-            shards.append([])
-            shard_bytes = 0
-        shards[-1].append(name)
-        shard_bytes += tensor_bytes
-    return shards
+    save_in_shards(folder, num_bytes, convert)
 
 
 def _read_weight(source: GgufFile, name: str, config: dict[str, object]) -> torch.Tensor:
@@ -119,7 +99,3 @@ def _half_split_rows(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Within each head, rows (0, 1), (2, 3), ... of rotary pairs become (0, d/2), (1, d/2 + 1), ..."""
     pairs = weight.reshape(num_heads, -1, 2, *weight.shape[1:])  # (num_heads, head_dim / 2, 2, ...)
     return pairs.transpose(1, 2).reshape(weight.shape).contiguous()
-
-
-def _write_json(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -17,6 +17,7 @@ from torch import Tensor
 from shardray.parallel.layers import ColumnParallelLinear, Linear
 from shardray.runtime.model.kernels.ops import NormWeights
 from shardray.runtime.model.spec import Attention, Latent
+from shardray.runtime.model.weights import weight_of
 
 
 class LatentProjections:
@@ -27,15 +28,15 @@ class LatentProjections:
         self._head_dim = attention.head_dim
         self._rotary_dim = attention.head_dim - latent.plain_dim
         self._kv_down, self._kv_up = (
-            Linear(parameters["kv_down.weight"]),
-            ColumnParallelLinear(parameters["kv_up.weight"]),
+            Linear(weight_of(parameters, "kv_down")),
+            ColumnParallelLinear(weight_of(parameters, "kv_up")),
         )
         self._kv_norm = NormWeights.of(latent.norm, "kv_norm", parameters)
         self._q_down: Linear | None = None
         if latent.query_rank is not None:
-            self._q_down = Linear(parameters["q_down.weight"])
+            self._q_down = Linear(weight_of(parameters, "q_down"))
             self._q_norm = NormWeights.of(latent.norm, "q_norm", parameters)
-        self._q = ColumnParallelLinear(parameters["q.weight"])
+        self._q = ColumnParallelLinear(weight_of(parameters, "q"))
         self.num_heads = self._q.out_size // self._head_dim
 
     def __call__(self, x: Tensor) -> Tensor:

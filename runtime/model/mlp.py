@@ -5,7 +5,6 @@ Legend: T tokens of the step, H hidden size, k experts of a token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -17,9 +16,9 @@ from shardray.parallel.layers import ColumnParallelLinear, Linear
 from shardray.parallel.plan import Axis, ShardPlan
 from shardray.runtime.model.kernels.ops import Ops
 from shardray.runtime.model.spec import Experts, Groups, Mlp
+from shardray.runtime.model.weights import Parameters, below, weight_of
 
 _MEMORY = 0.99  # how much of an expert's load is left in the next step
-Parameters = Mapping[str, Tensor]
 
 
 class OwnExperts(NamedTuple):
@@ -45,8 +44,8 @@ class MlpPart:
         biases = [parameters[f"{name}.bias"] for name in names] if mlp.up_bias else None
         self._ops = ops
         self._mlp = mlp
-        self._in = ColumnParallelLinear.merged([parameters[f"{name}.weight"] for name in names], biases)
-        self._out = Linear(parameters["down.weight"], parameters.get("down.bias") if adds_bias else None)
+        self._in = ColumnParallelLinear.merged([weight_of(parameters, name) for name in names], biases)
+        self._out = Linear(weight_of(parameters, "down"), parameters.get("down.bias") if adds_bias else None)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(T, H) -> (T, H)"""
@@ -121,7 +120,7 @@ class ExpertsBlock:
 
 def _in_halves(parameters: Parameters) -> Parameters:
     """Gate and up out of the matrix in which their rows take turns"""
-    fused = {part: parameters[f"gate_up.{part}"] for part in ("weight", "bias") if f"gate_up.{part}" in parameters}
+    fused = below("gate_up.", parameters)
     return {
         f"{name}.{part}": rows[place::2] for place, name in enumerate(("gate", "up")) for part, rows in fused.items()
     }
@@ -133,11 +132,6 @@ def _of_best_groups(scores: Tensor, groups: Groups) -> Tensor:
     ranks = by_group.topk(groups.judges, dim=-1).values.sum(dim=-1)
     best = torch.zeros_like(ranks, dtype=torch.bool).scatter_(1, ranks.topk(groups.top_k, dim=-1).indices, True)
     return by_group.masked_fill(~best[..., None], -torch.inf).flatten(-2)
-
-
-def below(prefix: str, parameters: Parameters) -> Parameters:
-    """Those whose names begin with ``prefix``, without it"""
-    return {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
 
 
 def mlp_block(

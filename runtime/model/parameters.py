@@ -8,6 +8,7 @@ Sharding is derived here once, for all families. Names are the runtime's own; a 
     o.weight          (hidden, heads * dim)    split by query heads        row-parallel
     gate/up.weight    (ffn, hidden)            split by FFN columns        column-parallel
     down.weight       (hidden, ffn)            split by FFN columns        row-parallel
+    *.weight_scale    (rows of it, 1)          split as those rows are     of weights of 8 bits: see quantized.py
     norms, biases after a sum, positions       whole on every rank
 
 Those of an encoder are told apart by ``encoder.`` before their names; those of cross-attention begin with ``cross.``.
@@ -18,8 +19,8 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from shardray.parallel.plan import Axis, ModelSizes, ShardPlan
@@ -27,6 +28,7 @@ from shardray.runtime.model.positions import Learned
 from shardray.runtime.model.spec import Attention, DecoderSpec, Embedding, Experts, Latent, Layer, Mlp, Norm
 
 ENCODER, CROSS = "encoder.", "cross."  # what the names of such parameters begin with
+SCALE = "_scale"  # and what those of scales end with, behind the name of what they scale
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,14 @@ class Split:
 class Parameter:
     """A whole parameter and how it is cut. ``multiplied``: it is read by a Linear and by nothing else.
 
-    ``in_float32``: it is held so, whatever the model's dtype is.
+    ``in_float32``, ``in_int8``: it is held so, whatever the model's dtype is.
     """
 
     shape: tuple[int, ...]
     splits: tuple[Split, ...] = ()
     multiplied: bool = False
     in_float32: bool = False
+    in_int8: bool = False
 
     @property
     def num_elements(self) -> int:
@@ -66,6 +69,10 @@ class Parameter:
     def num_owned(self, plan: ShardPlan, tp_rank: int) -> int:
         """Elements of that slice."""
         return math.prod(part.stop - part.start for part in self.owned(plan, tp_rank))
+
+    def item_bytes(self, of_model: int) -> int:
+        """Of one element as it is held, where the model's dtype takes ``of_model``."""
+        return 4 if self.in_float32 else 1 if self.in_int8 else of_model
 
 
 def embedding_parameters(spec: DecoderSpec) -> dict[str, Parameter]:
@@ -107,11 +114,17 @@ def head_parameters(spec: DecoderSpec) -> dict[str, Parameter]:
     found = _norm("final_norm", spec.head.norm, (spec.hidden_size,))
     if spec.embedding.size is not None:
         found["head_projection.weight"] = Parameter((size, spec.hidden_size))
-    return found | _linear("head", (spec.vocab_size, size), Split(0, Axis.VOCAB), spec.head.bias)
+    head = _linear("head", (spec.vocab_size, size), Split(0, Axis.VOCAB), spec.head.bias)
+    return found | (_in_int8(head) if spec.head.in_int8 else head)
 
 
 def layer_parameters(spec: DecoderSpec, layer: Layer) -> dict[str, Parameter]:
     """One layer's parameters."""
+    found = _layer_parameters(spec, layer)
+    return _in_int8(found) if spec.in_int8 else found
+
+
+def _layer_parameters(spec: DecoderSpec, layer: Layer) -> dict[str, Parameter]:
     hidden = spec.hidden_size
     found: dict[str, Parameter] = {}
     for block, norms in (
@@ -240,8 +253,22 @@ def all_axes(spec: DecoderSpec) -> frozenset[tuple[Axis, int]]:
 
 def num_owned_elements(spec: DecoderSpec, plan: ShardPlan, stage: int, tp_rank: int) -> int:
     """Parameters that one rank holds. A head tied to an embedding on the same rank is held once."""
+    return _total_owned(spec, plan, stage, tp_rank, lambda parameter: 1)
+
+
+def num_owned_bytes(spec: DecoderSpec, plan: ShardPlan, stage: int, tp_rank: int, item_bytes: int) -> int:
+    """What they take where the model's dtype takes ``item_bytes``."""
+    return _total_owned(spec, plan, stage, tp_rank, lambda parameter: parameter.item_bytes(item_bytes))
+
+
+def _total_owned(
+    spec: DecoderSpec, plan: ShardPlan, stage: int, tp_rank: int, weigh: Callable[[Parameter], int]
+) -> int:
+    def total(parameters: Mapping[str, Parameter]) -> int:
+        return sum(weigh(parameter) * parameter.num_owned(plan, tp_rank) for parameter in parameters.values())
+
     alike = Counter(spec.layer_kinds[index] for index in plan.stages[stage])
-    of_layers = sum(count * _num_owned_of(kind_parameters(spec, kind), plan, tp_rank) for kind, count in alike.items())
+    of_layers = sum(count * total(kind_parameters(spec, kind)) for kind, count in alike.items())
     parts = []
     if spec.num_encoder_layers - 1 in plan.stages[stage]:
         parts.append(encoder_end_parameters(spec))
@@ -252,7 +279,7 @@ def num_owned_elements(spec: DecoderSpec, plan: ShardPlan, stage: int, tp_rank: 
         if stage == 0 and spec.head.tied:
             head.pop("head.weight", None)
         parts.append(head)
-    return of_layers + sum(_num_owned_of(part, plan, tp_rank) for part in parts)
+    return of_layers + sum(map(total, parts))
 
 
 def num_copied_elements(spec: DecoderSpec, plan: ShardPlan, stage: int, tp_rank: int) -> int:
@@ -273,13 +300,20 @@ def _linear(name: str, shape: tuple[int, int], split: Split, bias: bool) -> dict
     return found
 
 
+def _in_int8(parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
+    """The same, with what a Linear reads in 8 bits, and the scales of its rows."""
+    found = dict(parameters)
+    for name, parameter in parameters.items():
+        if parameter.multiplied:
+            found[name] = replace(parameter, in_int8=True)
+            rows = tuple(split for split in parameter.splits if split.dim < len(parameter.shape) - 1)
+            found[name + SCALE] = Parameter((*parameter.shape[:-1], 1), rows, in_float32=True)
+    return found
+
+
 def _norm(name: str, norm: Norm | None, shape: tuple[int, ...], *splits: Split) -> dict[str, Parameter]:
     parts = {"weight": norm is not None and norm.has_weight, "bias": norm is not None and norm.has_bias}
     return {f"{name}.{part}": Parameter(shape, splits) for part, there in parts.items() if there}
-
-
-def _num_owned_of(parameters: Mapping[str, Parameter], plan: ShardPlan, tp_rank: int) -> int:
-    return sum(parameter.num_owned(plan, tp_rank) for parameter in parameters.values())
 
 
 def _num_elements(parameters: Mapping[str, Parameter]) -> int:

@@ -174,13 +174,17 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Head:
-    """From hidden states to logits: ``softcap(scale * (weight @ norm(x) + bias))``; ``tied`` to the embedding."""
+    """From hidden states to logits: ``softcap(scale * (weight @ norm(x) + bias))``; ``tied`` to the embedding.
+
+    ``in_int8``: the weight is held in 8 bits.
+    """
 
     norm: Norm | None
     tied: bool
     bias: bool = False
     scale: float = 1.0
     softcap: float | None = None
+    in_int8: bool = False
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,7 @@ class DecoderSpec:
     """Everything that distinguishes one model from another. Layers may differ, but not in heads or sizes.
 
     With an ``encoder`` the prompt is its to read; one without ``layers`` behind it gives embeddings instead of text,
-    and ``embedding`` and ``head`` then mean nothing.
+    and ``embedding`` and ``head`` then mean nothing. ``in_int8``: what layers multiply with is held in 8 bits.
     """
 
     vocab_size: int
@@ -212,6 +216,7 @@ class DecoderSpec:
     layers: tuple[Layer, ...]
     head: Head
     encoder: Encoder | None = None
+    in_int8: bool = False
 
     @property
     def all_layers(self) -> tuple[Layer, ...]:

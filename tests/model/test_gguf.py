@@ -115,7 +115,7 @@ def test_rotary_scalings_survive(
 
 
 def test_large_models_are_written_as_shards_with_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_import, "MAX_SHARD_BYTES", 64 * 1024)
+    monkeypatch.setattr(writing, "MAX_SHARD_BYTES", 64 * 1024)
     model = tiny_llama()
     folder = convert(write_gguf(tmp_path / "tiny.gguf", model))
     shards = sorted(path.name for path in folder.glob("*.safetensors"))

@@ -41,6 +41,7 @@ from shardray.runtime.model.families.stablelm import STABLELM
 from shardray.runtime.model.families.starcoder import GPT_BIGCODE, STARCODER2
 from shardray.runtime.model.families.t5 import T5
 from shardray.runtime.model.folder import read_object
+from shardray.runtime.model.quantization import METHOD, in_int8
 from shardray.runtime.model.spec import DecoderSpec, ModelConfigError
 
 FAMILIES = (
@@ -98,10 +99,16 @@ def read_model_config(folder: Path) -> tuple[Family, DecoderSpec]:
     path = folder / "config.json"
     fields = Config(read_object(path))
     family = _family_of(fields)
-    quantization = fields.get("quantization_config")
-    if quantization and quantization.get("quant_method") not in family.quantizations:
-        raise ModelConfigError("config.json: quantization_config: quantized checkpoints are not supported")
+    quantization = fields.get("quantization_config") or {}
+    method = quantization.get("quant_method")
+    if method and method not in (METHOD, *family.quantizations):
+        raise ModelConfigError(
+            f"config.json: quantization_config: {method!r} is not supported; take the float checkpoint that this was "
+            "made of, and shardray quantize for weights of 8 bits"
+        )
     spec = family.read_config(fields)
+    if method == METHOD:
+        spec = in_int8(spec, quantization)
     if unknown := unknown_fields(fields, family):
         _log.warning("%s: fields that nothing is known of, and that are ignored: %s", path, ", ".join(unknown))
     return family, spec

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from shardray.runtime.model.config_json import Config, nearest_of
+from shardray.runtime.model.parameters import SCALE
 from shardray.runtime.model.spec import Activation, DecoderSpec, Layer, ModelConfigError
 
 T = TypeVar("T")
@@ -75,6 +76,11 @@ class Source:
     @property
     def has_row_tensors(self) -> bool:
         return "{row}" in self.name
+
+
+def scale_source(source: Source) -> Source:
+    """Where the scales of a weight of 8 bits are kept: one for each row of what lies there, whichever way it lies."""
+    return replace(source, name=source.name + SCALE, transposed=False)
 
 
 def swap_last(items: tuple[T, ...]) -> tuple[T, ...]:

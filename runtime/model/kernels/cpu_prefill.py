@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from shardray.parallel.kernels import jit, product, vector
+from shardray.parallel.kernels import jit, vector
+from shardray.parallel.kernels.pairs_product import make_pairs_tile
 from shardray.parallel.kernels.product import block_at, count_blocks
 from shardray.parallel.kernels.vector import VECTOR_BYTES, WIDTH
 from shardray.runtime.model.kernels.flash_tiles import TILES, fill, interleave, make_soften, make_top, shrink
@@ -52,8 +53,8 @@ pack_keys = pack_values = None  # all of these: a variant's
 
 @functools.cache
 def make_variant(name: str) -> Variant:
-    """See parallel/kernels/product.py for the names."""
-    _, vectors, max_rows, multiply = product.make_variant(name)
+    """See parallel/kernels/pairs_product.py for the names."""
+    vectors, max_rows, multiply = make_pairs_tile(name)
 
     @numba.njit(fastmath=jit.MATH)
     def multiply_rows(num_rows, num_vectors, x, row_bytes, weights, num_pairs, sums):
