@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 _Penalty = Callable[[float, float], float]
+INT8_GROUP = 64  # inputs of a product that are rounded to 8 bits together, where weights have 8 bits
 _ALIGNMENT = 8  # rows per unit of a wide axis where it divides: 16 bytes of a two-byte type, what tensor cores want
 
 
@@ -41,7 +42,10 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What the split needs to know of a model. Costs share any one unit (parameters read per token, say)."""
+    """What the split needs to know of a model. Costs share any one unit (parameters read per token, say).
+
+    ``ffn_group``: columns of an MLP that are best kept together, where their number allows it.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -49,6 +53,7 @@ class ModelSizes:
     layer_costs: tuple[float, ...]
     embed_cost: float = 0.0
     head_cost: float = 0.0
+    ffn_group: int = 1
 
 
 @dataclass(frozen=True)
@@ -76,10 +81,12 @@ class ShardPlan:
                 return self.kv_heads[tp_rank]
             case Axis.EXPERTS if self.expert_parallel:
                 return split_units(count, self.weights)[tp_rank]
-            case Axis.FFN | Axis.VOCAB:
+            case Axis.VOCAB:
                 return split_aligned(count, self.weights)[tp_rank]
+            case Axis.FFN:
+                return split_aligned(count, self.weights, self.sizes.ffn_group)[tp_rank]
             case Axis.EXPERT_FFN if not self.expert_parallel:
-                return split_aligned(count, self.weights)[tp_rank]
+                return split_aligned(count, self.weights, self.sizes.ffn_group)[tp_rank]
         return range(count)
 
     @property
@@ -138,14 +145,16 @@ def _split_units(count: int, weights: tuple[float, ...]) -> tuple[range, ...]:
     return tuple(range(start, stop) for start, stop in itertools.pairwise(edges))
 
 
-def split_aligned(count: int, weights: Sequence[float]) -> tuple[range, ...]:
-    """As ``split_units``, in units of 8 where the count allows it, so that no block ends off a 16-byte boundary."""
-    return _split_aligned(count, tuple(weights))
+def split_aligned(count: int, weights: Sequence[float], group: int = 1) -> tuple[range, ...]:
+    """As ``split_units``, in units of ``group``, or of 8, where the count allows it: at 8 no block ends off a 16-byte
+    boundary."""
+    return _split_aligned(count, tuple(weights), group)
 
 
 @functools.lru_cache(maxsize=1024)
-def _split_aligned(count: int, weights: tuple[float, ...]) -> tuple[range, ...]:
-    unit = _ALIGNMENT if count % _ALIGNMENT == 0 and count // _ALIGNMENT >= len(weights) else 1
+def _split_aligned(count: int, weights: tuple[float, ...], group: int) -> tuple[range, ...]:
+    units = (unit for unit in (group, _ALIGNMENT) if unit > 1 and count % unit == 0 and count // unit >= len(weights))
+    unit = next(units, 1)
     return tuple(range(b.start * unit, b.stop * unit) for b in _split_units(count // unit, weights))
 
 

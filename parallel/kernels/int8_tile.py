@@ -19,8 +19,9 @@ from numba.extending import intrinsic
 from shardray.parallel.kernels import vector
 from shardray.parallel.kernels.tile import Dot, Operand
 from shardray.parallel.kernels.vector import FLOAT, FLOATS, I32, I64, VECTOR_BYTES, WIDTH, WORDS
+from shardray.parallel.plan import INT8_GROUP
 
-GROUP = 64  # inputs that are scaled together
+GROUP = INT8_GROUP
 QUADS = GROUP // 4
 _SHORTS = ir.VectorType(ir.IntType(16), 2 * WIDTH)
 

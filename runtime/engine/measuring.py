@@ -63,7 +63,7 @@ def _measure_speed(served: ServedSpec, num_hosts: int, num_threads: int) -> Spee
     points = []
     for num_tokens in _TOKENS:
         took_s = _time_s([partial(sample.prepare, num_tokens) for sample in samples], num_threads)
-        points.append((2.0 * num_tokens / served.item_bytes, took_s / samples[0].num_bytes))
+        points.append((2.0 * num_tokens / samples[0].item_bytes, took_s / samples[0].num_bytes))
     # Reading is the limit with the model's groups of heads; with one group of all heads it is arithmetic.
     decodes = [
         AttentionSample(served, [1] * _DECODE_ROWS, _DECODE_LEN, num_kv_heads)

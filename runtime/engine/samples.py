@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shardray.parallel.layers import Linear
 from shardray.parallel.place import Member
+from shardray.parallel.quantized import Weight, quantize
 from shardray.parallel.shm import ShmComm
 from shardray.parallel.waiting import Waiter
 from shardray.parallel.workspace import Workspace
@@ -37,13 +38,13 @@ class ProductSample:
     """The products of a layer of the most common kind, with the weights of many; a small model stays in caches."""
 
     def __init__(self, spec: DecoderSpec, dtype: torch.dtype) -> None:
-        shapes = _product_shapes(spec)
-        of_layer = dtype.itemsize * sum(rows * columns for rows, columns in shapes)
+        shapes, self.item_bytes = _product_shapes(spec), 1 if spec.in_int8 else dtype.itemsize  # of a weight
+        of_layer = self.item_bytes * sum(rows * columns for rows, columns in shapes)
         count = min(-(-_COLD_BYTES // of_layer), spec.num_layers)
         self.num_bytes = count * of_layer
         self._dtype = dtype
         self._columns = [columns for _, columns in shapes] * count
-        self._layers = [Linear(torch.full(shape, 0.01, dtype=dtype)) for shape in shapes * count]
+        self._layers = [Linear(_some_weight(shape, dtype, spec.in_int8)) for shape in shapes * count]
 
     def prepare(self, num_tokens: int) -> Run:
         """For ``num_tokens`` at once."""
@@ -57,6 +58,11 @@ class ProductSample:
                     layer(inputs[size])
 
         return _recorded(run)
+
+
+def _some_weight(shape: tuple[int, int], dtype: torch.dtype, in_int8: bool) -> Weight:
+    weight = torch.full(shape, 0.01, dtype=dtype)
+    return quantize(weight) if in_int8 else weight
 
 
 def _product_shapes(spec: DecoderSpec) -> list[tuple[int, int]]:

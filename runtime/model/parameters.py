@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from shardray.parallel.plan import Axis, ModelSizes, ShardPlan
+from shardray.parallel.plan import INT8_GROUP, Axis, ModelSizes, ShardPlan
 from shardray.runtime.model.positions import Learned
 from shardray.runtime.model.spec import Attention, DecoderSpec, Embedding, Experts, Latent, Layer, Mlp, Norm
 
@@ -230,6 +230,7 @@ def model_sizes(spec: DecoderSpec) -> ModelSizes:
         layer_costs=tuple(costs[layer] for layer in spec.all_layers),
         embed_cost=float(spec.hidden_size),
         head_cost=float(spec.vocab_size * spec.hidden_size) if spec.layers else 0.0,
+        ffn_group=INT8_GROUP if spec.in_int8 else 1,
     )
 
 

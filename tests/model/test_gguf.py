@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from shardray.parallel.checkpoint import Checkpoint
-from shardray.runtime.model import gguf_import
+from shardray.runtime.model import writing
 from shardray.runtime.model.sources import ModelSourceError, resolve_model
 from tests.model.gguf_writing import tiny_llama, write_gguf
 
