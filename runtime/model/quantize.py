@@ -19,7 +19,7 @@ from shardray.runtime.model.folder import read_object
 from shardray.runtime.model.model_cache import ModelSourceError, Progress, silent
 from shardray.runtime.model.parameters import SCALE
 from shardray.runtime.model.quantization import HEAD, describe, in_int8
-from shardray.runtime.model.spec import DecoderSpec
+from shardray.runtime.model.spec import DecoderSpec, ModelConfigError
 from shardray.runtime.model.stored import Stored
 from shardray.runtime.model.writing import save_in_shards, write_json
 
@@ -50,7 +50,10 @@ def quantize_folder(source: Path, folder: Path, progress: Progress = silent) -> 
 
 def _can_be_untied(family: Family, spec: DecoderSpec, config: dict[str, Any]) -> bool:
     """Whether the config of an untied head says the same of everything else."""
-    untied = family.read_config(Config(config | {_TIED: False}))
+    try:
+        untied = family.read_config(Config(config | {_TIED: False}))
+    except ModelConfigError:
+        return False
     is_alike = replace(untied, head=replace(untied.head, tied=True)) == spec
     return is_alike and not untied.head.tied and "head.weight" in family.sources(untied)
 

@@ -20,6 +20,7 @@ from shardray.runtime.model.model_cache import ModelSourceError
 from shardray.runtime.model.parameters import model_sizes, num_owned_bytes
 from shardray.runtime.model.quantize import quantize_folder
 from shardray.runtime.model.spec import ModelConfigError
+from tests.model.encoder_zoo import PairReference, save_encoder
 from tests.model.logits import LogitsOf
 from tests.model.test_families import distance, random_ids
 from tests.model.zoo import save
@@ -72,6 +73,22 @@ def test_a_quantized_model_says_what_its_numbers_say(
     assert 0 < typical(expected, logits(source)) < 0.06
     monkeypatch.setattr(layers, "packed_layout", lambda device_type, dtype: None)
     assert distance(logits(folder), expected) < 2e-4
+
+
+@pytest.mark.parametrize("name", ["bart", "t5", "marian"])
+def test_a_decoder_behind_an_encoder_says_what_its_numbers_say(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = quantized(save_encoder(name, tmp_path / "source"), tmp_path / "quantized")
+    reference = PairReference(widen(folder, tmp_path / "widened"))
+    expected = reference.logits(IDS[:20], IDS[20:30])
+    found = []
+    for layout in (layers.packed_layout, lambda device_type, dtype: None):
+        monkeypatch.setattr(layers, "packed_layout", layout)
+        with LogitsOf(folder) as model:
+            found.append(model.step({0: IDS[20:30]}, {0: IDS[:20]})[0])
+    assert typical(found[0], expected) < 0.06
+    assert distance(found[1], expected) < 2e-4
 
 
 def typical(found: Tensor, expected: Tensor) -> float:
