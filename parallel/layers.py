@@ -65,9 +65,21 @@ def _prepare_int8(weight: Int8Weight, bias: Tensor | None) -> Callable[[Tensor, 
 
         return PackedInt8Linear(values, scales, bias, layout)
 
-    def multiply(x: Tensor, dtype: torch.dtype) -> Tensor:
+    def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
         product = F.linear(x, values.to(x.dtype)).float() * scales.T
         return (product if bias is None else product + bias).to(dtype)
+
+    if not runs_triton(values.device) or values.numel() == 0:
+        return widened
+    from shardray.parallel.kernels import triton_linear
+
+    values, scales = values.contiguous(), scales.contiguous()
+
+    def multiply(x: Tensor, dtype: torch.dtype) -> Tensor:
+        is_narrow = x.dtype in triton_linear.DTYPES and 0 < x.shape[0] <= triton_linear.MAX_INT8_TOKENS
+        if is_narrow and x.stride(-1) == 1:
+            return triton_linear.multiply(x, values, bias, dtype, scales)
+        return widened(x, dtype)
 
     return multiply
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from shardray.parallel.comm import SoloComm
 from shardray.parallel.kernels import triton_linear
 from shardray.parallel.layers import Linear, VocabParallelHead
+from shardray.parallel.quantized import quantize
 from tests.kernels.steps import normal
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -53,6 +54,21 @@ def test_blocks_reach_every_output_of_a_large_vocabulary() -> None:
     assert logits is not None
     assert logits.dtype == torch.float32
     check(logits, x, weight, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(1, 8), (100, 90), (300, 700)])
+def test_a_weight_of_8_bits_is_that_of_its_numbers_and_scales(
+    num_outputs: int, num_inputs: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(num_inputs)
+    weight, bias = quantize(normal(num_outputs, num_inputs)), normal(num_outputs, dtype=dtype)
+    x = normal(triton_linear.MAX_INT8_TOKENS + 1, num_inputs, dtype=dtype)
+    for num_tokens in (1, 3, triton_linear.MAX_INT8_TOKENS):
+        check(Linear(weight, bias)(x[:num_tokens]), x[:num_tokens], weight.values * weight.scales.double(), bias)
+    widened = weight.values * weight.scales
+    many = Linear(weight, bias)(x).float()
+    assert torch.allclose(many, x.float() @ widened.T + bias.float(), rtol=0.02, atol=0.02 * float(widened.norm()))
 
 
 def test_more_tokens_and_wider_types_go_to_torch() -> None:

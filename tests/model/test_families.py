@@ -166,7 +166,10 @@ def test_a_config_of_only_the_needed_fields_is_enough(config: dict[str, Any], tm
             {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
             "short_factor of the rotary scaling has to be a",
         ),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: quantized checkpoints are not"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "quantization_config: 'gptq' is not supported; take the float checkpoint",
+        ),
     ],
 )
 def test_a_llama_config_that_cannot_be_computed_is_refused(

@@ -27,7 +27,7 @@ from shardray.runtime.model.spec import Activation  # noqa: E402
 SHARED_BYTES = 227 << 10  # of one core, as much as a program may take
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 HEAD_DIMS = [64, 80, 96, 128, 192, 256]
-INTEGERS = {"*i32", "*i64", "i32"}
+INTEGERS = {"*i8", "*i32", "*i64", "i32"}
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"WINDOW": 4096},
@@ -146,14 +146,16 @@ def test_attention_of_one_kv_head_compiles() -> None:
 def test_a_narrow_product_fits_a_core(num_outputs: int, out: str) -> None:
     _, _, num_warps, num_stages = triton_linear.blocks(num_outputs)
     for bias in (None, "*bf16"):
-        values = product_values(num_outputs, out, bias)
-        check(triton_linear.narrow_linear, values, num_warps, num_stages, programs=3)
+        for in_int8 in (False, True):
+            values = product_values(num_outputs, out, bias, in_int8)
+            check(triton_linear.narrow_linear, values, num_warps, num_stages, programs=3)
 
 
-def product_values(num_outputs: int, out: str, bias: str | None) -> dict[str, Any]:
+def product_values(num_outputs: int, out: str, bias: str | None, in_int8: bool = False) -> dict[str, Any]:
     block_n, block_k, _, _ = triton_linear.blocks(num_outputs)
     return {
-        "x": "*bf16", "weight": "*bf16", "bias": bias, "out": out, "num_tokens": "i32!", "num_outputs": "i32",
+        "x": "*bf16", "weight": "*i8" if in_int8 else "*bf16", "scales": "*fp32" if in_int8 else None, "bias": bias,
+        "out": out, "num_tokens": "i32!", "num_outputs": "i32", "HAS_SCALES": in_int8,
         "num_inputs": "i32", "x_stride": "i32", "BLOCK_T": triton_linear.TILE_TOKENS, "BLOCK_N": block_n,
         "BLOCK_K": block_k, "HAS_BIAS": bias is not None,
     }  # fmt: skip
