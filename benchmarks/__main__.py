@@ -28,7 +28,7 @@ from shardray.runtime.server.loop import run as run_in_loop
 T = TypeVar("T")
 Output = Annotated[Path | None, typer.Option(help="Appended to. Default: a new file in benchmarks/results.")]
 Model = Annotated[str, typer.Option(help="What shardray pull takes.")]
-Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32; side by side also int8, of weights.")]
 HostThreads = Annotated[int, typer.Option(help="Compute threads of each host.")]
 
 app = typer.Typer(

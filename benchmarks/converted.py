@@ -1,4 +1,5 @@
-"""The model in the formats of the peers that read no safetensors; written once, kept beside their environments."""
+"""The model in the formats of the peers that read no safetensors, and with weights of 8 bits ("int8") in each of them;
+written once, kept beside their environments."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from benchmarks.gguf_writing import content_digest, gguf_of
 from benchmarks.kinds import PEERS_DIR, Contestant
+from benchmarks.protocol import INT8
 
 _REPOSITORY = Path(__file__).parent.parent
 
@@ -17,9 +19,19 @@ def options_for(contestant: Contestant, python: Path, model_dir: Path, dtype: st
     dtype = contestant.options.get("dtype", dtype)
     if contestant.kind.name == "llama.cpp":
         return contestant.options | {"gguf": str(gguf_of(model_dir, dtype, PEERS_DIR / "gguf"))}
+    if dtype == INT8 and not contestant.kind.is_peer:
+        return contestant.options | {"quantized": str(_quantized(model_dir))}
     if contestant.kind.converts:
         return contestant.options | {"converted": str(_converted(contestant, python, model_dir, dtype))}
     return contestant.options
+
+
+def _quantized(model_dir: Path) -> Path:
+    from shardray.runtime.model.model_cache import build_folder
+    from shardray.runtime.model.quantize import quantize_folder
+
+    target = PEERS_DIR / "models" / f"shardray-{model_dir.name}-{content_digest(model_dir)}-{INT8}"
+    return build_folder(target, lambda folder: quantize_folder(model_dir, folder))
 
 
 def _converted(contestant: Contestant, python: Path, model_dir: Path, dtype: str) -> Path:

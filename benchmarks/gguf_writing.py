@@ -16,6 +16,8 @@ import gguf
 import torch
 from safetensors import safe_open
 
+from benchmarks.protocol import INT8
+
 _MODULES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -34,6 +36,7 @@ _TYPES = {
     "bfloat16": gguf.GGMLQuantizationType.BF16,
     "float16": gguf.GGMLQuantizationType.F16,
     "float32": gguf.GGMLQuantizationType.F32,
+    INT8: gguf.GGMLQuantizationType.Q8_0,
 }
 
 
@@ -108,6 +111,8 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, weight: torch.Tensor, config
     target = f"{layer}{_MODULES[module]}.{kind}"
     if weight.ndim == 1:
         writer.add_tensor(target, weight.float().numpy())
+    elif dtype == INT8:
+        writer.add_tensor(target, gguf.quants.quantize(weight.float().numpy(), _TYPES[dtype]), raw_dtype=_TYPES[dtype])
     elif dtype == "bfloat16":  # unknown to numpy: the bytes as they are
         data = weight.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
         writer.add_tensor(target, data, raw_dtype=_TYPES[dtype])

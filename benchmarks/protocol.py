@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+INT8 = "int8"  # of weights; activations are bfloat16
+
 
 @dataclass(frozen=True)
 class Request:
@@ -53,6 +55,10 @@ class Setup:
     max_num_seqs: int = 64  # the most requests that it will be handed at once
     max_model_len: int = 2048  # tokens of the longest of them, its output included
     options: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def activations_dtype(self) -> str:
+        return "bfloat16" if self.dtype == INT8 else self.dtype
 
 
 @dataclass

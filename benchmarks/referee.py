@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.protocol import Request, Trace
+from benchmarks.protocol import INT8, Request, Trace
 
-BOUNDS = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5}
+BOUNDS = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.5, INT8: 2.0}
 NUM_REQUESTS = 8  # of a workload, evenly chosen: the reference takes its time
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks import driver_load, fleet, plots, startup
 from benchmarks.compare import Record, figures_table, machine_line, omissions, quiet, table, target_table, workloads_of
 from benchmarks.metrics import GOOD_TPOT_S, GOOD_TTFT_S
+from benchmarks.protocol import INT8
 from benchmarks.workloads import MAIN, SAMPLED
 
 PERFORMANCE_DIR = Path(__file__).parent.parent / "docs" / "performance"
@@ -26,12 +27,14 @@ def write_report(records: Sequence[Record], target: Path) -> None:
     """The Markdown file, and its plots in a folder of its name."""
     folder = target.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    used = quiet(records)
+    every = quiet(records)
+    used = [one for one in every if one.get("dtype") != INT8]
     runs = [record for record in used if record["kind"] == "run"]
     blocks = [_HEAD.strip(), _when(records)] + ([machine_line(runs)] if runs else [])
     blocks += ["## Targets", target_table(used), *omissions(records), *_notes(folder)]
     for section in (_side_by_side, _agreement, _arrivals, _growth, _driver, _startup, _fleet):
         blocks += section(used, folder)
+    blocks += _in_int8([one for one in every if one.get("dtype") == INT8])
     target.write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
 
 
@@ -52,6 +55,18 @@ def _side_by_side(records: Sequence[Record], folder: Path) -> list[str]:
     plots.draw_rates(folder / "rates.png", runs)
     tables = [f"### {name}\n\n{figures_table(runs, name)}" for name in workloads_of(runs)]
     return ["## Side by side", _image(folder, "rates.png", "output tokens a second"), *tables]
+
+
+def _in_int8(records: Sequence[Record]) -> list[str]:
+    """What stands apart: other weights, and no targets"""
+    if not (runs := _of_kind(records, "run")):
+        return []
+    rule = (
+        "The same workloads with weights of 8 bits: ours by `shardray quantize`, llama.cpp's as Q8_0, OpenVINO's by "
+        "its own compression. None of the targets is about them."
+    )
+    tables = [f"### {name}, 8 bits\n\n{figures_table(runs, name)}" for name in workloads_of(runs)]
+    return ["## Weights of 8 bits", rule, *tables]
 
 
 def _agreement(records: Sequence[Record], folder: Path) -> list[str]:

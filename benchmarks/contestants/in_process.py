@@ -23,8 +23,8 @@ class InProcess:
     def __init__(self, setup: Setup) -> None:
         self.details: dict[str, Any] = {"versions": {name: version(name) for name in ("shardray", "torch")}}
         self._llm = LLM(
-            setup.model_dir,
-            dtype=setup.dtype,
+            setup.options.get("quantized", setup.model_dir),
+            dtype=setup.activations_dtype,
             tensor_parallel_size=int(setup.options.get("tp", 1)),
             pipeline_parallel_size=int(setup.options.get("pp", 1)),
             max_num_seqs=setup.max_num_seqs,

@@ -15,9 +15,9 @@ import openvino_genai
 
 from benchmarks.contestants.base import main
 from benchmarks.contestants.stepping import serve_by_steps
-from benchmarks.protocol import Request, Setup, Trace
+from benchmarks.protocol import INT8, Request, Setup, Trace
 
-_TYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+_TYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", INT8: "bf16"}
 _KV_GIB = 2  # as much as shardray gets, rounded up
 _BATCH_TOKENS = 2048  # with fewer, prompts wait longer and streams that run are held up less
 

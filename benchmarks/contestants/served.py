@@ -100,8 +100,8 @@ async def _connect(address: str) -> AsyncClient:
 
 def _settings(setup: Setup) -> list[str]:
     settings = {
-        "model.source": setup.model_dir,
-        "model.dtype": setup.dtype,
+        "model.source": setup.options.get("quantized", setup.model_dir),
+        "model.dtype": setup.activations_dtype,
         "parallel.tensor_parallel_size": setup.options.get("tp", "1"),
         "parallel.pipeline_parallel_size": setup.options.get("pp", "1"),
         "engine.device": "cpu",

@@ -33,6 +33,9 @@ An unknown `model_type`, or an unknown value of a field, is refused before any w
 is known. Every field of each configuration is either read, or listed below as irrelevant; a field of neither kind is
 named in the log.
 
+Every family is also served with weights of 8 bits ([operations.md](operations.md#weights-of-8-bits),
+`tests/model/test_quantize.py`).
+
 This page is made by `python -m tests.model.models_page`.
 """
 
