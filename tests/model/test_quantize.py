@@ -40,8 +40,10 @@ def logits(folder: Path, dtype: str = "float32") -> Tensor:
 
 
 def widen(folder: Path, target: Path, transposed: str | None = None) -> Path:
-    """The same model with floats that say exactly what its numbers and scales say. ``transposed``: in the names of those
-    that are stored as (in, out)."""
+    """The same model with floats that say exactly what its numbers and scales say.
+
+    ``transposed``: in the names of those that are stored as (in, out).
+    """
     tensors: dict[str, Tensor] = load_file(folder / "model.safetensors")
     scales = {name: tensors.pop(name) for name in [*tensors] if name.endswith("_scale")}
     for name, scale in scales.items():
