@@ -32,8 +32,10 @@ def narrow_linear(
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_SCALES: tl.constexpr,
     HAS_BIAS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """out (T, N) = x (T, K) @ weight (N, K).T * scales (N,) + bias (N,); summed in float32, rounded once to what ``out``
-    holds. A weight of 8 bits is widened in registers, exactly."""
+    """out (T, N) = x (T, K) @ weight (N, K).T * scales (N,) + bias (N,); summed in float32, rounded once to what it holds.
+
+    A weight of 8 bits is widened in registers, exactly.
+    """
     tokens, columns, places = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     columns += tl.program_id(0) * BLOCK_N
     is_token, is_column = tokens[:, None] < num_tokens, columns < num_outputs
