@@ -32,7 +32,7 @@ def narrow_linear(
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_SCALES: tl.constexpr,
     HAS_BIAS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """out (T, N) = x (T, K) @ weight (N, K).T * scales (N,) + bias (N,); summed in float32, rounded once to what it holds.
+    """out (T, N) = x (T, K) @ weight (N, K).T * scales (N,) + bias (N,); summed in float32, rounded once.
 
     A weight of 8 bits is widened in registers, exactly.
     """
