@@ -9,7 +9,7 @@ from rich.text import Text
 
 from shardray.runtime.cli.shard_table import format_bytes
 from shardray.runtime.engine.forecast import TokenCost
-from shardray.runtime.engine.plan_report import Report, num_parameters
+from shardray.runtime.engine.plan_report import Report, num_parameters, weight_bytes
 from shardray.runtime.engine.sizing import Candidate, PlannedHost
 
 _NUM_SHAPES = 8
@@ -37,8 +37,8 @@ def describe(report: Report) -> Group:
 
 def _model_line(report: Report) -> str:
     served, num = report.served, num_parameters(report)
-    dtype, window = served.dtype_name, served.max_model_len
-    weights = format_bytes(num * served.item_bytes)
+    dtype, window = f"{'int8 and ' if served.spec.in_int8 else ''}{served.dtype_name}", served.max_model_len
+    weights = format_bytes(weight_bytes(report))
     size = f"{num / 1e9:.3g} B" if num >= 1e9 else f"{num / 1e6:.4g} M"
     layers = served.spec.num_layers
     return f"{report.model_id}: {size} parameters in {dtype} ({weights}), {layers} layers, window {window:,}"

@@ -21,7 +21,7 @@ from shardray.runtime.engine.shapes import cut, cut_as_configured
 from shardray.runtime.engine.shared_weights import shares
 from shardray.runtime.engine.sizing import Candidate, HostMemory, Load, PlannedHost, candidates, try_shape
 from shardray.runtime.model.load import ParameterLoader
-from shardray.runtime.model.parameters import num_owned_elements
+from shardray.runtime.model.parameters import num_owned_bytes, num_owned_elements
 from shardray.runtime.model.sources import read_headers
 from shardray.runtime.model.spec import ModelConfigError
 
@@ -169,6 +169,7 @@ def to_jsonable(report: Report) -> dict[str, Any]:
         "model": report.model_id,
         "dtype": served.dtype_name,
         "num_parameters": num_parameters(report),
+        "weight_bytes": weight_bytes(report),
         "max_model_len": served.max_model_len,
         "fits": chosen.mesh.fits,
         "obstacle": report.obstacle,
@@ -191,6 +192,12 @@ def num_parameters(report: Report) -> int:
     """Of the whole model, each counted once."""
     spec = report.served.spec
     return num_owned_elements(spec, cut(spec, 1, 1, expert_parallel=False), 0, 0)
+
+
+def weight_bytes(report: Report) -> int:
+    """What they take."""
+    spec = report.served.spec
+    return num_owned_bytes(spec, cut(spec, 1, 1, expert_parallel=False), 0, 0, report.served.item_bytes)
 
 
 def _host_to_jsonable(report: Report, host: PlannedHost) -> dict[str, Any]:
