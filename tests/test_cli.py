@@ -18,6 +18,7 @@ from shardray.v1 import control_pb2, inference_pb2
 
 COMMANDS = (
     "pull",
+    "quantize",
     "plan",
     "serve",
     "generate",
@@ -97,6 +98,8 @@ def test_a_bad_file_is_refused_line_by_line_before_anything_starts(tmp_path: Pat
         (["generate"], 2, "error: Missing argument 'text'"),
         (["generate", "hi", "--max-tokens", "many"], 2, "error: Invalid value for '--max-tokens'"),
         (["pull", "smollm"], 2, "error: 'smollm': unknown model, did you mean smollm2-135m?"),
+        (["quantize", "smollm2-135m", "."], 2, "error: .: is there already; name a folder that is not"),
+        (["quantize", "smollm", "absent"], 2, "error: 'smollm': unknown model, did you mean smollm2-135m?"),
         (["status", "--server", "127.0.0.1:1"], 1, "error: no answer from 127.0.0.1:1"),
         (["generate", "hi", "--server", "127.0.0.1:1"], 1, "error: no answer from 127.0.0.1:1"),
     ],
