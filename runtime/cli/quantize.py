@@ -16,10 +16,9 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write a model anew with weights of 8 bits: half the memory, and up to twice the tokens a second."""
-    from shardray.parallel.checkpoint import Checkpoint
     from shardray.runtime.cli.progress import fetch_bars
     from shardray.runtime.model.model_cache import ModelSourceError, build_folder
-    from shardray.runtime.model.quantize import quantize_folder
+    from shardray.runtime.model.quantize import quantize_folder, stored_bytes
     from shardray.runtime.model.sources import resolve_model
 
     if folder.exists():
@@ -27,7 +26,7 @@ def command(
     with fetch_bars() as progress:
         source = resolve_model(model, revision=revision, progress=progress)
         build_folder(folder, lambda target: quantize_folder(source, target, progress), progress)
-    before, after = (sum(info.num_bytes for info in Checkpoint(one).tensors.values()) for one in (source, folder))
+    before, after = stored_bytes(source), stored_bytes(folder)
     if as_json:
         typer.echo(json.dumps({"model": model, "folder": str(folder), "num_bytes": after, "num_bytes_before": before}))
     else:

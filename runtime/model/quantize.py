@@ -48,6 +48,11 @@ def quantize_folder(source: Path, folder: Path, progress: Progress = silent) -> 
     _write_weights(checkpoint, family, in_int8(spec, quantization), folder, progress)
 
 
+def stored_bytes(folder: Path) -> int:
+    """Of all tensors of a checkpoint."""
+    return sum(info.num_bytes for info in Checkpoint(folder).tensors.values())
+
+
 def _can_be_untied(family: Family, spec: DecoderSpec, config: dict[str, Any]) -> bool:
     """Whether the config of an untied head says the same of everything else."""
     try:
