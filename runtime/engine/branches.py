@@ -1,4 +1,4 @@
-"""The slots and pages of a request's beams: which ones share theirs, and what is copied when one beam becomes several."""
+"""The slots and pages of a request's beams, and who takes them over when beams part or end."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Branch:
 class Branches:
     """Of a running request, one for each beam of its search and in their order.
 
-    The first one reads the prompt. Each time a token has come, a beam that continues another one takes what that one
-    held; where several continue the same one, all but the first of them are given the slot of one that is not continued.
+    The first one reads the prompt. Each time a token has come, a beam takes what the one that it continues held. Where
+    several continue the same one, all but the first take a slot that is spare, or that of a beam without a sequel.
     """
 
     search: BeamSearch

@@ -83,12 +83,13 @@ class SequencePages:
         num_full, is_partial = self._num_full(sequence)
         for beam, branch in zip(branches.search.beams, branches.held, strict=True):
             parent, first_block = branch.parent, len(branch.pages)
+            if parent is not None or sequence.request.params.penalizes:  # the sampler is told what the beam has seen
+                found.starts.append(sequence.slot_start(branch.slot, beam.token_ids))
+                first_block = 0
             if parent is not None:
                 branch.parent, branch.pages = None, parent.pages[:num_full]
                 for page in branch.pages:
                     self.pool.retain(page)
-            if parent is not None or sequence.request.params.penalizes:
-                found.starts.append(sequence.slot_start(branch.slot, beam.token_ids))
             if parent is not None or not is_partial:
                 branch.pages += self.pool.allocate(1)
             if parent is not None and is_partial:
