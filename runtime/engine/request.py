@@ -149,6 +149,7 @@ class ServedModel:
     num_kv_tokens: int  # that the cache holds
     encoder: EncoderInfo | None = None
     prefix_block_size: int = 0  # requests share what was computed of their first tokens, in blocks of so many; 0: never
+    max_num_seqs: int = MAX_NUM_BEAMS  # requests that run at once, or beams of one
 
     @property
     def max_request_len(self) -> int:
