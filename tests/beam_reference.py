@@ -32,7 +32,7 @@ def beam_search(model: Any, prompt_ids: Sequence[int], params: SamplingParams, *
     found = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=params.num_beams,
         length_penalty=params.length_penalty, early_stopping=params.early_stopping,
-        max_new_tokens=params.max_tokens + num_forced, eos_token_id=stop_ids_of(model, params), pad_token_id=0,
+        max_new_tokens=params.max_tokens + num_forced, eos_token_id=stop_ids_of(model, params) or None, pad_token_id=0,
         **options,
     )  # fmt: skip
     return found[0, num_given + num_forced :].tolist()

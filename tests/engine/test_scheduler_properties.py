@@ -54,7 +54,8 @@ def fitting(request: EngineRequest, limits: SchedulerLimits) -> EngineRequest:
     try:
         limits.check(request)
     except FieldError as error:
-        assert error.field == "num_beams"
+        if error.field != "num_beams":
+            raise
         params = msgspec.structs.replace(request.params, num_beams=1, length_penalty=1.0, early_stopping=False)
         return msgspec.structs.replace(request, params=params)
     return request
