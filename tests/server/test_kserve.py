@@ -24,7 +24,9 @@ from shardray.runtime.model.tokenizer import Tokenizer
 from shardray.runtime.observe import extras
 from shardray.runtime.observe.extras import MissingExtraError, check_extras
 from shardray.runtime.server.kserve.requests import read_request
+from shardray.runtime.server.kserve.sampling import fill_sampling
 from shardray.runtime.server.merge import answer_all
+from shardray.runtime.server.messages import params_from_proto
 from shardray.v1 import common_pb2
 from tests.serving import Serving, eventually, in_thread, serving
 
@@ -136,6 +138,15 @@ async def test_each_bad_field_is_named_as_the_client_knows_it_and_the_server_goe
         assert list(answer.outputs[0].contents.bytes_contents) == [b"abca"], "typed, as it was asked"
     with Client(up.address) as client:
         assert client.generate("abc", max_tokens=3).text == "abc"
+
+
+def test_beams_are_those_of_a_search_and_what_is_sent_with_one_of_them_has_no_effect() -> None:
+    found, single = common_pb2.SamplingParameters(), common_pb2.SamplingParameters()
+    fill_sampling(found, {"early_stopping": True, "len_penalty": "0.6", "beam_width": 4, "temperature": 0.0})
+    assert (found.num_beams, found.length_penalty, found.early_stopping) == (4, 0.6, True)
+    assert params_from_proto(found).num_beams == 4
+    fill_sampling(single, {"beam_width": 1, "len_penalty": 2.0, "early_stopping": 7})
+    assert params_from_proto(single).num_beams == 1
 
 
 @pytest.mark.asyncio
