@@ -70,6 +70,7 @@ class Scheduler:
             max_len=self._limits.max_len(request),
             token_ids=token_ids,
             num_given=len(given_ids),
+            num_beams=params.num_beams,
             encoder_ids=encoder_ids,
             num_forced=0 if encoder is None else len(given_ids) - len(encoder.start_ids),
             is_plain=params.is_plain,
@@ -151,13 +152,8 @@ class Scheduler:
         if not branches.search.is_over:
             self._pages.follow(sequence, branches)
             return []
-        found, sent_ids = branches.search.best, sequence.request.generated_ids
-        sequence.token_ids[sequence.num_given :] = sent_ids
-        outputs = []
-        for num_tokens in range(len(sent_ids) + 1, len(found.token_ids) + 1):
-            sequence.token_ids.append(found.token_ids[num_tokens - 1])
-            reason = found.reason if num_tokens == len(found.token_ids) else None
-            outputs.append(self._publish(sequence, Sampled(sequence.token_ids[-1]), reason))
+        found = branches.search.best
+        outputs = [self._publish(sequence, *token) for token in sequence.take_found(found)]
         if not outputs:  # an earlier mesh had sent them all
             self._finish(sequence)
             outputs = [TokenOutput(sequence.request.request_id, finish_reason=found.reason)]
@@ -232,10 +228,13 @@ class Scheduler:
 
         They stand behind tokens that are known: all sequences then wait for what is in flight, and stay in one plan.
         """
-        limits, num_rows = self._limits, sum(sequence.num_beams for sequence in self._running)
+        limits = self._limits
+        if not limits.max_draft_tokens:
+            return Drafting(0, 0)
+        num_rows = sum(sequence.num_beams for sequence in self._running)
         most = min(limits.max_drafting_step, limits.max_num_batched_tokens) - num_rows
         fewest_right = _RIGHT_IN_FULL_STEP * num_rows // limits.max_drafting_step
-        if not limits.max_draft_tokens or most <= 0 or (self._waiting and self._free_slots):
+        if most <= 0 or (self._waiting and self._free_slots):
             return Drafting(0, fewest_right)
         reads = any(sequence.num_uncomputed > 1 for sequence in self._running)
         drafts = any(sequence.is_sure(fewest_right) for sequence in self._running)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from shardray.runtime.engine.beams import BeamSearch
+from shardray.runtime.engine.beams import BeamSearch, Hypothesis
 from shardray.runtime.engine.branches import Branch, Branches
 from shardray.runtime.engine.lookup import PromptLookup
 from shardray.runtime.engine.prefixes import UNKNOWN, Prefix
@@ -37,6 +37,7 @@ class Sequence:
     max_len: int  # tokens, prompt included, at which the sequence ends
     token_ids: list[int]  # those known of what comes before the generated ones, and of these
     num_given: int  # tokens before the generated ones
+    num_beams: int = 1  # slots that it takes, and rows that it has at most in a plan
     encoder_ids: tuple[int, ...] = ()  # what an encoder reads
     num_forced: int = 0  # of the tokens that a decoder behind it is given, those that the request or the model chose
     num_prompt_blocks: int = 0  # pages that hold what the decoder attends to of it
@@ -57,11 +58,6 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_given
-
-    @property
-    def num_beams(self) -> int:
-        """Slots that it takes, and rows that it has at most in a plan."""
-        return self.request.params.num_beams
 
     @property
     def has_branched(self) -> bool:
@@ -186,6 +182,13 @@ class Sequence:
         self.token_ids[self.num_given :] = branches.search.beams[0].token_ids
         self.pages = branches.held[0].pages
         return left
+
+    def take_found(self, found: Hypothesis) -> Iterator[tuple[Sampled, FinishReason | None]]:
+        """Take what its search has found, one by one, but for what was sent before; the last one with the reason."""
+        self.token_ids[self.num_given :] = self.request.generated_ids
+        for token_id in found.token_ids[self.num_generated :]:
+            self.token_ids.append(token_id)
+            yield Sampled(token_id), found.reason if self.num_generated == len(found.token_ids) else None
 
     def resolve(self, sampled: tuple[Sampled, ...], drafted_ids: tuple[int, ...]) -> tuple[Sampled, ...]:
         """Take of what a plan sampled, one token and one behind each drafted one, what is good; returns that.

@@ -131,11 +131,11 @@ class SequencePages:
     def num_held_tokens(self, running: SequenceQueue) -> int:
         """Tokens whose keys and values the pages of running sequences hold; what is shared counts once."""
         size = self.pool.block_size
-        num_empty = 0
+        num_empty = sum(len(one.pages) * size - one.num_cached for one in running)
         for one in running:
-            first, *others = one.held_pages
-            num_empty += len(first) * size - one.num_cached
-            num_empty += sum((len(pages) - one.num_prompt_blocks) * size - one.num_computed for pages in others)
+            if one.branches is not None:
+                own = [len(pages) - one.num_prompt_blocks for pages in one.branches.pages[1:]]
+                num_empty += sum(own) * size - len(own) * one.num_computed
         return self.pool.num_used * size - num_empty
 
     def _num_full(self, sequence: Sequence) -> tuple[int, bool]:
