@@ -58,7 +58,7 @@ class OpenPlan:
         if sequence.request.is_traced:
             self.traced.append((sequence, row.num_tokens))
         if row.samples:
-            self.sampling.append((sequence, row.drafted_ids, row.num_sampled))
+            self.sampling.append((sequence, row.drafted_ids, 1 + row.num_drafted))
             self.is_greedy &= sequence.is_greedy
 
     def add_branches(self, sequence: Sequence, rows: list[Row], branching: Branching) -> None:

@@ -65,11 +65,6 @@ class Sequence:
         return self.branches is not None and self.num_generated > 0
 
     @property
-    def num_lasting(self) -> int:
-        """Of the tokens that are known, those that will stay."""
-        return len(self.token_ids) if self.num_beams == 1 else self.num_given
-
-    @property
     def slots(self) -> list[int]:
         """All that it holds."""
         if self.branches is not None:
@@ -92,8 +87,9 @@ class Sequence:
 
     def can_decode(self, lookahead: int) -> bool:
         """Whether its one next token may be planned, and the token sampled from it would be within the length limit."""
-        most = lookahead if self.num_beams == 1 else 0
-        return self.num_uncomputed == 1 and self.num_unresolved <= most and self.num_computed + 1 < self.max_len
+        if self.num_unresolved > lookahead or (self.num_unresolved and self.branches is not None):
+            return False
+        return self.num_uncomputed == 1 and self.num_computed + 1 < self.max_len
 
     @property
     def is_greedy(self) -> bool:
@@ -213,8 +209,9 @@ class Sequence:
         """Give up the slot and all that was computed. Tokens in flight stay due."""
         self.slot = None
         self.pages = []
-        self.branches = None
-        del self.token_ids[self.num_lasting :]
+        if self.branches is not None:
+            self.branches = None
+            del self.token_ids[self.num_given :]
         self.prefix = UNKNOWN
         self.num_computed = 0
         self.is_encoded = False

@@ -100,7 +100,8 @@ class SequencePages:
 
     def add_prefix(self, sequence: Sequence) -> None:
         """Let others find what the plans of a sequence have computed of the tokens that are known, and will stay."""
-        num_blocks = min(sequence.num_computed, sequence.num_lasting) // self.pool.block_size
+        num_known = len(sequence.token_ids) if sequence.num_beams == 1 else sequence.num_given
+        num_blocks = min(sequence.num_computed, num_known) // self.pool.block_size
         if self._shares and num_blocks > sequence.prefix.num_blocks:
             sequence.prefix = self.pool.add_prefix(sequence.prefix, sequence.token_ids, sequence.pages, num_blocks)
 
@@ -113,7 +114,7 @@ class SequencePages:
 
     def room(self, sequence: Sequence) -> int:
         """How many more tokens fit into the pages that it holds and those that are free; of beams, at most one each."""
-        if sequence.has_branched:
+        if sequence.branches is not None and sequence.has_branched:
             return int(self._num_missing(sequence) <= self.pool.num_free)
         num_pages = len(sequence.pages) - sequence.num_prompt_blocks + self.pool.num_free
         return num_pages * self.pool.block_size - sequence.num_computed
