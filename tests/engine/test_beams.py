@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,19 +152,6 @@ def test_a_decoder_behind_an_encoder_finds_what_transformers_finds(name: str, tm
         check_all(llm, reference.model, [*SEARCHES, *(forced if name == "m2m100" else [])])
 
 
-def test_what_was_found_can_be_gone_on_with(tmp_path: Path) -> None:
-    """No page that a beam wrote to is taken for what another request begins with."""
-    reference = Reference(save_llama(tmp_path))
-    greedy = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
-    with LLM(tmp_path, device="cpu", dtype="float32", max_num_seqs=9) as llm:
-        for num_tokens in (16, 17, 40):
-            search = SamplingParams(num_beams=4, max_tokens=num_tokens, ignore_eos=True)
-            for found in llm.generate(PROMPTS, search):
-                prompt = (*found.prompt_ids, *found.token_ids)
-                assert llm.generate(prompt, greedy)[0].token_ids == reference.greedy(prompt, 4)
-        assert llm.stats().num_prefix_hits > 0
-
-
 def searches_among(arrivals: list[Arrival]) -> list[Arrival]:
     """Every other request searches."""
     found = []
@@ -290,6 +278,20 @@ def test_beams_share_the_pages_that_are_full_and_have_a_copy_of_the_last() -> No
     assert scheduler.cancel("a") is not None
     assert scheduler.commit(StepResult(plan.step, (Sampled(3, None, candidates),) * 3)) == []
     scheduler.check_idle()
+
+
+def test_of_what_a_search_computed_others_find_what_was_given_and_nothing_that_beams_wrote() -> None:
+    scheduler = Scheduler(replace(LIMITS, prefix_caching=True))
+    add(scheduler, "a", prompt_len=6, params=SamplingParams(num_beams=3, max_tokens=20))
+    candidates = tuple((token_id, -float(token_id)) for token_id in range(3, 9))
+    outputs = []
+    while scheduler.has_work:
+        plan = planned(scheduler)
+        sampled = tuple(Sampled(3, None, candidates) for row in plan.rows if row.samples)
+        outputs = scheduler.commit(StepResult(plan.step, sampled))
+    prompt_ids = (*range(100, 106), *(output.token_id for output in outputs if output.token_id is not None))
+    scheduler.add(EngineRequest(request_id="b", prompt_ids=prompt_ids, params=SamplingParams()))
+    assert [(row.start, row.num_tokens) for row in planned(scheduler).rows] == [(4, 16)]
 
 
 def test_searches_of_many_widths_share_one_batch_with_others(tmp_path: Path) -> None:
