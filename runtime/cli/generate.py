@@ -37,6 +37,15 @@ def command(
     forced: Annotated[
         list[int] | None, typer.Option(help="Token id that the output begins with; may be given several times.")
     ] = None,
+    num_beams: Annotated[
+        int | None, typer.Option(help="Above 1: follow so many texts and print the most likely, at its end.")
+    ] = None,
+    length_penalty: Annotated[
+        float | None, typer.Option(help="With --num-beams: above 1 for longer texts, below for shorter ones.")
+    ] = None,
+    early_stopping: Annotated[
+        bool, typer.Option("--early-stopping", help="With --num-beams: end once so many texts have ended.")
+    ] = False,
     timeout_s: options.Timeout = None,
 ) -> None:
     """Stream one completion.
@@ -65,6 +74,9 @@ def command(
             stop=stop,
             logprobs=logprobs,
             forced=forced,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
         )
         for delta in deltas:
             show(delta)

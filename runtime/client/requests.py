@@ -33,6 +33,9 @@ class SamplingOptions(TypedDict, total=False):
     stop: Sequence[str] | None
     logprobs: int | None
     forced: Sequence[int] | None  # ids
+    num_beams: int | None
+    length_penalty: float | None
+    early_stopping: bool | None
 
 
 class StreamOptions(SamplingOptions, total=False):

@@ -32,7 +32,7 @@ class Dispatches:
 
     def with_room(self) -> list[ReplicaStatus]:
         """Replicas that are ready and have a place."""
-        return [replica for replica in self._fleet.ready_replicas() if replica.num_live_requests < self._capacity]
+        return [replica for replica in self._fleet.ready_replicas() if replica.num_live_sequences < self._capacity]
 
     def send(self, live: LiveRequest, replica_id: int) -> None:
         """Hand a request that waits to a replica."""
@@ -40,7 +40,7 @@ class Dispatches:
         live.replica_id = replica_id
         live.num_dispatched_with = len(live.entry.sent_ids)
         self.by_id[live.dispatch_id] = live
-        self._fleet.add_live(replica_id, +1)
+        self._fleet.add_live(replica_id, +1, live.entry.params.num_beams)
         self._router.add(live.entry, replica_id)
         live.stream.mark_dispatched()
         self.links[replica_id].submit(
@@ -56,7 +56,7 @@ class Dispatches:
         """Forget that a request was dispatched."""
         if live.replica_id is not None:
             del self.by_id[live.dispatch_id]
-            self._fleet.add_live(live.replica_id, -1)
+            self._fleet.add_live(live.replica_id, -1, live.entry.params.num_beams)
             self._router.add(live.entry, live.replica_id)
             live.replica_id = None
 

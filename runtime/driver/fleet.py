@@ -45,6 +45,7 @@ class ReplicaStatus:
     loads: tuple[ShardLoad | None, ...] = ()  # by rank; None: not heard of yet
     stats: EngineStats = _NO_STATS
     num_live_requests: int = 0  # dispatched and not ended
+    num_live_sequences: int = 0  # the same, each with its beams
     output_tokens_per_s: float = 0.0
     state_time_s: float = 0.0  # when it entered its state, in seconds since 1970
     num_recoveries: int = 0  # times that it was ready again after a failure
@@ -176,11 +177,12 @@ class Fleet:
             loads[rank] = load
             self._update(replica_id, loads=tuple(loads))
 
-    def add_live(self, replica_id: int, change: int) -> None:
+    def add_live(self, replica_id: int, change: int, num_beams: int = 1) -> None:
         """Count requests that were dispatched (+1) or have ended (−1)."""
-        if replica_id in self._replicas:
-            num_live = self._replicas[replica_id].num_live_requests + change
-            self._update(replica_id, num_live_requests=num_live)
+        if (replica := self._replicas.get(replica_id)) is not None:
+            num_sequences = replica.num_live_sequences + change * num_beams
+            num_requests = replica.num_live_requests + change
+            self._update(replica_id, num_live_requests=num_requests, num_live_sequences=num_sequences)
 
     def set_requests(self, num_queued: int, num_live: int) -> None:
         self._num_queued, self._num_live = num_queued, num_live

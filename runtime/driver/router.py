@@ -40,14 +40,14 @@ class Router:
     def pick(self, entry: JournalEntry, candidates: Sequence[ReplicaStatus]) -> ReplicaStatus:
         """The candidate with the least work; equals are told apart by how full their pages are, then by id.
 
-        Work is requests in flight, which the driver counts itself, and what is to be computed of this one. The pages
-        are as of the last snapshot.
+        Work is requests in flight with their beams, which the driver counts itself, and what is to be computed of this
+        one. The pages are as of the last snapshot.
         """
         if len(candidates) == 1:
             return candidates[0]
 
         def rank(replica: ReplicaStatus) -> tuple[float, float, int]:
-            work = replica.num_live_requests * _REQUEST_TOKENS - self._num_held(entry, replica.replica_id)
+            work = replica.num_live_sequences * _REQUEST_TOKENS - self._num_held(entry, replica.replica_id)
             return work, _page_use(replica), replica.replica_id
 
         return min(candidates, key=rank)

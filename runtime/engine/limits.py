@@ -83,11 +83,24 @@ class SchedulerLimits:
         given_len, capacity = len(self.given_ids(request)), self.num_pages * self.block_size
         if not request.prompt_ids:
             raise FieldError("prompt", "has no tokens")
+        num_beams = request.params.num_beams
+        if num_beams > self.max_num_seqs:
+            raise FieldError("num_beams", f"{num_beams} exceeds the {self.max_num_seqs} of engine.max_num_seqs")
         if given_len >= self.max_model_len:
             raise FieldError("prompt", f"{given_len} tokens leave no room in a context window of {self.max_model_len}")
         prompt_room = 0
         if self.encoder is not None and request.pooling is None:
             prompt_room = -(-len(request.prompt_ids) // self.block_size) * self.block_size
+        # What beams share of what is given is there once.
+        apart = self.max_len(request) - given_len // self.block_size * self.block_size
+        of_others = (num_beams - 1) * -(-apart // self.block_size) * self.block_size
+        if num_beams > 1 and prompt_room + self.max_len(request) + of_others > capacity:
+            raise FieldError(
+                "num_beams",
+                f"prompt of {len(request.prompt_ids)} tokens + {num_beams} times max_tokens "
+                f"{request.params.max_tokens} exceeds the {capacity} tokens that the KV cache holds "
+                f"({self.num_pages} pages of {self.block_size})",
+            )
         if prompt_room + self.max_len(request) > capacity:
             raise FieldError(
                 "max_tokens",

@@ -9,6 +9,7 @@ import msgspec
 
 from shardray.runtime.engine.request import TokenOutput
 from shardray.runtime.engine.sequence import Sequence
+from shardray.runtime.engine.sequence_pages import Branching
 from shardray.runtime.engine.step import EncoderRow, PageGrant, Row, SlotStart, StepPlan, StepResult
 from shardray.runtime.engine.traced import TracedStep
 
@@ -31,7 +32,9 @@ class OpenPlan:
     grants: list[PageGrant] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     encoder_rows: list[EncoderRow] = field(default_factory=list)
-    sampling: list[tuple[Sequence, tuple[int, ...]]] = field(default_factory=list)  # with its drafted tokens
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    # With its drafted tokens, and how many tokens are sampled for it.
+    sampling: list[tuple[Sequence, tuple[int, ...], int]] = field(default_factory=list)
     pooling: list[Sequence] = field(default_factory=list)  # of encoder rows that yield an embedding
     is_greedy: bool = True
     traced: list[tuple[Sequence, int]] = field(default_factory=list)  # with the tokens that each has in the plan
@@ -55,8 +58,20 @@ class OpenPlan:
         if sequence.request.is_traced:
             self.traced.append((sequence, row.num_tokens))
         if row.samples:
-            self.sampling.append((sequence, row.drafted_ids))
+            self.sampling.append((sequence, row.drafted_ids, 1 + row.num_drafted))
             self.is_greedy &= sequence.is_greedy
+
+    def add_branches(self, sequence: Sequence, rows: list[Row], branching: Branching) -> None:
+        """The rows of a sequence's beams, and what they need."""
+        sequence.last_step = self.step
+        self.starts += branching.starts
+        self.grants += branching.grants
+        self.copies += branching.copies
+        self.rows += rows
+        if sequence.request.is_traced:
+            self.traced.append((sequence, len(rows)))
+        self.sampling.append((sequence, (), len(rows)))
+        self.is_greedy = False
 
     def add_encoder_row(self, sequence: Sequence, row: EncoderRow) -> None:
         sequence.last_step = self.step
@@ -78,6 +93,7 @@ class OpenPlan:
             encoder_rows=tuple(self.encoder_rows),
             is_greedy=self.is_greedy,
             is_traced=bool(self.traced),
+            copies=tuple(self.copies),
         )
 
     def with_steps(self, outputs: list[TokenOutput], result: StepResult) -> list[TokenOutput]:

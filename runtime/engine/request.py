@@ -14,6 +14,12 @@ import msgspec
 from shardray.runtime.engine.traced import TracedStep
 from shardray.runtime.model.spec import Pooling
 
+MAX_NUM_BEAMS = 16
+
+# Fields of SamplingParams as they are unset.
+_WITH_BEAMS_ONLY: dict[str, object] = {"length_penalty": 1.0, "early_stopping": False}
+_NOT_WITH_BEAMS: dict[str, object] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "logprobs": None, "stop": ()}
+
 
 class FinishReason(enum.StrEnum):
     """Why a stream ended."""
@@ -40,7 +46,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ``transformers``: logit bias, repetition / presence / frequency penalties, min_tokens, temperature, top_k, top_p,
     min_p.
     Noise is a function of (seed, position) alone, so a request gives the same text whoever shares its batch.
-    Raises FieldError naming the field that is out of range.
+
+    ``num_beams`` above 1 searches for a likely text instead (see ``BeamSearch``), as ``transformers`` does: nothing is
+    drawn, the processing is that of log probabilities, and no token is there before the search is over.
+    Raises FieldError naming the field that is out of range, or that a beam search cannot honour.
     """
 
     temperature: float = 1.0
@@ -58,6 +67,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()  # matched on text where tokens become text, never in the engine
     logprobs: int | None = None  # None: no logprobs; n: the chosen token's and the top n
+    num_beams: int = 1  # texts that are followed side by side; 1: no search
+    length_penalty: float = 1.0  # a text's score is its log probability over its length to this power
+    early_stopping: bool = False  # end once num_beams texts have ended, whether or not a better one could come
     # What the output begins with; not sent back, no part of max_tokens. None: what the model's configuration forces.
     forced_token_ids: tuple[int, ...] | None = None
 
@@ -79,15 +91,31 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             _check_range(f"logit_bias[{token_id}]", bias, -100.0, 100.0)
         if any(not text for text in self.stop):
             raise FieldError("stop", "a stop string may not be empty")
+        _check_range("num_beams", self.num_beams, 1, MAX_NUM_BEAMS)
+        _check_range("length_penalty", self.length_penalty, -10.0, 10.0)
+        self._check_beams()
+
+    def _check_beams(self) -> None:
+        if self.num_beams > 1 and self.temperature not in (0.0, 1.0):
+            raise FieldError("temperature", f"{self.temperature} is for drawing tokens; leave it unset with num_beams")
+        for name, unset in (_WITH_BEAMS_ONLY if self.num_beams == 1 else _NOT_WITH_BEAMS).items():
+            if getattr(self, name) == unset:
+                continue
+            if self.num_beams == 1:
+                raise FieldError(name, "is of a beam search; set num_beams above 1 with it")
+            hint = "; stop_token_ids can be set" if name == "stop" else ""
+            raise FieldError(name, f"has no part in a beam search; leave it unset with num_beams{hint}")
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0
+        """Whether no token is drawn."""
+        return self.temperature == 0.0 or self.num_beams > 1
 
     @property
     def is_plain(self) -> bool:
         """Whether the highest logit is all that matters, once ``min_tokens`` are there."""
-        return self.greedy and self.logprobs is None and not (self.penalizes or self.logit_bias)
+        only_best = self.greedy and self.logprobs is None and self.num_beams == 1
+        return only_best and not (self.penalizes or self.logit_bias)
 
     @property
     def penalizes(self) -> bool:
@@ -121,6 +149,7 @@ class ServedModel:
     num_kv_tokens: int  # that the cache holds
     encoder: EncoderInfo | None = None
     prefix_block_size: int = 0  # requests share what was computed of their first tokens, in blocks of so many; 0: never
+    max_num_seqs: int = MAX_NUM_BEAMS  # requests that run at once, or beams of one
 
     @property
     def max_request_len(self) -> int:

@@ -21,7 +21,7 @@ from shardray.parallel.errors import MeshError
 from shardray.parallel.mesh import Mesh
 from shardray.parallel.spans import SpanKind, Spans
 from shardray.runtime.engine.coming import ComingResult, HostCopy
-from shardray.runtime.engine.inputs import upload
+from shardray.runtime.engine.inputs import to_device, upload
 from shardray.runtime.engine.programs import StepPrograms
 from shardray.runtime.engine.recorded import RecordedSteps, StepOutput
 from shardray.runtime.engine.sampler import Draw, Sampler
@@ -122,6 +122,9 @@ class ShardRunner:
     def _launch(self, plan: StepPlan, began_s: float) -> ComingResult:
         self._slots.start(plan.starts)
         self._slots.grant(plan.grants)
+        if plan.copies:
+            sources, targets = to_device(plan.copies, self._device, torch.int64).T
+            self._pages.copy(sources, targets)
         if self._sampler is not None:
             for start in plan.starts:
                 self._sampler.start(start)

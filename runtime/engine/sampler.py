@@ -10,11 +10,12 @@ Knows nothing of when a request ends: stop ids and lengths are the scheduler's.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
+from shardray.runtime.engine.beams import num_candidates
 from shardray.runtime.engine.inputs import to_device
 from shardray.runtime.engine.noise import hash_token_ids, noise_key
 from shardray.runtime.engine.penalties import SeenTokens
@@ -32,6 +33,8 @@ class _Slot:
         self.params = start.params
         self.num_barred = start.params.min_tokens - start.num_generated  # tokens for which stopping is still barred
         self.barred_ids = sorted({*eos_token_ids, *start.params.stop_token_ids})
+        self.searches = start.params.num_beams > 1
+        self.num_candidates = num_candidates(start.params.num_beams, len(self.barred_ids))
 
 
 class _Logprobs(NamedTuple):
@@ -100,6 +103,9 @@ class Sampler:
         before them (no penalties, min_tokens reached) may appear several times.
         """
         states, positions = [self._slots[slot] for slot, _ in places], [position for _, position in places]
+        if beams := [row for row, state in enumerate(states) if state.searches]:
+            # As in ``transformers``, what follows is done to log probabilities, and what is barred had its share.
+            logits[self._index(beams)] = self._take(logits, beams).log_softmax(dim=-1)
         self._process(logits, states)
         choices = self._choose(logits, states, positions)
         if len(choices) == 1:  # of all rows in their order
@@ -109,7 +115,8 @@ class Sampler:
             for choice in choices:
                 tokens[self._index(choice.rows)] = choice.tokens
         self._advance(states, tokens)
-        return Draw(tokens, [found for choice in choices if (found := self._logprobs(choice, states))])
+        found = [own for choice in choices if (own := self._logprobs(choice, states))]
+        return Draw(tokens, [*found, *self._candidates(logits, beams, states)])
 
     def _process(self, logits: torch.Tensor, states: Sequence[_Slot]) -> None:
         """Logit bias, penalties and min_tokens, in place."""
@@ -159,6 +166,13 @@ class Sampler:
         best, columns = logprobs.topk(most, dim=-1)
         token_ids = columns if choice.token_ids is None else self._take(choice.token_ids, wanted).gather(1, columns)
         return _Logprobs([choice.rows[i] for i in wanted], [limits[i] or 0 for i in wanted], won, best, token_ids)
+
+    def _candidates(self, logprobs: torch.Tensor, beams: Sequence[int], states: Sequence[_Slot]) -> Iterator[_Logprobs]:
+        """What searches go on with, of the rows that are beams. A row's do not depend on what others need."""
+        for count in sorted({states[row].num_candidates for row in beams}):
+            rows = [row for row in beams if states[row].num_candidates == count]
+            best, token_ids = self._take(logprobs, rows).topk(min(count, logprobs.shape[1]), dim=-1)
+            yield _Logprobs(rows, [count] * len(rows), best[:, 0], best, token_ids)
 
     def _take(self, of_rows: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         return of_rows if len(rows) == len(of_rows) else of_rows[self._index(rows)]

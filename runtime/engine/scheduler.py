@@ -59,8 +59,10 @@ class Scheduler:
         if request.request_id in self._live:
             raise FieldError("request_id", f"{request.request_id!r} is already in use")
         params, given_ids = request.params, self._limits.given_ids(request)
-        token_ids = [*given_ids, *request.generated_ids]
-        encoder_ids = request.prompt_ids if self._limits.encoder is not None else ()
+        searches, encoder = params.num_beams > 1, self._limits.encoder
+        token_ids = [*given_ids, *(() if searches else request.generated_ids)]
+        encoder_ids = request.prompt_ids if encoder is not None else ()
+        drafts = self._limits.max_draft_tokens and not (params.penalizes or searches)
         sequence = Sequence(
             request=request,
             urgency=(-request.priority, -self._num_arrivals),
@@ -68,9 +70,11 @@ class Scheduler:
             max_len=self._limits.max_len(request),
             token_ids=token_ids,
             num_given=len(given_ids),
+            num_beams=params.num_beams,
             encoder_ids=encoder_ids,
+            num_forced=0 if encoder is None else len(given_ids) - len(encoder.start_ids),
             is_plain=params.is_plain,
-            lookup=PromptLookup(token_ids) if self._limits.max_draft_tokens and not params.penalizes else None,
+            lookup=PromptLookup(token_ids) if drafts else None,
             num_prompt_blocks=0 if request.pooling is not None else self._pages.pool.pages_for(len(encoder_ids)),
         )
         if request.pooling is None and (reason := sequence.finish_reason()):
@@ -117,11 +121,14 @@ class Scheduler:
             raise ValueError(f"the result of step {result.step} came when that of step {plan.step} was due")
         outputs = []
         num_read = 0
-        for sequence, drafted_ids in plan.sampling:
-            sampled = result.sampled[num_read : num_read + 1 + len(drafted_ids)]
+        for sequence, drafted_ids, num_sampled in plan.sampling:
+            sampled = result.sampled[num_read : num_read + num_sampled]
             num_read += len(sampled)
             sequence.num_unresolved -= 1
             if sequence.finished:  # cancelled, or stopped by a token that was unresolved when this step was planned
+                continue
+            if sequence.num_beams > 1:
+                outputs += self._search(sequence, sampled)
                 continue
             taken = sequence.resolve(sampled, drafted_ids)
             if drafted_ids:
@@ -133,6 +140,24 @@ class Scheduler:
             raise ValueError(f"step {plan.step} yields {num_read} tokens, and its result has {len(result.sampled)}")
         outputs += self._commit_embeddings(plan, result)
         return plan.with_steps(outputs, result)
+
+    def _search(self, sequence: Sequence, sampled: tuple[Sampled, ...]) -> list[TokenOutput]:
+        """Take the candidates of its beams; all that was found once its search is over, and nothing before."""
+        branches = sequence.branches
+        if branches is None:  # preempted meanwhile: it begins again
+            return []
+        if any(one.token_id < 0 or not one.top_logprobs for one in sampled):
+            return [self._publish(sequence, Sampled(-1), None)]
+        branches.search.advance([one.top_logprobs for one in sampled])
+        if not branches.search.is_over:
+            self._pages.follow(sequence, branches)
+            return []
+        found = branches.search.best
+        outputs = [self._publish(sequence, *token) for token in sequence.take_found(found)]
+        if not outputs:  # an earlier mesh had sent them all
+            self._finish(sequence)
+            outputs = [TokenOutput(sequence.request.request_id, finish_reason=found.reason)]
+        return outputs
 
     def _publish(self, sequence: Sequence, sampled: Sampled, reason: FinishReason | None) -> TokenOutput:
         """A new token of a live sequence, which ends with it if there is a reason."""
@@ -192,8 +217,9 @@ class Scheduler:
 
         For tests: it looks at every page.
         """
-        self._pages.pool.check_integrity(page for sequence in self._running for page in sequence.pages)
-        slots = sorted([*self._free_slots, *(sequence.slot for sequence in self._running if sequence.slot is not None)])
+        held = (page for sequence in self._running for pages in sequence.held_pages for page in pages)
+        self._pages.pool.check_integrity(held)
+        slots = sorted([*self._free_slots, *(slot for sequence in self._running for slot in sequence.slots)])
         if slots != list(range(self._limits.max_num_seqs)):
             raise RuntimeError(f"slots free or held: {slots}, expected 0 to {self._limits.max_num_seqs - 1} once each")
 
@@ -202,10 +228,13 @@ class Scheduler:
 
         They stand behind tokens that are known: all sequences then wait for what is in flight, and stay in one plan.
         """
-        limits, num_running = self._limits, len(self._running)
-        most = min(limits.max_drafting_step, limits.max_num_batched_tokens) - num_running
-        fewest_right = _RIGHT_IN_FULL_STEP * num_running // limits.max_drafting_step
-        if not limits.max_draft_tokens or most <= 0 or (self._waiting and self._free_slots):
+        limits = self._limits
+        if not limits.max_draft_tokens:
+            return Drafting(0, 0)
+        num_rows = sum(sequence.num_beams for sequence in self._running)
+        most = min(limits.max_drafting_step, limits.max_num_batched_tokens) - num_rows
+        fewest_right = _RIGHT_IN_FULL_STEP * num_rows // limits.max_drafting_step
+        if most <= 0 or (self._waiting and self._free_slots):
             return Drafting(0, fewest_right)
         reads = any(sequence.num_uncomputed > 1 for sequence in self._running)
         drafts = any(sequence.is_sure(fewest_right) for sequence in self._running)
@@ -217,7 +246,8 @@ class Scheduler:
         chosen = [(sequence, 1) for sequence in decodes]
         reading = [sequence for sequence in self._running if sequence.num_uncomputed > 1]
         num_readers = len(reading) + min(len(self._waiting), len(self._free_slots))
-        budget = self._limits.prefill_budget(len(decodes), num_readers / max(1, len(self._running) - len(reading)))
+        num_rows = sum(sequence.num_beams for sequence in decodes)
+        budget = self._limits.prefill_budget(num_rows, num_readers / max(1, len(self._running) - len(reading)))
         for sequence in reading:
             if budget:
                 num_tokens = min(sequence.num_uncomputed, budget)
@@ -242,15 +272,16 @@ class Scheduler:
         room = self._limits.max_num_batched_tokens - plan.num_tokens if self._limits.encoder is not None else 0
         while budget > 0 and self._waiting and self._free_slots:
             sequence = self._waiting.first
-            if sequence.num_unresolved or len(sequence.encoder_ids) > room:
+            num_beams = sequence.num_beams
+            if sequence.num_unresolved or len(sequence.encoder_ids) > room or num_beams > len(self._free_slots):
                 return
             start = self._pages.find(sequence)
-            if start.num_pages > num_spare:
+            if start.num_pages + num_beams - 1 > num_spare:
                 return
             self._waiting.remove(sequence)
             self._running.add(sequence)
-            plan.starts.append(sequence.start(self._free_slots.pop()))
-            num_spare -= start.num_pages + 1
+            plan.starts.append(sequence.start([self._free_slots.pop() for _ in range(num_beams)]))
+            num_spare -= start.num_pages + num_beams
             plan.add_grant(self._pages.adopt(sequence, start))
             if sequence.encoder_ids:
                 self._encode(plan, sequence)
@@ -280,6 +311,10 @@ class Scheduler:
         """Put a sequence's next tokens into the plan, with the pages they fill; and tokens drafted behind them."""
         if num_tokens == 0:
             return
+        if sequence.branches is not None and sequence.has_branched:
+            branching = self._pages.branch(sequence, sequence.branches)
+            plan.add_branches(sequence, sequence.advance_branches(), branching)
+            return
         drafting = plan.drafting
         drafted_ids: tuple[int, ...] = ()
         if drafting.num_tokens:
@@ -308,6 +343,6 @@ class Scheduler:
         """Take a running sequence's slot and pages back."""
         assert sequence.slot is not None
         self._running.remove(sequence)
-        self._free_slots.append(sequence.slot)
+        self._free_slots += sequence.slots
         self._pages.give_back(sequence)
         sequence.reset()

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 
+from shardray.runtime.engine.beams import BeamSearch, Hypothesis
+from shardray.runtime.engine.branches import Branch, Branches
 from shardray.runtime.engine.lookup import PromptLookup
 from shardray.runtime.engine.prefixes import UNKNOWN, Prefix
 from shardray.runtime.engine.request import EngineRequest, FinishReason
@@ -24,6 +26,9 @@ class Sequence:
     is known which of them are right, and the sequence is in no other plan meanwhile.
 
     With an encoder the prompt is none of these tokens: it is read whole, before all of them, and has the first pages.
+
+    Of a request that searches, ``token_ids`` and ``pages`` are those of its best beam, and all beams are as long; a
+    plan has a row for each, and its next one waits for the result. Preempted, it begins again behind the given tokens.
     """
 
     request: EngineRequest
@@ -32,7 +37,9 @@ class Sequence:
     max_len: int  # tokens, prompt included, at which the sequence ends
     token_ids: list[int]  # those known of what comes before the generated ones, and of these
     num_given: int  # tokens before the generated ones
+    num_beams: int = 1  # slots that it takes, and rows that it has at most in a plan
     encoder_ids: tuple[int, ...] = ()  # what an encoder reads
+    num_forced: int = 0  # of the tokens that a decoder behind it is given, those that the request or the model chose
     num_prompt_blocks: int = 0  # pages that hold what the decoder attends to of it
     is_plain: bool = False  # see SamplingParams
     lookup: PromptLookup | None = None  # what drafts tokens; None: nothing does
@@ -41,6 +48,7 @@ class Sequence:
     num_unresolved: int = 0
     slot: int | None = None  # held while running
     pages: list[int] = field(default_factory=list)
+    branches: Branches | None = None  # of a request that searches, while running
     prefix: Prefix = UNKNOWN  # of it, what others can find
     num_found: int = 0  # tokens that were found computed when it started first
     last_step: int = -1  # the last plan it was in
@@ -50,6 +58,23 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_given
+
+    @property
+    def has_branched(self) -> bool:
+        """Whether its beams have rows of their own."""
+        return self.branches is not None and self.num_generated > 0
+
+    @property
+    def slots(self) -> list[int]:
+        """All that it holds."""
+        if self.branches is not None:
+            return self.branches.slots
+        return [] if self.slot is None else [self.slot]
+
+    @property
+    def held_pages(self) -> list[list[int]]:
+        """Of each of its beams, or its own."""
+        return [self.pages] if self.branches is None else self.branches.pages
 
     @property
     def num_cached(self) -> int:
@@ -62,7 +87,9 @@ class Sequence:
 
     def can_decode(self, lookahead: int) -> bool:
         """Whether its one next token may be planned, and the token sampled from it would be within the length limit."""
-        return self.num_uncomputed == 1 and self.num_unresolved <= lookahead and self.num_computed + 1 < self.max_len
+        if self.num_unresolved > lookahead or (self.num_unresolved and self.branches is not None):
+            return False
+        return self.num_uncomputed == 1 and self.num_computed + 1 < self.max_len
 
     @property
     def is_greedy(self) -> bool:
@@ -86,13 +113,20 @@ class Sequence:
             return ()
         return lookup.draft(min(most, self.max_len - len(self.token_ids) - 1))
 
-    def start(self, slot: int) -> SlotStart:
-        """Take a slot. Ids travel only when the sampler needs them."""
-        self.slot = slot
-        params = self.request.params
-        seen = self.token_ids if params.penalizes else []
-        given_ids, generated_ids = tuple(seen[: self.num_given]), tuple(seen[self.num_given :])
-        return SlotStart(slot, params, given_ids, generated_ids, self.num_generated, self.num_prompt_blocks)
+    def start(self, slots: list[int]) -> SlotStart:
+        """Take slots, one for each beam; the first begins."""
+        self.slot, *others = slots
+        if self.num_beams > 1:
+            self.branches = Branches(self._new_search(), others, [Branch(self.slot, self.pages)])
+        return self.slot_start(self.slot, tuple(self.token_ids[self.num_given :]))
+
+    def slot_start(self, slot: int, generated_ids: tuple[int, ...]) -> SlotStart:
+        """A slot begins behind these tokens. Ids travel only when the sampler needs them."""
+        params, num_generated = self.request.params, len(generated_ids)
+        given_ids = tuple(self.token_ids[: self.num_given]) if params.penalizes else ()
+        seen_ids = generated_ids if params.penalizes else ()
+        prompt_len = len(self.encoder_ids) if self.num_prompt_blocks else 0
+        return SlotStart(slot, params, given_ids, seen_ids, num_generated, prompt_len)
 
     def encode(self) -> EncoderRow:
         """The prompt as a row for the encoder; one that is pooled yields its embedding."""
@@ -129,6 +163,29 @@ class Sequence:
         token_ids = tuple(self.token_ids[start : start + num_tokens]) + drafted_ids
         return Row(self.slot, start, token_ids, samples, len(drafted_ids))
 
+    def advance_branches(self) -> list[Row]:
+        """The next token of each beam as a row, which samples."""
+        assert self.branches is not None
+        start = self.num_computed
+        self.num_computed += 1
+        self.num_unresolved += 1
+        pairs = zip(self.branches.search.beams, self.branches.held, strict=True)
+        return [Row(branch.slot, start, beam.token_ids[-1:], samples=True) for beam, branch in pairs]
+
+    def follow(self, branches: Branches) -> list[int]:
+        """Become what its search has found likely; the pages that are to be let go of."""
+        left = branches.follow()
+        self.token_ids[self.num_given :] = branches.search.beams[0].token_ids
+        self.pages = branches.held[0].pages
+        return left
+
+    def take_found(self, found: Hypothesis) -> Iterator[tuple[Sampled, FinishReason | None]]:
+        """Take what its search has found, one by one, but for what was sent before; the last one with the reason."""
+        self.token_ids[self.num_given :] = self.request.generated_ids
+        for token_id in found.token_ids[self.num_generated :]:
+            self.token_ids.append(token_id)
+            yield Sampled(token_id), found.reason if self.num_generated == len(found.token_ids) else None
+
     def resolve(self, sampled: tuple[Sampled, ...], drafted_ids: tuple[int, ...]) -> tuple[Sampled, ...]:
         """Take of what a plan sampled, one token and one behind each drafted one, what is good; returns that.
 
@@ -152,6 +209,9 @@ class Sequence:
         """Give up the slot and all that was computed. Tokens in flight stay due."""
         self.slot = None
         self.pages = []
+        if self.branches is not None:
+            self.branches = None
+            del self.token_ids[self.num_given :]
         self.prefix = UNKNOWN
         self.num_computed = 0
         self.is_encoded = False
@@ -161,6 +221,9 @@ class Sequence:
         if self.num_generated > self.request.params.min_tokens and self.token_ids[-1] in self.stop_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(self.token_ids) >= self.max_len else None
+
+    def _new_search(self) -> BeamSearch:
+        return BeamSearch(self.request.params, self.stop_ids, self.max_len - self.num_given, self.num_forced)
 
 
 _urgency = attrgetter("urgency")

@@ -264,6 +264,7 @@ def _take_lead(
         num_kv_tokens=limits.num_pages * limits.block_size,
         encoder=limits.encoder,
         prefix_block_size=limits.prefix_block_size,
+        max_num_seqs=limits.max_num_seqs,
     )
     executor = MeshExecutor(mesh, runner, partial(_use_cores, assignment))
     return _Lead(Engine(limits, executor, info, runner.expert_imbalance), executor)

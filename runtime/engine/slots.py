@@ -65,7 +65,8 @@ class SlotTable:
 
     def start(self, starts: Sequence[SlotStart]) -> None:
         for start in starts:
-            self._prompt_blocks[start.slot] = start.num_prompt_blocks
+            self._prompt_blocks[start.slot] = -(-start.prompt_len // self._block_size)
+            self._prompt_lens[start.slot] = start.prompt_len
 
     def set_last_tokens(self, slots: Tensor, tokens: Tensor) -> None:
         put_words(self._last_tokens, slots, tokens)

@@ -21,7 +21,7 @@ class SlotStart(msgspec.Struct, frozen=True, array_like=True, gc=False):
     prompt_ids: tuple[int, ...]  # only if params.penalizes, else empty
     generated_ids: tuple[int, ...]  # likewise
     num_generated: int  # tokens generated before this start, for min_tokens
-    num_prompt_blocks: int = 0  # pages, before all others, that hold what an encoder made of the prompt
+    prompt_len: int = 0  # tokens of what an encoder reads; the pages that hold what it makes of it are the first ones
 
 
 class PageGrant(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -73,6 +73,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
     encoder_rows: tuple[EncoderRow, ...] = ()
     is_greedy: bool = False  # the highest logit is all that matters, in every row that samples
     is_traced: bool = False  # every stage tells what it took
+    copies: tuple[tuple[int, int], ...] = ()  # (page, the one that gets what it holds), before any row is run
 
     @property
     def num_tokens(self) -> int:
@@ -93,7 +94,7 @@ class Sampled(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     token_id: int
     logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # of a beam, the candidates of its search
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True, gc=False):

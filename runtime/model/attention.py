@@ -122,6 +122,14 @@ class KVPages:
         self._keys_as_columns(layer)[pages, :, :, offsets] = keys
         self.values[layer][pages, :, offsets] = values
 
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        """In all layers, put what each of some pages holds into another one, of which none is among the sources.
+
+        Both (N,) int64 on the device.
+        """
+        for held in (self.keys, self.values):
+            held[:, targets] = held[:, sources]
+
     def gather(self, layer: int, block_table: Tensor, context_len: int) -> tuple[Tensor, Tensor]:
         """One row's keys and values, each (g, context_len, d)."""
         pages = block_table[: -(-context_len // self.block_size)].long()

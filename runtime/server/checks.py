@@ -254,6 +254,9 @@ def _check_sampling_sizes(sampling: common_pb2.SamplingParameters, model: Served
     if len(sampling.forced.ids) > _MAX_FORCED_IDS:
         raise FieldError("sampling.forced.ids", f"has {len(sampling.forced.ids)} entries, at most {_MAX_FORCED_IDS}")
     check_token_ids("sampling.forced.ids", sampling.forced.ids, model.vocab_size)
+    if sampling.num_beams > model.max_num_seqs:
+        message = f"{sampling.num_beams} exceeds the {model.max_num_seqs} of engine.max_num_seqs"
+        raise FieldError("sampling.num_beams", message)
     check_token_ids("sampling.logit_bias", list(sampling.logit_bias), model.vocab_size)
 
 

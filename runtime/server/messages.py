@@ -22,8 +22,25 @@ _POOLING_MODES: dict[PoolingMode, common_pb2.PoolingMode.ValueType] = {
 _MEAN = Pooling()
 _POOLING_FROM_PROTO = {number: mode for mode, number in _POOLING_MODES.items()}
 # Fields that both sides name and type alike; proto3 `optional` ones among them keep the struct's default when unset.
-_OPTIONAL_FIELDS = ("temperature", "top_p", "repetition_penalty", "seed", "max_tokens", "logprobs")
-_PLAIN_FIELDS = ("top_k", "min_p", "presence_penalty", "frequency_penalty", "min_tokens", "ignore_eos")
+_OPTIONAL_FIELDS = (
+    "temperature",
+    "top_p",
+    "repetition_penalty",
+    "seed",
+    "max_tokens",
+    "logprobs",
+    "num_beams",
+    "length_penalty",
+)
+_PLAIN_FIELDS = (
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "min_tokens",
+    "ignore_eos",
+    "early_stopping",
+)
 _STATS_FIELDS = EngineStats.__struct_fields__
 
 

@@ -50,6 +50,9 @@ _sampling = st.builds(
     stop_token_ids=st.lists(_uint32, max_size=5),
     stop=st.lists(_texts, max_size=4),
     logprobs=st.none() | _uint32,
+    num_beams=st.none() | _uint32,
+    length_penalty=st.none() | _doubles,
+    early_stopping=st.booleans(),
 )
 _mild_sampling = st.builds(
     common_pb2.SamplingParameters,
@@ -67,6 +70,18 @@ _mild_sampling = st.builds(
     stop_token_ids=st.lists(st.integers(0, 258), max_size=128),
     stop=st.lists(st.text(min_size=1, max_size=8), max_size=16),
     logprobs=st.none() | st.integers(0, 20),
+)
+_mild_search = st.builds(
+    common_pb2.SamplingParameters,
+    repetition_penalty=st.none() | st.sampled_from([5e-324, 1e-30, 100.0]),
+    presence_penalty=st.sampled_from([-100.0, 100.0]),
+    logit_bias=st.dictionaries(st.integers(0, 258), st.sampled_from([-100.0, 100.0]), max_size=258),
+    max_tokens=st.integers(1, 40),
+    min_tokens=st.integers(0, 40),
+    stop_token_ids=st.lists(st.integers(0, 258), max_size=128),
+    num_beams=st.integers(2, 4),
+    length_penalty=st.sampled_from([-10.0, 0.0, 10.0]),
+    early_stopping=st.booleans(),
 )
 _chat = st.builds(
     inference_pb2.ChatMessages,
@@ -91,7 +106,7 @@ def _generate(
 _generates = st.builds(
     _generate,
     _prompts,
-    st.one_of(_sampling, _mild_sampling),
+    st.one_of(_sampling, _mild_sampling, _mild_search),
     request_id=st.one_of(st.just(""), _texts),
     priority=st.one_of(st.integers(-100, 100), st.integers(-(2**31), 2**31 - 1)),
     resumable_s=st.one_of(st.just(0.0), _doubles),
@@ -100,7 +115,7 @@ _generates = st.builds(
 _valid_generates = st.builds(
     _generate,
     st.builds(dict, token_ids=st.builds(common_pb2.TokenIds, ids=st.lists(st.integers(0, 258), min_size=1))),
-    _mild_sampling,
+    st.one_of(_mild_sampling, _mild_search),
 )
 _embeds = st.builds(
     inference_pb2.EmbedRequest,

@@ -103,6 +103,16 @@ async def test_a_full_queue_refuses_the_next_request_and_goes_on_later(tokenizer
         assert len(await read_ids(up.driver.submit("late", PROMPT, SamplingParams(max_tokens=5)))) == 5
 
 
+async def test_a_replica_is_sent_as_many_searches_as_their_beams_have_places(tokenizer: Tokenizer) -> None:
+    search = SamplingParams(num_beams=4, max_tokens=20)
+    async with serving(tokenizer, step_time_s=0.01, max_num_seqs=8) as up:
+        # Two run, one more is at the replica to take their place, one waits.
+        streams = [up.driver.submit(str(number), PROMPT, search) for number in range(4)]
+        assert up.driver.fleet.snapshot().num_queued_requests == 1
+        await asyncio.gather(*(read_ids(stream) for stream in streams))
+        assert up.driver.fleet.snapshot().replicas[0].num_live_sequences == 0
+
+
 async def test_time_in_the_queue_is_reported(tokenizer: Tokenizer) -> None:
     async with serving(tokenizer, step_time_s=0.02, max_num_seqs=1) as up:
         params = SamplingParams(max_tokens=10)

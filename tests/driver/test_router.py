@@ -46,6 +46,16 @@ def test_the_least_loaded_replica_is_picked_then_the_emptier_one(router: Router,
     assert picked(router, fleet, entry(1)) == 1
 
 
+def test_a_search_counts_as_its_beams(router: Router, fleet: Fleet) -> None:
+    fleet.add_live(0, +1, num_beams=4)
+    fleet.add_live(1, +3)
+    fleet.add_live(2, +4)
+    assert picked(router, fleet, entry(1)) == 1
+    fleet.add_live(0, -1, num_beams=4)
+    assert [replica.num_live_sequences for replica in fleet.ready_replicas()] == [0, 3, 4]
+    assert picked(router, fleet, entry(1)) == 0
+
+
 def test_of_equals_the_one_that_was_sent_the_beginning_is_picked(router: Router, fleet: Fleet) -> None:
     router.add(entry(*LONG[:40]), 2)
     assert picked(router, fleet, entry(*LONG[:32], 7, 7)) == 2

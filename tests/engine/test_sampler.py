@@ -442,3 +442,37 @@ def test_tokens_that_are_barred_are_never_drawn_and_a_row_of_them_alone_ends_not
     drawn = {sample_one(logits, SamplingParams(seed=seed, top_k=3, top_p=0.99)).token_id for seed in range(40)}
     assert drawn == {5, 9}
     assert 0 <= sample_one(torch.full((400,), -math.inf), SamplingParams(seed=1)).token_id < 400
+
+
+def test_a_beam_is_given_the_best_log_probabilities_and_what_is_barred_had_its_share() -> None:
+    params = SamplingParams(num_beams=4, min_tokens=1, stop_token_ids=(7,), repetition_penalty=1.5, logit_bias={9: 1.5})
+    logits = peaked_logits(300, seed=1)
+    logprobs = logits.log_softmax(dim=-1)
+    logprobs[9] += 1.5
+    logprobs[[11, 12]] *= 1.5
+    logprobs[[7, *EOS]] = -torch.inf
+    found = sample_one(logits, params, prompt=(11, 12))
+    best = logprobs.topk(4 + len(EOS) + 1)
+    assert [token_id for token_id, _ in found.top_logprobs] == best.indices.tolist()
+    assert [logprob for _, logprob in found.top_logprobs] == pytest.approx(best.values.tolist(), rel=1e-6)
+    assert (found.token_id, found.logprob) == found.top_logprobs[0]
+
+
+def test_what_a_beam_is_given_does_not_depend_on_the_rows_beside_it() -> None:
+    all_params = [
+        SamplingParams(num_beams=3),
+        SamplingParams(seed=3, logprobs=2),
+        SamplingParams(num_beams=16, stop_token_ids=(9, 10)),
+        SamplingParams(temperature=0.0),
+        SamplingParams(num_beams=3),
+    ]
+    logits = torch.stack([peaked_logits(500, seed) for seed in range(5)])
+    logits[4] = torch.nan
+    sampler = Sampler(500, EOS, CPU)
+    for slot, params in enumerate(all_params):
+        sampler.start(start(slot, params))
+    _, together = sample(sampler, logits.clone(), range(5), [0] * 5)
+    for slot, params in enumerate(all_params[:4]):
+        assert together[slot] == sample_one(logits[slot], params)
+    assert together[4].token_id == -1
+    assert [len(one.top_logprobs) for one in together] == [5, 2, 20, 0, 0]

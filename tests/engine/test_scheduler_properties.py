@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import msgspec
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shardray.runtime.engine.limits import SchedulerLimits
-from shardray.runtime.engine.request import EngineRequest, SamplingParams
+from shardray.runtime.engine.request import EngineRequest, FieldError, SamplingParams
 from tests.engine.toy_mesh import EOS_ID, VOCAB_SIZE, ToyService, undisturbed_run
 
 NUM_KV_TOKENS = 48  # at least; a request of any_request needs at most this many, and a few of them do not fit together
@@ -38,6 +39,28 @@ def any_limits(draw: st.DrawFn) -> SchedulerLimits:
     )
 
 
+def any_beams() -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries(
+        {
+            "num_beams": st.integers(2, 4),
+            "length_penalty": st.sampled_from([0.0, 1.0, 2.0]),
+            "early_stopping": st.booleans(),
+        }
+    )
+
+
+def fitting(request: EngineRequest, limits: SchedulerLimits) -> EngineRequest:
+    """The request, without its beams if there is no room for them."""
+    try:
+        limits.check(request)
+    except FieldError as error:
+        if error.field != "num_beams":
+            raise
+        params = msgspec.structs.replace(request.params, num_beams=1, length_penalty=1.0, early_stopping=False)
+        return msgspec.structs.replace(request, params=params)
+    return request
+
+
 @st.composite
 def any_request(draw: st.DrawFn) -> EngineRequest:
     max_tokens = draw(st.integers(1, 24))
@@ -48,6 +71,7 @@ def any_request(draw: st.DrawFn) -> EngineRequest:
         ignore_eos=draw(st.booleans()),
         stop_token_ids=tuple(draw(st.sets(token_ids, max_size=1))),
         repetition_penalty=draw(st.sampled_from([1.0, 1.1])),
+        **draw(st.just({}) | any_beams()),
     )
     stem = STEM[: draw(st.sampled_from([0, 4, 7, 16]))]
     own_ids = draw(st.lists(token_ids, min_size=1, max_size=24 - len(stem)))
@@ -79,6 +103,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(request=any_request(), num_generated=st.integers(0, 6))
     def add(self, request: EngineRequest, num_generated: int) -> None:
         request = msgspec.structs.replace(request, request_id=f"request-{len(self.service.requests)}")
+        request = fitting(request, self.service.limits)
         self.service.add(resumed(request, num_generated, self.service.limits.max_model_len))
 
     @precondition(lambda self: self.service.live)
@@ -126,7 +151,7 @@ def test_no_token_changes_however_short_the_pages_are(
     arrivals = [msgspec.structs.replace(request, request_id=str(i)) for i, request in enumerate(requests)]
     while arrivals or random.random() < 0.95:
         if arrivals and random.random() < 0.5:
-            service.add(resumed(arrivals.pop(), random.randrange(6), limits.max_model_len))
+            service.add(resumed(fitting(arrivals.pop(), limits), random.randrange(6), limits.max_model_len))
         if service.live and random.random() < 0.02:
             service.cancel(random.choice(sorted(service.live)))
         for _ in range(random.randint(0, 3)):
@@ -147,7 +172,7 @@ def test_the_first_request_ends_as_soon_as_if_it_were_alone(
     def num_steps(num_requests: int) -> int:
         service = ToyService(limits)
         for i, request in enumerate(requests[:num_requests]):
-            service.add(msgspec.structs.replace(request, request_id=str(i), priority=0))
+            service.add(msgspec.structs.replace(fitting(request, limits), request_id=str(i), priority=0))
         while "0" in service.live:
             service.plan()
             service.commit()

@@ -11,6 +11,7 @@ import zlib
 from collections import deque
 from dataclasses import dataclass, field
 
+from shardray.runtime.engine.beams import BeamSearch
 from shardray.runtime.engine.limits import SchedulerLimits
 from shardray.runtime.engine.request import EngineRequest, FinishReason, SamplingParams, TokenOutput
 from shardray.runtime.engine.scheduler import Scheduler
@@ -33,11 +34,30 @@ def next_token(history: list[int], num_generated: int, params: SamplingParams) -
         draw += 1
 
 
+def candidates(history: list[int], num_generated: int, params: SamplingParams) -> tuple[tuple[int, float], ...]:
+    """What the search of a beam with this history is given: all tokens that are not barred, the best first."""
+    barred_ids = {EOS_ID, *params.stop_token_ids} if num_generated < params.min_tokens else set()
+    free_ids = [token_id for token_id in range(VOCAB_SIZE) if token_id not in barred_ids]
+    scored = [(token_id, -(zlib.crc32(repr((history, params.seed, token_id)).encode()) % 997)) for token_id in free_ids]
+    return tuple(sorted(scored, key=lambda candidate: -candidate[1]))
+
+
+def undisturbed_search(request: EngineRequest, max_tokens: int, stop_ids: set[int]) -> tuple[list[int], FinishReason]:
+    params, search = request.params, BeamSearch(request.params, stop_ids, max_tokens)
+    while not search.is_over:
+        histories = [[*request.prompt_ids, *beam.token_ids] for beam in search.beams]
+        num_generated = len(search.beams[0].token_ids)
+        search.advance([candidates(history, num_generated, params) for history in histories])
+    return list(search.best.token_ids), search.best.reason
+
+
 def undisturbed_run(request: EngineRequest, max_model_len: int) -> tuple[list[int], FinishReason]:
     """All generated tokens of a request that has the machine to itself, and why it ends."""
     params, generated_ids = request.params, list(request.generated_ids)
     stop_ids = {*params.stop_token_ids} | (set() if params.ignore_eos else {EOS_ID})
     max_tokens = min(params.max_tokens, max_model_len - len(request.prompt_ids))
+    if params.num_beams > 1:
+        return undisturbed_search(request, max_tokens, stop_ids)
     while True:
         if len(generated_ids) > params.min_tokens and generated_ids[-1] in stop_ids:
             return generated_ids, FinishReason.STOP
@@ -55,6 +75,7 @@ class ToySlot:
     kv_len: int = 0
     sampled_ids: list[int] = field(default_factory=list)  # behind drafted tokens, also those that are not good
     num_drafted: int = 0  # in its last row
+    is_copied: bool = False  # the page that its first row writes to holds what was copied from another
 
 
 class ToyMesh:
@@ -73,9 +94,12 @@ class ToyMesh:
             slot = self.slots[grant.slot]
             assert grant.first_block == len(slot.pages)
             slot.pages += grant.pages
+            slot.is_copied = not slot.kv_len and not {*grant.pages}.isdisjoint(target for _, target in plan.copies)
+        for source, target in plan.copies:
+            self.kv.update({(target, i): self.kv[source, i] for i in range(self.block_size) if (source, i) in self.kv})
         places = [place for row in plan.rows for place in self._write(row)]
         assert len(set(places)) == len(places), "two rows of one step wrote to one place"
-        sampled = tuple(Sampled(self._sample(self.slots[slot], position)) for slot, position in plan.sampled)
+        sampled = tuple(self._sample(self.slots[slot], position) for slot, position in plan.sampled)
         self.results.append(StepResult(plan.step, sampled))
 
     def _place(self, slot: ToySlot, position: int) -> tuple[int, int]:
@@ -85,7 +109,7 @@ class ToyMesh:
     def _write(self, row: Row) -> list[tuple[int, int]]:
         slot = self.slots[row.slot]
         if not slot.kv_len:  # what its first pages hold already
-            assert row.start % self.block_size == 0
+            assert row.start % self.block_size == 0 or slot.is_copied or slot.start.params.penalizes
             slot.kv_len = row.start
         assert slot.kv_len - slot.num_drafted <= row.start <= slot.kv_len
         assert row.token_ids or not slot.num_drafted, "the slot does not know which of its last tokens were good"
@@ -96,7 +120,7 @@ class ToyMesh:
             self.kv[place] = (position, token_id)
         return places
 
-    def _sample(self, slot: ToySlot, position: int) -> int:
+    def _sample(self, slot: ToySlot, position: int) -> Sampled:
         positions, history = zip(*(self.kv[self._place(slot, i)] for i in range(position)), strict=True)
         assert positions == tuple(range(position)), "a page was overwritten by another sequence"
         start = slot.start
@@ -107,7 +131,9 @@ class ToyMesh:
             assert not start.generated_ids
         num_generated = start.num_generated + len(slot.sampled_ids)
         slot.sampled_ids.append(next_token(list(history), num_generated, start.params))
-        return slot.sampled_ids[-1]
+        is_beam = start.params.num_beams > 1
+        top_logprobs = candidates(list(history), num_generated, start.params) if is_beam else ()
+        return Sampled(slot.sampled_ids[-1], None, top_logprobs)
 
 
 class ToyService:
@@ -130,7 +156,7 @@ class ToyService:
         end = self.scheduler.add(request)
         self.requests[request.request_id] = request
         generated_ids, reason = undisturbed_run(request, self.limits.max_model_len)
-        if len(generated_ids) > len(request.generated_ids):
+        if len(generated_ids) > len(request.generated_ids) or request.params.num_beams > 1:
             assert end is None
             self.live[request.request_id] = list(request.generated_ids)
         else:
@@ -156,6 +182,10 @@ class ToyService:
         if any(row.num_drafted for row in plan.rows):
             assert plan.num_tokens <= self.limits.max_drafting_step
             assert all(row.num_tokens == 1 + row.num_drafted for row in plan.rows), "a prompt is read as well"
+        sources, targets = [source for source, _ in plan.copies], [target for _, target in plan.copies]
+        pool = self.scheduler._pages.pool
+        assert pool.count_free([*sources, *targets]) == 0, "what is copied, or what it is copied to, has no holder"
+        assert len({*targets} - {*sources}) == len(targets)
         self.mesh.run(plan)
         assert len(self.mesh.results) <= self.limits.max_in_flight
         return plan
@@ -180,10 +210,11 @@ class ToyService:
 
     def _check(self, output: TokenOutput) -> None:
         generated_ids = self.live[output.request_id]
-        assert output.token_id is not None
-        generated_ids.append(output.token_id)
+        if output.token_id is not None:
+            generated_ids.append(output.token_id)
         expected_ids, reason = undisturbed_run(self.requests[output.request_id], self.limits.max_model_len)
         assert generated_ids == expected_ids[: len(generated_ids)]
+        assert output.token_id is not None or generated_ids == expected_ids, "only what had been sent has no token"
         assert output.finish_reason == (reason if len(generated_ids) == len(expected_ids) else None)
         if output.finish_reason is not None:
             del self.live[output.request_id]

@@ -12,6 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
+from shardray import SamplingParams
+from tests.beam_reference import beam_search
 from tests.command import Command, shardray
 from tests.stub_tokenizer import EOS_ID, write_tokenizer
 from tests.tiny_models import Reference, save_llama
@@ -80,6 +82,15 @@ def test_generate_streams_plain_text_and_ends_the_line(address: str) -> None:
     options = ("--server", address, "--temperature", "0", "--max-tokens", str(NUM_TOKENS), "--ignore-eos")
     text = "".join(line["text"] for line in generate(address, PROMPT))
     assert shardray("generate", PROMPT, *options) == text + "\n"
+
+
+def test_generate_searches_with_beams(address: str, model_folder: Path) -> None:
+    params = SamplingParams(
+        num_beams=3, max_tokens=NUM_TOKENS, length_penalty=2.0, early_stopping=True, ignore_eos=True
+    )
+    options = ("--num-beams", "3", "--length-penalty", "2", "--early-stopping")
+    token_ids = [token_id for line in generate(address, PROMPT, *options) for token_id in line["token_ids"]]
+    assert token_ids == beam_search(Reference(model_folder).model, _encode(model_folder, PROMPT), params)
 
 
 def test_a_value_out_of_range_is_refused_by_name(address: str) -> None:

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from shardray import LLM, SamplingParams
+from shardray.runtime.client import ServerError
 from shardray.runtime.client.requests import SamplingOptions
 from shardray.runtime.driver.fleet import FleetState
 from shardray.runtime.engine.request import FinishReason
 from shardray.runtime.model.tokenizer import Tokenizer
+from tests.beam_reference import beam_search
 from tests.real_replica import RealReplica
 from tests.serving import Serving, eventually, serving
 from tests.stub_replica import SECRET
@@ -131,4 +133,57 @@ async def test_the_streams_of_a_killed_leader_go_on_in_another_with_the_same_tok
             assert (answer.token_ids, answer.text) == (wanted.token_ids, wanted.text)
             logprobs = [[position.chosen.logprob for position in each.logprobs] for each in (answer, wanted)]
             assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
+        await all_pages_are_free(up)
+
+
+SEARCH: SamplingOptions = {
+    "num_beams": 4,
+    "max_tokens": 40,
+    "length_penalty": 0.5,
+    "stop_token_ids": [*range(0, 250, 9)],
+}
+
+
+def found_by_transformers(folder: Path, prompt: list[int], options: SamplingOptions) -> list[int]:
+    fields = {**options, "stop_token_ids": tuple(options.get("stop_token_ids") or ())}
+    return beam_search(Reference(folder).model, prompt, SamplingParams(**fields))  # type: ignore[arg-type]
+
+
+async def test_a_search_finds_what_transformers_finds_and_sends_it_at_its_end(
+    folder: Path, replica: RealReplica
+) -> None:
+    prompts = random_prompts(4)
+    async with serving(Tokenizer.load(folder), num_replicas=0) as up:
+        await attach(up, replica)
+        answers = await asyncio.gather(
+            *(up.client.generate(prompt, **SEARCH) for prompt in prompts),
+            up.client.generate(prompts[0], temperature=0, max_tokens=24, ignore_eos=True),
+        )
+        for answer, prompt in zip(answers, prompts, strict=False):
+            assert answer.token_ids == found_by_transformers(folder, prompt, SEARCH)
+            assert answer.usage.num_output_tokens == len(answer.token_ids)
+        assert answers[-1].token_ids == Reference(folder).greedy(tuple(prompts[0]), 24)
+        with pytest.raises(ServerError, match=r"sampling\.num_beams: 9 exceeds the 8 of engine\.max_num_seqs"):
+            await up.client.generate("abc", num_beams=9)
+        stream = asyncio.create_task(up.client.generate("abc", num_beams=8, max_tokens=900, ignore_eos=True))
+        await eventually(lambda: up.driver.fleet.snapshot().replicas[0].stats.num_running == 1)
+        stream.cancel()
+        await all_pages_are_free(up)
+
+
+async def test_a_search_outlives_its_replica_and_finds_the_same(folder: Path, replica: RealReplica) -> None:
+    options: SamplingOptions = {"num_beams": 6, "max_tokens": 400, "ignore_eos": True}
+    doomed, prompts = RealReplica(folder), [[5, 60, 7], [11] * 20]
+    async with serving(Tokenizer.load(folder), num_replicas=0) as up:
+        await attach(up, replica)
+        undisturbed = [await up.client.generate(prompt, **options) for prompt in prompts]
+        await attach(up, doomed)
+        answers = [asyncio.create_task(up.client.generate(prompt, **options)) for prompt in prompts]
+        await asyncio.sleep(0.1)  # of the better part of a second, as there are places for one search
+        doomed.kill()
+        await eventually(lambda: up.driver.fleet.snapshot().state is FleetState.RECOVERING)
+        assert not any(answer.done() for answer in answers)
+        await attach(up, replica)
+        for answer, wanted in zip(await asyncio.gather(*answers), undisturbed, strict=True):
+            assert (answer.token_ids, answer.text) == (wanted.token_ids, wanted.text)
         await all_pages_are_free(up)

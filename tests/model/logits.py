@@ -77,10 +77,7 @@ class LogitsOf:
         prompts = prompts or {}
         plan = StepPlan(
             step=0,
-            starts=tuple(
-                SlotStart(slot, SamplingParams(), (), (), 0, -(-len(ids) // BLOCK_SIZE))
-                for slot, ids in prompts.items()
-            ),
+            starts=tuple(SlotStart(slot, SamplingParams(), (), (), 0, len(ids)) for slot, ids in prompts.items()),
             grants=() if self._granted else self._scattered_pages(),
             rows=tuple(Row(slot, self._seen[slot], tuple(ids), True) for slot, ids in rows.items()),
             encoder_rows=tuple(EncoderRow(slot, tuple(ids), None) for slot, ids in prompts.items()),

@@ -70,6 +70,18 @@ BAD: list[tuple[str, inference_pb2.GenerateRequest, str]] = [
     ("sampling.stop", sampling(stop=["a"] * 17), "17"),
     ("sampling.stop_token_ids", sampling(stop_token_ids=[300]), "300"),
     ("sampling.stop_token_ids", sampling(stop_token_ids=[1] * 129), "129"),
+    ("sampling.num_beams", sampling(num_beams=0), r"0 is outside \[1, 16\]"),
+    ("sampling.num_beams", sampling(num_beams=17), "17 exceeds the 16 of engine.max_num_seqs"),
+    ("sampling.length_penalty", sampling(num_beams=2, length_penalty=math.nan), "nan"),
+    ("sampling.length_penalty", sampling(num_beams=2, length_penalty=10.5), "10.5"),
+    ("sampling.length_penalty", sampling(length_penalty=2.0), "set num_beams above 1 with it"),
+    ("sampling.early_stopping", sampling(early_stopping=True), "set num_beams above 1 with it"),
+    ("sampling.temperature", sampling(num_beams=2, temperature=0.7), "leave it unset with num_beams"),
+    ("sampling.top_k", sampling(num_beams=2, top_k=4), "leave it unset with num_beams"),
+    ("sampling.top_p", sampling(num_beams=2, top_p=0.9), "leave it unset with num_beams"),
+    ("sampling.min_p", sampling(num_beams=2, min_p=0.1), "leave it unset with num_beams"),
+    ("sampling.logprobs", sampling(num_beams=2, logprobs=0), "leave it unset with num_beams"),
+    ("sampling.stop", sampling(num_beams=2, stop=["a"]), "stop_token_ids can be set"),
     ("sampling.logit_bias", sampling(logit_bias={300: 1.0}), "300"),
     ("sampling.logit_bias[5]", sampling(logit_bias={5: math.nan}), "nan"),
 ]
@@ -140,6 +152,9 @@ FIELDS = st.fixed_dictionaries(
         "stop_token_ids": st.lists(st.integers(0, 2**32 - 1), max_size=3),
         "logit_bias": st.dictionaries(st.integers(0, 2**32 - 1), st.floats(), max_size=3),
         "stop": st.lists(st.text(max_size=3), max_size=3),
+        "num_beams": st.integers(0, 20),
+        "length_penalty": st.floats(),
+        "early_stopping": st.booleans(),
     },
 )
 

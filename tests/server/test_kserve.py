@@ -24,7 +24,9 @@ from shardray.runtime.model.tokenizer import Tokenizer
 from shardray.runtime.observe import extras
 from shardray.runtime.observe.extras import MissingExtraError, check_extras
 from shardray.runtime.server.kserve.requests import read_request
+from shardray.runtime.server.kserve.sampling import fill_sampling
 from shardray.runtime.server.merge import answer_all
+from shardray.runtime.server.messages import params_from_proto
 from shardray.v1 import common_pb2
 from tests.serving import Serving, eventually, in_thread, serving
 
@@ -95,10 +97,13 @@ BAD: list[tuple[service_pb2.ModelInferRequest, str, str]] = [
     (infer_request(ignore_eos=3), "ignore_eos", "3 is neither true nor false"),
     (infer_request(seed=float("inf")), "seed", "inf is no whole number"),
     (infer_request({"stop": ("BYTES", [b""])}), "stop[0]", "has 0 characters"),
-    (infer_request({"beam_width": ("INT32", [4])}), "beam_width", "4 is not done here"),
+    (infer_request({"beam_width": ("INT32", [40])}), "num_beams", "40 exceeds the 16 of engine.max_num_seqs"),
+    (infer_request({"beam_width": ("INT32", [2])}, num_beams=2), "beam_width", "means the same as num_beams"),
+    (infer_request({"beam_width": ("INT32", [2])}, len_penalty="x"), "len_penalty", "'x' is no number"),
+    (infer_request(beam_width=2, len_penalty=11.0), "length_penalty", "11.0 is outside [-10.0, 10.0]"),
     (infer_request({"bad_words": ("BYTES", [b"no"])}), "bad_words", "'no' is not done here"),
     (infer_request({"random_seed": ("INT32", [1])}, seed=2), "random_seed", "means the same as seed"),
-    (infer_request(temprature=0.5), "temprature", "is not known here; end_id, frequency_penalty"),
+    (infer_request(temprature=0.5), "temprature", "is not known here; beam_width, early_stopping, end_id"),
     (infer_request(sequence_id=7), "sequence_id", "sequences are not kept here"),
     (infer_request(priority=200), "priority", "200 is outside [-100, 100]"),
     (infer_request(timeout=-5), "timeout", "-5 is no whole number"),
@@ -133,6 +138,15 @@ async def test_each_bad_field_is_named_as_the_client_knows_it_and_the_server_goe
         assert list(answer.outputs[0].contents.bytes_contents) == [b"abca"], "typed, as it was asked"
     with Client(up.address) as client:
         assert client.generate("abc", max_tokens=3).text == "abc"
+
+
+def test_beams_are_those_of_a_search_and_what_is_sent_with_one_of_them_has_no_effect() -> None:
+    found, single = common_pb2.SamplingParameters(), common_pb2.SamplingParameters()
+    fill_sampling(found, {"early_stopping": True, "len_penalty": "0.6", "beam_width": 4, "temperature": 0.0})
+    assert (found.num_beams, found.length_penalty, found.early_stopping) == (4, 0.6, True)
+    assert params_from_proto(found).num_beams == 4
+    fill_sampling(single, {"beam_width": 1, "len_penalty": 2.0, "early_stopping": 7})
+    assert params_from_proto(single).num_beams == 1
 
 
 @pytest.mark.asyncio

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18shardray/v1/common.proto\x12\x0bshardray.v1\"\xba\x04\n\x12SamplingParameters\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12\x42\n\nlogit_bias\x18\x08 \x03(\x0b\x32..shardray.v1.SamplingParameters.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\n \x01(\rH\x04\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x0b \x01(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x0c\n\x04stop\x18\x0e \x03(\t\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\x05\x88\x01\x01\x12%\n\x06\x66orced\x18\x10 \x01(\x0b\x32\x15.shardray.v1.TokenIds\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0b\n\t_logprobs\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"W\n\x07Pooling\x12&\n\x04mode\x18\x01 \x01(\x0e\x32\x18.shardray.v1.PoolingMode\x12\x16\n\tnormalize\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x0c\n\n_normalize\"t\n\x0c\x45ncoderModel\x12\x16\n\x0emax_prompt_len\x18\x01 \x01(\r\x12\x11\n\tstart_ids\x18\x02 \x03(\r\x12\x12\n\nforced_ids\x18\x03 \x03(\r\x12%\n\x07pooling\x18\x04 \x01(\x0b\x32\x14.shardray.v1.Pooling\"\xbc\x03\n\x0b\x45ngineStats\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x11\n\tnum_pages\x18\x03 \x01(\x04\x12\x16\n\x0enum_used_pages\x18\x04 \x01(\x04\x12\x19\n\x11num_cached_tokens\x18\x05 \x01(\x04\x12\x12\n\nblock_size\x18\x06 \x01(\r\x12\x11\n\tnum_steps\x18\x07 \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x08 \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\t \x01(\x04\x12\x19\n\x11num_output_tokens\x18\n \x01(\x04\x12\x13\n\x0bstep_time_s\x18\x0b \x01(\x01\x12\x13\n\x0bplan_time_s\x18\x0c \x01(\x01\x12\x15\n\rmax_model_len\x18\r \x01(\r\x12\x18\n\x10\x65xpert_imbalance\x18\x0e \x01(\x01\x12\x1a\n\x12num_prefix_queries\x18\x0f \x01(\x04\x12\x17\n\x0fnum_prefix_hits\x18\x10 \x01(\x04\x12\x1a\n\x12num_drafted_tokens\x18\x11 \x01(\x04\x12\x1b\n\x13num_accepted_tokens\x18\x12 \x01(\x04*\x93\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04*o\n\x0bPoolingMode\x12\x1c\n\x18POOLING_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11POOLING_MODE_MEAN\x10\x01\x12\x14\n\x10POOLING_MODE_CLS\x10\x02\x12\x15\n\x11POOLING_MODE_LAST\x10\x03\x42\x1aP\x01Z\x16shardray/v1;shardrayv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18shardray/v1/common.proto\x12\x0bshardray.v1\"\xa8\x05\n\x12SamplingParameters\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x01\x12\x42\n\nlogit_bias\x18\x08 \x03(\x0b\x32..shardray.v1.SamplingParameters.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\n \x01(\rH\x04\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x0b \x01(\r\x12\x12\n\nignore_eos\x18\x0c \x01(\x08\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x0c\n\x04stop\x18\x0e \x03(\t\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\x05\x88\x01\x01\x12%\n\x06\x66orced\x18\x10 \x01(\x0b\x32\x15.shardray.v1.TokenIds\x12\x16\n\tnum_beams\x18\x11 \x01(\rH\x06\x88\x01\x01\x12\x1b\n\x0elength_penalty\x18\x12 \x01(\x01H\x07\x88\x01\x01\x12\x16\n\x0e\x65\x61rly_stopping\x18\x13 \x01(\x08\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x0b\n\t_logprobsB\x0c\n\n_num_beamsB\x11\n\x0f_length_penalty\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"W\n\x07Pooling\x12&\n\x04mode\x18\x01 \x01(\x0e\x32\x18.shardray.v1.PoolingMode\x12\x16\n\tnormalize\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x0c\n\n_normalize\"t\n\x0c\x45ncoderModel\x12\x16\n\x0emax_prompt_len\x18\x01 \x01(\r\x12\x11\n\tstart_ids\x18\x02 \x03(\r\x12\x12\n\nforced_ids\x18\x03 \x03(\r\x12%\n\x07pooling\x18\x04 \x01(\x0b\x32\x14.shardray.v1.Pooling\"\xbc\x03\n\x0b\x45ngineStats\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x11\n\tnum_pages\x18\x03 \x01(\x04\x12\x16\n\x0enum_used_pages\x18\x04 \x01(\x04\x12\x19\n\x11num_cached_tokens\x18\x05 \x01(\x04\x12\x12\n\nblock_size\x18\x06 \x01(\r\x12\x11\n\tnum_steps\x18\x07 \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x08 \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\t \x01(\x04\x12\x19\n\x11num_output_tokens\x18\n \x01(\x04\x12\x13\n\x0bstep_time_s\x18\x0b \x01(\x01\x12\x13\n\x0bplan_time_s\x18\x0c \x01(\x01\x12\x15\n\rmax_model_len\x18\r \x01(\r\x12\x18\n\x10\x65xpert_imbalance\x18\x0e \x01(\x01\x12\x1a\n\x12num_prefix_queries\x18\x0f \x01(\x04\x12\x17\n\x0fnum_prefix_hits\x18\x10 \x01(\x04\x12\x1a\n\x12num_drafted_tokens\x18\x11 \x01(\x04\x12\x1b\n\x13num_accepted_tokens\x18\x12 \x01(\x04*\x93\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04*o\n\x0bPoolingMode\x12\x1c\n\x18POOLING_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11POOLING_MODE_MEAN\x10\x01\x12\x14\n\x10POOLING_MODE_CLS\x10\x02\x12\x15\n\x11POOLING_MODE_LAST\x10\x03\x42\x1aP\x01Z\x16shardray/v1;shardrayv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,22 +34,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._serialized_options = b'P\001Z\026shardray/v1;shardrayv1'
   _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1345
-  _globals['_FINISHREASON']._serialized_end=1492
-  _globals['_POOLINGMODE']._serialized_start=1494
-  _globals['_POOLINGMODE']._serialized_end=1605
+  _globals['_FINISHREASON']._serialized_start=1455
+  _globals['_FINISHREASON']._serialized_end=1602
+  _globals['_POOLINGMODE']._serialized_start=1604
+  _globals['_POOLINGMODE']._serialized_end=1715
   _globals['_SAMPLINGPARAMETERS']._serialized_start=42
-  _globals['_SAMPLINGPARAMETERS']._serialized_end=612
-  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_start=478
-  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_end=526
-  _globals['_TOKENLOGPROB']._serialized_start=614
-  _globals['_TOKENLOGPROB']._serialized_end=663
-  _globals['_TOKENIDS']._serialized_start=665
-  _globals['_TOKENIDS']._serialized_end=688
-  _globals['_POOLING']._serialized_start=690
-  _globals['_POOLING']._serialized_end=777
-  _globals['_ENCODERMODEL']._serialized_start=779
-  _globals['_ENCODERMODEL']._serialized_end=895
-  _globals['_ENGINESTATS']._serialized_start=898
-  _globals['_ENGINESTATS']._serialized_end=1342
+  _globals['_SAMPLINGPARAMETERS']._serialized_end=722
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_start=555
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_end=603
+  _globals['_TOKENLOGPROB']._serialized_start=724
+  _globals['_TOKENLOGPROB']._serialized_end=773
+  _globals['_TOKENIDS']._serialized_start=775
+  _globals['_TOKENIDS']._serialized_end=798
+  _globals['_POOLING']._serialized_start=800
+  _globals['_POOLING']._serialized_end=887
+  _globals['_ENCODERMODEL']._serialized_start=889
+  _globals['_ENCODERMODEL']._serialized_end=1005
+  _globals['_ENGINESTATS']._serialized_start=1008
+  _globals['_ENGINESTATS']._serialized_end=1452
 # @@protoc_insertion_point(module_scope)

@@ -29,6 +29,9 @@ _INPUTS: tuple[tuple[str, Datatype, int], ...] = (
     ("ignore_eos", "BOOL", _ONE),
     ("stop", "BYTES", _ANY),
     ("stop_token_ids", "INT32", _ANY),
+    ("num_beams", "INT32", _ONE),
+    ("length_penalty", "FP32", _ONE),
+    ("early_stopping", "BOOL", _ONE),
 )
 OUTPUTS: dict[str, tuple[Datatype, int]] = {
     "text_output": ("BYTES", _ONE),

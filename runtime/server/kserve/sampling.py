@@ -17,23 +17,29 @@ from shardray.v1 import common_pb2
 _FIELDS = {
     field.name: field for field in common_pb2.SamplingParameters.DESCRIPTOR.fields if field.name not in ("forced",)
 }
-_ALIASES = {"random_seed": "seed", "stop_words": "stop", "min_length": "min_tokens", "end_id": "stop_token_ids"}
+_ALIASES = {
+    "random_seed": "seed", "stop_words": "stop", "min_length": "min_tokens", "end_id": "stop_token_ids",
+    "beam_width": "num_beams", "len_penalty": "length_penalty",
+}  # fmt: skip
+_OF_BEAMS = ("length_penalty", "early_stopping")  # without effect on one beam, and sent with it nevertheless
 # Known to these backends and not done here: taken if they ask for nothing.
 _NOTHING: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "beam_width": (1,), "num_return_sequences": (1,), "use_beam_search": (False,),
+    "n": (1,), "best_of": (1,), "num_return_sequences": (1,), "use_beam_search": (False,),
     "bad_words": ("",), "skip_special_tokens": (True,), "include_stop_str_in_output": (False,),
     "return_log_probs": (False,), "return_context_logits": (False,), "return_generation_logits": (False,),
     "return_perf_metrics": (False,), "num_draft_tokens": (0,),
 }  # fmt: skip
-_WITHOUT_EFFECT = ("pad_id", "length_penalty", "len_penalty", "early_stopping", "detokenize")  # on one beam
+_WITHOUT_EFFECT = ("pad_id", "detokenize")
 _MOST_DIGITS = 20
 _MOST_UINT = {FieldDescriptor.CPPTYPE_UINT32: 2**32 - 1, FieldDescriptor.CPPTYPE_UINT64: 2**64 - 1}
 
 
 def fill_sampling(sampling: common_pb2.SamplingParameters, given: Mapping[str, Any]) -> None:
     """Set what ``given`` has. Raises FieldError for a name that is not known or a value that does not fit."""
-    for name, value in given.items():
+    for name, value in sorted(given.items(), key=lambda item: _ALIASES.get(item[0], item[0]) in _OF_BEAMS):
         target = _ALIASES.get(name, name)
+        if target in _OF_BEAMS and sampling.num_beams <= 1:
+            continue
         if target != name and target in given:
             raise FieldError(name, f"means the same as {target}, which is there as well; leave one out")
         if target in _FIELDS:
