@@ -59,27 +59,31 @@ def _prepare(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor, torch.dty
 def _prepare_int8(weight: Int8Weight, bias: Tensor | None) -> Callable[[Tensor, torch.dtype], Tensor]:
     """On CPUs what is multiplied is rounded to 8 bits as well; elsewhere the weight is widened for it."""
     values, scales = weight
+    if runs_triton(values.device) and values.numel() > 0:
+        return _with_narrow_int8_kernel(weight, bias)
     layout = packed_layout("cpu" if values.is_meta else values.device.type, values.dtype)
-    if layout is not None and values.numel() > 0:
-        from shardray.parallel.kernels.int8_linear import PackedInt8Linear
+    if layout is None or values.numel() == 0:
+        return lambda x, dtype: _widened(x, weight, bias, dtype)
+    from shardray.parallel.kernels.int8_linear import PackedInt8Linear
 
-        return PackedInt8Linear(values, scales, bias, layout)
+    return PackedInt8Linear(values, scales, bias, layout)
 
-    def widened(x: Tensor, dtype: torch.dtype) -> Tensor:
-        product = F.linear(x, values.to(x.dtype)).float() * scales.T
-        return (product if bias is None else product + bias).to(dtype)
 
-    if not runs_triton(values.device) or values.numel() == 0:
-        return widened
+def _widened(x: Tensor, weight: Int8Weight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    product = F.linear(x, weight.values.to(x.dtype)).float() * weight.scales.T
+    return (product if bias is None else product + bias).to(dtype)
+
+
+def _with_narrow_int8_kernel(weight: Int8Weight, bias: Tensor | None) -> Callable[[Tensor, torch.dtype], Tensor]:
     from shardray.parallel.kernels import triton_linear
 
-    values, scales = values.contiguous(), scales.contiguous()
+    values, scales = (one.contiguous() for one in weight)
 
     def multiply(x: Tensor, dtype: torch.dtype) -> Tensor:
         is_narrow = x.dtype in triton_linear.DTYPES and 0 < x.shape[0] <= triton_linear.MAX_INT8_TOKENS
         if is_narrow and x.stride(-1) == 1:
             return triton_linear.multiply(x, values, bias, dtype, scales)
-        return widened(x, dtype)
+        return _widened(x, Int8Weight(values, scales), bias, dtype)
 
     return multiply
 

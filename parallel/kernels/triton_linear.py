@@ -49,7 +49,9 @@ def narrow_linear(
         there = place < num_inputs
         inputs = tl.load(x + tokens[:, None] * x_stride + place[None, :], is_token & there[None, :], 0.0)
         block = tl.load(rows + place[:, None], there[:, None] & is_column[None, :], 0.0)
-        sums = tl.dot(inputs, block.to(inputs.dtype), sums)
+        if HAS_SCALES:
+            block = block.to(tl.float32).to(inputs.dtype)
+        sums = tl.dot(inputs, block, sums)
     if HAS_SCALES:
         sums *= tl.load(scales + columns, is_column, 0.0)[None, :]
     if HAS_BIAS:
