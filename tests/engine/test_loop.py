@@ -223,13 +223,21 @@ def test_stats_say_what_the_pages_hold(running: Running) -> None:
 
 
 def test_an_exception_of_the_runner_comes_out_of_run(shard: Shard, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*arguments: object) -> torch.Tensor:
-        raise RuntimeError("a layer broke")
+    decoder = shard._runner._decoder
+
+    class Broken:
+        """It breaks when a step begins; a step that is under way may still ask it for the rest."""
+
+        def __call__(self, *arguments: object) -> torch.Tensor:
+            raise RuntimeError("a layer broke")
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(decoder, name)
 
     running = Running(shard.engine)
     running.engine.submit(request("a"))
     running.next_of("a")
-    monkeypatch.setattr(shard._runner, "_decoder", broken)
+    monkeypatch.setattr(shard._runner, "_decoder", Broken())
     running.join()
     assert isinstance(running.failure, RuntimeError)
     assert str(running.failure) == "a layer broke"
