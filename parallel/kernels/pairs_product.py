@@ -60,11 +60,4 @@ def make_pairs_tile(name: str) -> PairsTile:
 @functools.cache
 def make_variant(name: str) -> Variant:
     """Named as its tile is."""
-    vectors, rows, tile = make_pairs_tile(name)
-
-    @numba.njit(inline="always")
-    def add(num_rows, vectors, rows_at, num_words, first_word, count, weights_at, sums_at, ahead_at, lines):
-        row_bytes, x_at = num_words * 4, rows_at + first_word * 4
-        tile(num_rows, vectors, x_at, row_bytes, weights_at, count, sums_at, ahead_at, lines * VECTOR_BYTES)
-
-    return Variant(name, vectors, rows, _row_bytes, _num_scratch, _ready, _begin, add, _end)
+    return Variant(name, *make_pairs_tile(name), _row_bytes, _num_scratch, _ready, _begin, _end)

@@ -35,16 +35,16 @@ class Variant(NamedTuple):
     name: str
     block_vectors: int  # of 16 outputs, side by side in a block of weights
     max_rows: int  # of a tile: as many as there are registers for their sums
-    row_bytes: object  # (words of K) -> from one row, as ``add`` takes it, to the next
+    multiply: object  # see tile.py
+    row_bytes: object  # (words of K) -> bytes of so many of a row, as ``multiply`` takes it
     num_scratch: object  # (rows, words of K) -> words that ``ready`` needs for so many
-    ready: object  # (a, first token, rows, scratch_at) -> where ``add`` finds them
+    ready: object  # (a, first token, rows, scratch_at) -> where ``multiply`` finds them
     begin: object  # (a, first vector, vectors, rows, sums_at)
-    add: object  # (rows, vectors, rows_at, words of K, first word, count, weights_at, sums_at, ahead_at, lines ahead)
     end: object  # (a, first vector, vectors, rows, sums_at)
 
 
 # Replaced by those of a variant
-block_vectors, max_rows, row_bytes, num_scratch, ready, begin, add, end = 0, 0, *[None] * 6
+block_vectors, max_rows, multiply, row_bytes, num_scratch, ready, begin, end = 0, 0, *[None] * 6
 
 
 @numba.njit(inline="always")
@@ -143,11 +143,10 @@ def product(args):
                 there = weights + (then * num_words + vectors * first_word) * VECTOR_BYTES
                 for tile in range(num_tiles):
                     row, next_row = num_rows * tile // num_tiles, num_rows * (tile + 1) // num_tiles
-                    x_at = rows_at + (first_row + row) * bytes_a_row
-                    ahead = there + min(tile * lines, vectors - lines) * count * VECTOR_BYTES
-                    add(
-                        next_row - row, vectors, x_at, num_words, first_word, count, here, sums_at + row * width * 4,
-                        ahead, lines,
+                    multiply(
+                        next_row - row, vectors, rows_at + (first_row + row) * bytes_a_row + row_bytes(first_word),
+                        bytes_a_row, here, count, sums_at + row * width * 4,
+                        there + min(tile * lines, vectors - lines) * count * VECTOR_BYTES, lines * VECTOR_BYTES,
                     )  # fmt: skip
             end(a, start, vectors, num_rows, sums_at)
             num_columns = min(width, num_outputs - start * WIDTH)

@@ -10,7 +10,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from shardray.parallel.kernels import vector
-from shardray.parallel.kernels.int8_tile import GROUP
+from shardray.parallel.kernels.int8_tile import GROUP, START_AT, VALUES_AT
 from shardray.parallel.kernels.vector import FLOAT, FLOATS, I32, I64, WIDTH, WORDS
 
 _BYTES = ir.VectorType(ir.IntType(8), WIDTH)
@@ -18,26 +18,23 @@ _BOUND, _INFINITY = 127.0, 0x7F800000
 
 
 def _make(load: Callable[[Any, Any], Any], item_bytes: int) -> Any:
-    """A numba function over the addresses of a group, of its 64 int8, of its float32 scale and of -128 times the sum of
-    the int8.
+    """A numba function over the addresses of a group of floats, and of where it goes as int8_tile.py reads it.
 
     Of a group that is not finite, the scale is not either, and the int8 are zeros.
     """
 
     @intrinsic
-    def round_group(typing_context: Any, source: Any, target: Any, scale: Any, start: Any) -> Any:
+    def round_group(typing_context: Any, source: Any, target: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
             _emit(builder, load, item_bytes, *operands)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 4), generate
+        return types.void(types.int64, types.int64), generate
 
     return round_group
 
 
-def _emit(
-    builder: Any, load: Callable[[Any, Any], Any], item_bytes: int, source: Any, target: Any, scale: Any, start: Any
-) -> None:
+def _emit(builder: Any, load: Callable[[Any, Any], Any], item_bytes: int, source: Any, target: Any) -> None:
     values = [load(builder, builder.add(source, I64(i * item_bytes))) for i in range(0, GROUP, WIDTH)]
     largest = _reduce(builder, "smax", [_magnitude(builder, value) for value in values])
     top = builder.bitcast(largest, FLOAT)
@@ -49,10 +46,10 @@ def _emit(
         scaled = builder.select(fits, builder.fmul(value, factor), zeros)
         whole = vector.call(builder, "llvm.rint.v16f32", [scaled], FLOATS)
         rounded.append(builder.fptosi(whole, WORDS))
-        vector.store(builder, builder.trunc(rounded[i], _BYTES), builder.add(target, I64(i * WIDTH)))
+        vector.store(builder, builder.trunc(rounded[i], _BYTES), builder.add(target, I64(VALUES_AT + i * WIDTH)))
     total = _reduce(builder, "add", rounded)
-    vector.store(builder, builder.fmul(top, FLOAT(1.0 / _BOUND)), scale)
-    vector.store(builder, builder.mul(total, I32(-128)), start)
+    vector.store(builder, builder.fmul(top, FLOAT(1.0 / _BOUND)), target)
+    vector.store(builder, builder.mul(total, I32(-128)), builder.add(target, I64(START_AT)))
 
 
 def _magnitude(builder: Any, values: Any) -> Any:

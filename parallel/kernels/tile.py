@@ -21,6 +21,7 @@ from shardray.parallel.kernels import vector
 from shardray.parallel.kernels.vector import FLOAT, FLOATS, I32, I64, VECTOR_BYTES, WIDTH, WORDS
 
 Operand = tuple[Any, ...]
+Ahead = Callable[[Any], tuple[Any, Any, Any]]  # word of K -> (address, index, bytes an index): see prefetch_lines
 
 
 class Dot(NamedTuple):
@@ -59,7 +60,7 @@ PAIRS = Dot(lambda builder, word: (vector.splat(builder, word),), lambda builder
 HALVES = Dot(_spread_halves, _halves, _add_halves)
 
 
-class _Tile:
+class Tile:
     """Emits the loop over K for one shape of tile."""
 
     def __init__(self, builder: Any, dot: Dot, num_rows: int, num_vectors: int) -> None:
@@ -69,51 +70,56 @@ class _Tile:
         self._num_vectors = num_vectors
 
     def emit(
-        self, x: Any, row_bytes: Any, weights: Any, num_pairs: Any, sums: Any, ahead: Any, ahead_step: Any
+        self, x: Any, row_bytes: Any, weights: Any, num_words: Any, sums: Any, ahead: Any, ahead_step: Any
     ) -> None:
         builder = self._builder
         rows = [vector.offset(builder, x, row_bytes, r) for r in range(self._num_rows)]
         places = [builder.add(sums, I64(i * VECTOR_BYTES)) for i in range(self._num_rows * self._num_vectors)]
         totals = [vector.register(builder, vector.load(builder, place, FLOATS)) for place in places]
-        with vector.loop(builder, num_pairs) as pair:
-            vector.prefetch_lines(builder, ahead, pair, ahead_step)
-            self._add_pair(rows, weights, pair, totals)
+        self._emit_loop(rows, weights, num_words, totals, lambda word: (ahead, word, ahead_step))
         for place, total in zip(places, totals, strict=True):
             vector.store(builder, builder.load(total), place)
 
-    def _add_pair(self, rows: list[Any], weights: Any, pair: Any, totals: list[Any]) -> None:
+    def _emit_loop(self, rows: list[Any], weights: Any, num_words: Any, totals: list[Any], ahead: Ahead) -> None:
+        """Add all words of K to the totals; before each, fetch what ``ahead`` says."""
+        with vector.loop(self._builder, num_words) as word:
+            vector.prefetch_lines(self._builder, *ahead(word))
+            self._add_word([vector.offset(self._builder, row, word, 4) for row in rows], weights, word, totals)
+
+    def _add_word(self, places: list[Any], weights: Any, word: Any, totals: list[Any]) -> None:
+        """``places``: of that word of K in each row"""
         builder, dot = self._builder, self._dot
-        at = vector.offset(builder, weights, pair, self._num_vectors * VECTOR_BYTES)
+        at = vector.offset(builder, weights, word, self._num_vectors * VECTOR_BYTES)
         columns = []
         for v in range(self._num_vectors):
             words = vector.load(builder, builder.add(at, I64(v * VECTOR_BYTES)), WORDS)
             columns.append(dot.prepare(builder, words))
-        for r, row in enumerate(rows):
-            factor = dot.spread(builder, vector.load(builder, vector.offset(builder, row, pair, 4), I32))
+        for r, place in enumerate(places):
+            factor = dot.spread(builder, vector.load(builder, place, I32))
             for v, column in enumerate(columns):
                 total = totals[r * self._num_vectors + v]
                 builder.store(dot.add(builder, builder.load(total), factor, column), total)
 
 
-def make_tile(dot: Dot, max_rows: int, block_vectors: int) -> Any:
-    """A numba function over int64: (num_rows, num_vectors, x, row_bytes, weights, num_pairs, sums, ahead, ahead_step).
+def make_tile(dot: Dot, max_rows: int, block_vectors: int, kind: type[Tile] = Tile) -> Any:
+    """A numba function over int64: (num_rows, num_vectors, x, row_bytes, weights, num_words, sums, ahead, ahead_step).
 
     1 <= num_rows <= max_rows; num_vectors is block_vectors or 1. ``x``, ``weights``, ``sums`` and ``ahead`` are
-    addresses; rows of x are ``row_bytes`` apart. On its way the tile prefetches from ``ahead`` on, ``ahead_step`` bytes
-    for each pair: 0, 64 or 128.
+    addresses; rows of x are ``row_bytes`` apart; a word of K is a pair. On its way the tile prefetches from ``ahead``
+    on, ``ahead_step`` bytes for each word: 0, 64 or 128. ``kind`` emits it.
     """
     shapes = [(vectors, rows) for vectors in sorted({1, block_vectors}) for rows in range(1, max_rows + 1)]
     by_key = {vectors * (max_rows + 1) + rows: (rows, vectors) for vectors, rows in shapes}
 
     @intrinsic
     def tile(
-        typing_context: Any, num_rows: Any, num_vectors: Any, x: Any, row_bytes: Any, weights: Any, num_pairs: Any,
+        typing_context: Any, num_rows: Any, num_vectors: Any, x: Any, row_bytes: Any, weights: Any, num_words: Any,
         sums: Any, ahead: Any, ahead_step: Any,
     ) -> Any:  # fmt: skip
         def generate(context: Any, builder: Any, signature: Any, operands: Any) -> Any:
             num_rows, num_vectors, *rest = operands
             key = vector.offset(builder, num_rows, num_vectors, max_rows + 1)
-            vector.choose(builder, key, by_key, lambda key: _Tile(builder, dot, *by_key[key]).emit(*rest))
+            vector.choose(builder, key, by_key, lambda key: kind(builder, dot, *by_key[key]).emit(*rest))
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 9), generate
