@@ -52,19 +52,41 @@ class AbusedFleet(Served):
         return held
 
 
-class MemoryWatch:
-    """Resident memory of every process of the fleet, each second."""
+class Watch:
+    """Calls ``look`` every ``every_s`` in a thread of its own."""
 
-    def __init__(self, processes: dict[str, psutil.Process], every_s: float = 1.0) -> None:
-        self._samples: dict[str, list[tuple[float, int]]] = defaultdict(list)
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
         self._began_s = time.monotonic()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, args=(processes, every_s), daemon=True)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
+
+    def look(self, time_s: float) -> None:
+        raise NotImplementedError
 
     def stop(self) -> None:
         self._stop.set()
         self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.is_set():
+            self.look(time.monotonic() - self._began_s)
+            self._stop.wait(self._every_s)
+
+
+class MemoryWatch(Watch):
+    """Resident memory of every process of the fleet."""
+
+    def __init__(self, processes: dict[str, psutil.Process], every_s: float = 1.0) -> None:
+        self._processes = processes
+        self._samples: dict[str, list[tuple[float, int]]] = defaultdict(list)
+        super().__init__(every_s)
+
+    def look(self, time_s: float) -> None:
+        for name, process in self._processes.items():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._samples[name].append((time_s, process.memory_info().rss))
 
     def growth(self, after_s: float) -> dict[str, float]:
         """By process: the most after ``after_s`` over what it was then, less one."""
@@ -76,12 +98,21 @@ class MemoryWatch:
     def _after(self, name: str, after_s: float) -> list[int]:
         return [num_bytes for time_s, num_bytes in self._samples[name] if time_s >= after_s]
 
-    def _watch(self, processes: dict[str, psutil.Process], every_s: float) -> None:
-        while not self._stop.is_set():
-            for name, process in processes.items():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    self._samples[name].append((time.monotonic() - self._began_s, process.memory_info().rss))
-            self._stop.wait(every_s)
+
+class QueueWatch(Watch):
+    """How many requests wait, as the fleet itself counts them."""
+
+    def __init__(self, address: str, every_s: float = 0.05) -> None:
+        self._client = Client(address)
+        self.num_queued: list[int] = []
+        super().__init__(every_s)
+
+    def look(self, time_s: float) -> None:
+        self.num_queued.append(self._client.fleet().num_queued_requests)
+
+    def stop(self) -> None:
+        super().stop()
+        self._client.close()
 
 
 def _held(fleet: control_pb2.Fleet) -> list[str]:

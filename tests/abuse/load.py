@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from bisect import bisect
 from collections import Counter
 from dataclasses import dataclass, field
 from statistics import median
@@ -29,7 +28,6 @@ class Tally:
     codes: Counter[str] = field(default_factory=Counter)
     num_cut_short: int = 0  # admitted, ended well, with fewer tokens than were asked for
     first_token_s: list[tuple[float, float]] = field(default_factory=list)  # (arrival, wait)
-    ended_s: list[float] = field(default_factory=list)  # when an admitted one had its last token
     queue_s: list[float] = field(default_factory=list)
     retry_s: list[float] = field(default_factory=list)
     num_without_retry: int = 0
@@ -113,13 +111,11 @@ async def _ask(
             tally.retry_s.append(failure.retry_after_s)
         return
     tally.codes["OK"] += 1
-    tally.ended_s.append(time.monotonic() - tally.began_s)
     tally.num_cut_short += num_tokens != request.sampling.max_tokens
 
 
 def _figures(tally: Tally, seconds: float) -> dict[str, Any]:
     waits_s = [_in_quarter(number, seconds, tally.first_token_s) for number in (1, 3)]
-    ahead = [_in_quarter(number, seconds, _ahead(tally)) for number in (1, 3)]
     return {
         "arrived": tally.codes.total(),
         "admitted": tally.codes["OK"],
@@ -130,17 +126,7 @@ def _figures(tally: Tally, seconds: float) -> dict[str, Any]:
         "retry_s": [round(f(tally.retry_s or [0.0]), 2) for f in (min, median, max)],
         "queue_s": [round(f(tally.queue_s or [0.0]), 2) for f in (min, median, max)],
         "first_token_s": [round(median(waits or [0.0]), 3) for waits in waits_s],  # in the 2nd and the last quarter
-        "ahead": [median(ones or [0.0]) for ones in ahead],  # likewise
     }
-
-
-def _ahead(tally: Tally) -> list[tuple[float, float]]:
-    """By arrival: how many others ended before the first token came, whatever the pace was."""
-    ended_s = sorted(tally.ended_s)
-    return [
-        (arrived_s, float(bisect(ended_s, arrived_s + wait_s) - bisect(ended_s, arrived_s)))
-        for arrived_s, wait_s in tally.first_token_s
-    ]
 
 
 def _in_quarter(number: int, seconds: float, values: list[tuple[float, float]]) -> list[float]:

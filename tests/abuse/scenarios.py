@@ -6,7 +6,7 @@ import time
 from statistics import median
 from typing import Any
 
-from tests.abuse.fleet import MAX_NUM_SEQS, AbusedFleet, MemoryWatch
+from tests.abuse.fleet import MAX_NUM_SEQS, AbusedFleet, MemoryWatch, QueueWatch
 from tests.abuse.worker import Worker
 
 Figures = dict[str, Any]
@@ -19,14 +19,16 @@ def overload(fleet: AbusedFleet, seconds: float, settled_s: float = 10.0) -> Fig
     """Four times the capacity; memory counts from ``settled_s`` on."""
     clients = Worker("load", fleet.address, seconds=seconds, num_clients=12, max_tokens=64)
     clients.hear()  # the capacity has been measured, everything is warm
-    memory = MemoryWatch(fleet.processes())
+    memory, queue = MemoryWatch(fleet.processes()), QueueWatch(fleet.address)
     figures = clients.result()
     memory.stop()
+    queue.stop()
     grown = {name: round(100 * share, 2) for name, share in memory.growth(settled_s).items()}
     sizes = {name: memory.megabytes(name, settled_s) for name in grown}
     late_s = {where: [round(f(ones), 3) for f in (median, max)] for where, ones in figures["deadlines"].items() if ones}
     return {
         **figures,
+        "most_queued": max(queue.num_queued),
         "deadlines": late_s,
         "memory_growth_percent": grown,
         "memory_mb": {name: [series[0], series[-1]] for name, series in sizes.items()},
