@@ -46,6 +46,16 @@ def command(
     early_stopping: Annotated[
         bool, typer.Option("--early-stopping", help="With --num-beams: end once so many texts have ended.")
     ] = False,
+    json_schema: Annotated[
+        str | None, typer.Option(help="The text is JSON that fits this schema; @FILE reads it from a file.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="The whole text matches this regular expression.")] = None,
+    grammar: Annotated[
+        str | None, typer.Option(help="The text is of this grammar (Lark or GBNF); @FILE reads it from a file.")
+    ] = None,
+    choice: Annotated[
+        list[str] | None, typer.Option(help="The text is this one, or another choice; may be given several times.")
+    ] = None,
     timeout_s: options.Timeout = None,
 ) -> None:
     """Stream one completion.
@@ -77,6 +87,10 @@ def command(
             num_beams=num_beams,
             length_penalty=length_penalty,
             early_stopping=early_stopping,
+            json_schema=options.text_or_file("--json-schema", json_schema),
+            regex=regex,
+            grammar=options.text_or_file("--grammar", grammar),
+            choices=choice,
         )
         for delta in deltas:
             show(delta)

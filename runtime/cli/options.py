@@ -36,6 +36,16 @@ def text_or_stdin(text: str) -> str:
     return sys.stdin.read() if text == "-" else text
 
 
+def text_or_file(option: str, text: str | None) -> str | None:
+    """``@FILE`` stands for what is in it. Raises typer.BadParameter."""
+    if text is None or not text.startswith("@"):
+        return text
+    try:
+        return Path(text[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"cannot read {text[1:]}: {error}", param_hint=option) from None
+
+
 def numbers(text: str | None, option: str, kind: Callable[[str], T]) -> list[T] | None:
     """``2,1,1`` as numbers. Raises typer.BadParameter."""
     if text is None:

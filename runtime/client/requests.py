@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias, TypedDict, cast
 
@@ -36,6 +37,10 @@ class SamplingOptions(TypedDict, total=False):
     num_beams: int | None
     length_penalty: float | None
     early_stopping: bool | None
+    json_schema: str | Mapping[str, object] | None
+    regex: str | None
+    grammar: str | None
+    choices: Sequence[str] | None
 
 
 class StreamOptions(SamplingOptions, total=False):
@@ -73,6 +78,8 @@ def generate_request(
             raise TypeError(f"unknown sampling option {name!r}; known: {', '.join(SamplingOptions.__annotations__)}")
         if name == "forced" and value is not None:
             _set_ids(request.sampling.forced, cast(Sequence[int], value))
+        elif name == "json_schema" and isinstance(value, Mapping):
+            request.sampling.json_schema = _as_json(name, value)
         elif value is not None:
             set_field(request.sampling, name, value)
     return request
@@ -112,6 +119,13 @@ def chat_messages(messages: Sequence[Mapping[str, str]]) -> inference_pb2.ChatMe
             raise _bad_field(f"chat.messages[{index}].{missing[0]}", "is missing or no text")
         chat.messages.add(role=message["role"], content=message["content"])
     return chat
+
+
+def _as_json(name: str, value: Mapping[str, object]) -> str:
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError):
+        raise _bad_field(name, f"{value!r:.80} is no JSON") from None
 
 
 def _set_ids(message: common_pb2.TokenIds, ids: Sequence[int]) -> None:

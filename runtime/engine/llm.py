@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from shardray.runtime.engine.assignment import ShardAssignment
+from shardray.runtime.engine.grammars import check_constraint
 from shardray.runtime.engine.local_ranks import form_here
 from shardray.runtime.engine.output import Delta, OutputText
-from shardray.runtime.engine.request import EngineRequest, EngineStats, FinishReason, SamplingParams
+from shardray.runtime.engine.request import EngineRequest, EngineStats, FieldError, FinishReason, SamplingParams
 from shardray.runtime.engine.streams import Inbox, Mailroom, Prompt, Streamed, Streams
 from shardray.runtime.model.sources import resolve_model
 from shardray.runtime.model.spec import Pooling
@@ -193,6 +194,10 @@ class LLM:
         self, prompt: Prompt, params: SamplingParams | None, pooling: Pooling | None, inbox: Inbox
     ) -> tuple[str, OutputText]:
         params = params or SamplingParams()
+        if params.constraint is not None:
+            if self.tokenizer is None:
+                raise FieldError(params.constraint.kind, "needs the tokenizer, which is not there, or not asked for")
+            check_constraint(params.constraint)
         if params.seed is None:
             params = msgspec.structs.replace(params, seed=secrets.randbits(64))
         prompt_ids = self._ids(prompt)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 import math
+from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
 
@@ -16,9 +18,16 @@ from shardray.runtime.model.spec import Pooling
 
 MAX_NUM_BEAMS = 16
 
+ConstraintKind = Literal["json_schema", "regex", "grammar", "choices"]
+CONSTRAINT_KINDS: tuple[ConstraintKind, ...] = get_args(ConstraintKind)
+
 # Fields of SamplingParams as they are unset.
 _WITH_BEAMS_ONLY: dict[str, object] = {"length_penalty": 1.0, "early_stopping": False}
-_NOT_WITH_BEAMS: dict[str, object] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "logprobs": None, "stop": ()}
+_NOT_WITH_BEAMS: dict[str, object] = {
+    "top_k": 0, "top_p": 1.0, "min_p": 0.0, "logprobs": None, "stop": (),
+    "json_schema": None, "regex": None, "grammar": None, "choices": (),
+}  # fmt: skip
+_NOT_WITH_CONSTRAINT: dict[str, object] = {"min_tokens": 0, "ignore_eos": False}
 
 
 class FinishReason(enum.StrEnum):
@@ -39,17 +48,27 @@ class FieldError(ValueError):
         self.message = message
 
 
+class Constraint(NamedTuple):
+    """What a text has to fit: a JSON schema, a regular expression, a grammar, or one of a JSON array of texts."""
+
+    kind: ConstraintKind
+    text: str
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the next token is chosen and when to stop.
 
     ``temperature == 0`` is greedy: top_k, top_p and min_p then have no effect. Processing order is that of
     ``transformers``: logit bias, repetition / presence / frequency penalties, min_tokens, temperature, top_k, top_p,
-    min_p.
+    min_p; before the temperature, what a constraint rules out is.
     Noise is a function of (seed, position) alone, so a request gives the same text whoever shares its batch.
+
+    ``json_schema``, ``regex``, ``grammar`` and ``choices`` constrain the text, one of them at a time: only tokens that
+    lead to a text that fits are chosen, and it ends where it is complete. Cut off by ``max_tokens`` it is not.
 
     ``num_beams`` above 1 searches for a likely text instead (see ``BeamSearch``), as ``transformers`` does: nothing is
     drawn, the processing is that of log probabilities, and no token is there before the search is over.
-    Raises FieldError naming the field that is out of range, or that a beam search cannot honour.
+    Raises FieldError naming the field that is out of range, or that another one leaves no place for.
     """
 
     temperature: float = 1.0
@@ -67,6 +86,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()  # matched on text where tokens become text, never in the engine
     logprobs: int | None = None  # None: no logprobs; n: the chosen token's and the top n
+    json_schema: str | dict[str, Any] | None = None  # of the JSON that the text is to be
+    regex: str | None = None  # that the whole text matches; of the Rust crate regex, without look-around
+    grammar: str | None = None  # in Lark's notation, or llama.cpp's GBNF
+    choices: tuple[str, ...] = ()  # of which the text is one
     num_beams: int = 1  # texts that are followed side by side; 1: no search
     length_penalty: float = 1.0  # a text's score is its log probability over its length to this power
     early_stopping: bool = False  # end once num_beams texts have ended, whether or not a better one could come
@@ -94,6 +117,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _check_range("num_beams", self.num_beams, 1, MAX_NUM_BEAMS)
         _check_range("length_penalty", self.length_penalty, -10.0, 10.0)
         self._check_beams()
+        self._check_constraint()
 
     def _check_beams(self) -> None:
         if self.num_beams > 1 and self.temperature not in (0.0, 1.0):
@@ -106,6 +130,29 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             hint = "; stop_token_ids can be set" if name == "stop" else ""
             raise FieldError(name, f"has no part in a beam search; leave it unset with num_beams{hint}")
 
+    def _check_constraint(self) -> None:
+        given = [kind for kind in CONSTRAINT_KINDS if getattr(self, kind) not in (None, ())]
+        if not given:
+            return
+        if len(given) > 1:
+            raise FieldError(given[1], f"cannot stand beside {given[0]}; a text has one constraint")
+        if "" in (self.json_schema, self.regex, self.grammar, *self.choices):
+            raise FieldError(given[0], "is empty" if given[0] != "choices" else "a choice may not be empty")
+        for name, unset in _NOT_WITH_CONSTRAINT.items():
+            if getattr(self, name) != unset:
+                raise FieldError(name, f"cannot be kept: {given[0]} says where the text ends; leave it unset with it")
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the text has to fit."""
+        if isinstance(self.json_schema, dict):
+            return Constraint("json_schema", json.dumps(self.json_schema))
+        if self.choices:
+            return Constraint("choices", json.dumps(self.choices))
+        given: dict[ConstraintKind, str | None]
+        given = {"json_schema": self.json_schema, "regex": self.regex, "grammar": self.grammar}
+        return next((Constraint(kind, text) for kind, text in given.items() if text is not None), None)
+
     @property
     def greedy(self) -> bool:
         """Whether no token is drawn."""
@@ -115,7 +162,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def is_plain(self) -> bool:
         """Whether the highest logit is all that matters, once ``min_tokens`` are there."""
         only_best = self.greedy and self.logprobs is None and self.num_beams == 1
-        return only_best and not (self.penalizes or self.logit_bias)
+        return only_best and not (self.penalizes or self.logit_bias or self.constraint)
 
     @property
     def penalizes(self) -> bool:
@@ -190,6 +237,9 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     def check(self, model: ServedModel) -> None:
         """Raise FieldError if the model cannot run this request."""
         self._check_ids(model.vocab_size)
+        if (constraint := self.params.constraint) is not None and not model.eos_token_ids:
+            message = "the model has no end-of-sequence token, with which a text that is constrained ends"
+            raise FieldError(constraint.kind, message)
         if (self.pooling is None) != (model.default_pooling is None):
             does = (
                 "generates text, and gives no embeddings" if self.pooling else "gives embeddings, and generates no text"

@@ -16,11 +16,12 @@ from typing import NamedTuple
 import torch
 
 from shardray.runtime.engine.beams import num_candidates
+from shardray.runtime.engine.constraints import Constraints
 from shardray.runtime.engine.inputs import to_device
 from shardray.runtime.engine.noise import hash_token_ids, noise_key
 from shardray.runtime.engine.penalties import SeenTokens
 from shardray.runtime.engine.race import Choice, choose_at_random, choose_greedily
-from shardray.runtime.engine.step import Sampled, SlotStart
+from shardray.runtime.engine.step import UNCONSTRAINED, Sampled, SlotStart
 
 _MAX_TOP_LOGPROBS = 20  # the most that SamplingParams takes; always found, so that ties do not depend on the batch
 
@@ -31,6 +32,7 @@ class _Slot:
     def __init__(self, start: SlotStart, eos_token_ids: Collection[int]) -> None:
         self.slot = start.slot
         self.params = start.params
+        self.constraint = start.params.constraint
         self.num_barred = start.params.min_tokens - start.num_generated  # tokens for which stopping is still barred
         self.barred_ids = sorted({*eos_token_ids, *start.params.stop_token_ids})
         self.searches = start.params.num_beams > 1
@@ -50,11 +52,12 @@ class _Logprobs(NamedTuple):
 class Draw(NamedTuple):
     """The tokens of a batch, (num_rows,) int64, and the logprobs that were asked for; all still on the device.
 
-    NOT_FINITE where the logits are not.
+    NOT_FINITE where the logits are not. ``unconstrained``: rows whose constraint cannot be kept.
     """
 
     tokens: torch.Tensor
     logprobs: Sequence[_Logprobs] = ()
+    unconstrained: Sequence[int] = ()
 
     def tensors(self) -> list[torch.Tensor]:
         """What ``read`` needs on the host."""
@@ -69,6 +72,8 @@ class Draw(NamedTuple):
                 ranked = sorted(zip(token_ids[i], best[i], strict=True), key=lambda pair: (-pair[1], pair[0]))
                 top = tuple(pair for pair in ranked if math.isfinite(pair[1]))[:limit]
                 sampled[row] = Sampled(sampled[row].token_id, won[i], top)
+        for row in self.unconstrained:
+            sampled[row] = Sampled(UNCONSTRAINED)
         return sampled
 
 
@@ -76,37 +81,41 @@ class Sampler:
     """Samples one token for each row of logits.
 
     ``eos_token_ids`` are the ids that ``min_tokens`` bars besides a request's own stop ids. ``num_threads``: that it
-    may use on a CPU.
+    may use on a CPU. ``constraints``: for requests that have one.
     """
 
     def __init__(
-        self, vocab_size: int, eos_token_ids: Collection[int], device: torch.device, num_threads: int = 1
-    ) -> None:
+        self, vocab_size: int, eos_token_ids: Collection[int], device: torch.device, num_threads: int = 1,
+        constraints: Constraints | None = None,
+    ) -> None:  # fmt: skip
         self._eos_token_ids = eos_token_ids
         self._device = device
         self._num_threads = num_threads
+        self._constraints = constraints
         self._slots: dict[int, _Slot] = {}
         self._seen = SeenTokens(device)
         self._hashed_ids = hash_token_ids(torch.arange(vocab_size, device=device))  # (vocab_size,)
 
     def start(self, start: SlotStart) -> None:
         """A request takes a slot, anew or again after a preemption; whatever the slot held is forgotten."""
-        self._slots[start.slot] = _Slot(start, self._eos_token_ids)
+        self._slots[start.slot] = state = _Slot(start, self._eos_token_ids)
+        if state.constraint is not None and self._constraints is not None:
+            self._constraints.start(start.slot, state.constraint, start.generated_ids)
         if start.params.penalizes:
             self._seen.start(start.slot, start.prompt_ids, start.generated_ids)
 
     def draw(self, logits: torch.Tensor, places: Sequence[tuple[int, int]]) -> Draw:
-        """Draw a token for each row; does not wait for the device.
+        """Draw a token for each row. Waits for the device only for what it drew last in a slot with a constraint.
 
         ``logits``: (num_rows, vocab_size) float32 on the device, which this may change. ``places``: of each row the
         slot, and the index of the new token in its prompt + output. Only a slot whose tokens do not depend on those
-        before them (no penalties, min_tokens reached) may appear several times.
+        before them (no penalties, no constraint, min_tokens reached) may appear several times.
         """
         states, positions = [self._slots[slot] for slot, _ in places], [position for _, position in places]
         if beams := [row for row, state in enumerate(states) if state.searches]:
             # As in ``transformers``, what follows is done to log probabilities, and what is barred had its share.
             logits[self._index(beams)] = self._take(logits, beams).log_softmax(dim=-1)
-        self._process(logits, states)
+        unconstrained = self._process(logits, states)
         choices = self._choose(logits, states, positions)
         if len(choices) == 1:  # of all rows in their order
             tokens = choices[0].tokens
@@ -116,10 +125,10 @@ class Sampler:
                 tokens[self._index(choice.rows)] = choice.tokens
         self._advance(states, tokens)
         found = [own for choice in choices if (own := self._logprobs(choice, states))]
-        return Draw(tokens, [*found, *self._candidates(logits, beams, states)])
+        return Draw(tokens, [*found, *self._candidates(logits, beams, states)], unconstrained)
 
-    def _process(self, logits: torch.Tensor, states: Sequence[_Slot]) -> None:
-        """Logit bias, penalties and min_tokens, in place."""
+    def _process(self, logits: torch.Tensor, states: Sequence[_Slot]) -> Sequence[int]:
+        """Logit bias, penalties, min_tokens and constraints, in place; the rows whose constraint cannot be kept."""
         biased = [(row, *item) for row, state in enumerate(states) for item in state.params.logit_bias.items()]
         if biased:
             rows, token_ids, biases = zip(*biased, strict=True)
@@ -132,6 +141,14 @@ class Sampler:
         if barred:
             rows, token_ids = zip(*barred, strict=True)
             logits[self._index(rows), self._index(token_ids)] = -torch.inf
+        constrained = [row for row, state in enumerate(states) if state.constraint is not None]
+        if not constrained or self._constraints is None:
+            return ()
+        barred_ids, untold = self._constraints.barred([states[row].slot for row in constrained])
+        own = self._take(logits, constrained).masked_fill_(to_device(barred_ids, self._device), -torch.inf)
+        if own is not logits:
+            logits[self._index(constrained)] = own
+        return [constrained[row] for row in untold]
 
     def _choose(self, logits: torch.Tensor, states: Sequence[_Slot], positions: Sequence[int]) -> list[Choice]:
         greedy = [row for row, state in enumerate(states) if state.params.greedy]
@@ -147,12 +164,15 @@ class Sampler:
         return choices
 
     def _advance(self, states: Sequence[_Slot], tokens: torch.Tensor) -> None:
-        """Count the tokens for what depends on them: min_tokens and the penalties."""
+        """Count the tokens for what depends on them: min_tokens, the penalties and the constraints."""
         for state in states:
             state.num_barred -= state.num_barred > 0
         penalized = [row for row, state in enumerate(states) if state.params.penalizes]
         if penalized:
             self._seen.add([states[row].slot for row in penalized], self._take(tokens, penalized).clamp_min(0))
+        constrained = [(state.slot, row) for row, state in enumerate(states) if state.constraint is not None]
+        if constrained and self._constraints is not None:
+            self._constraints.drawn(constrained, tokens)
 
     def _logprobs(self, choice: Choice, states: Sequence[_Slot]) -> _Logprobs | None:
         """The winner's logprob and the best ones, of the rows that want any."""

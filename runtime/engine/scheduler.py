@@ -16,11 +16,13 @@ from shardray.runtime.engine.open_plan import Drafting, OpenPlan
 from shardray.runtime.engine.request import EngineRequest, EngineStats, FieldError, FinishReason, TokenOutput
 from shardray.runtime.engine.sequence import Sequence, SequenceQueue
 from shardray.runtime.engine.sequence_pages import SequencePages
-from shardray.runtime.engine.step import Sampled, StepPlan, StepResult
+from shardray.runtime.engine.step import NOT_FINITE, UNCONSTRAINED, Sampled, StepPlan, StepResult
 
-_NOT_FINITE = (
-    "the model's logits are not numbers; serve it in bfloat16 or float32 if this is float16, or check its weights"
-)
+_NO_TOKEN = {
+    NOT_FINITE: "the model's logits are not numbers; serve it in bfloat16 or float32 if this is float16, or check its "
+    "weights",
+    UNCONSTRAINED: "the constraint became too complex to be kept; simplify it, or see the log of the host that samples",
+}
 
 # Where streams fill a step, a drafted token takes the time of one that is sure: it has to be nearly so itself.
 _RIGHT_IN_FULL_STEP = 8
@@ -62,7 +64,7 @@ class Scheduler:
         searches, encoder = params.num_beams > 1, self._limits.encoder
         token_ids = [*given_ids, *(() if searches else request.generated_ids)]
         encoder_ids = request.prompt_ids if encoder is not None else ()
-        drafts = self._limits.max_draft_tokens and not (params.penalizes or searches)
+        drafts = self._limits.max_draft_tokens and not (params.penalizes or params.constraint or searches)
         sequence = Sequence(
             request=request,
             urgency=(-request.priority, -self._num_arrivals),
@@ -147,7 +149,7 @@ class Scheduler:
         if branches is None:  # preempted meanwhile: it begins again
             return []
         if any(one.token_id < 0 or not one.top_logprobs for one in sampled):
-            return [self._publish(sequence, Sampled(-1), None)]
+            return [self._publish(sequence, Sampled(NOT_FINITE), None)]
         branches.search.advance([one.top_logprobs for one in sampled])
         if not branches.search.is_over:
             self._pages.follow(sequence, branches)
@@ -164,7 +166,7 @@ class Scheduler:
         request_id = sequence.request.request_id
         if sampled.token_id < 0:
             self._finish(sequence)
-            return TokenOutput(request_id, finish_reason=FinishReason.ERROR, error=_NOT_FINITE)
+            return TokenOutput(request_id, finish_reason=FinishReason.ERROR, error=_NO_TOKEN[sampled.token_id])
         self._num_output_tokens += 1
         if reason is not None:
             self._finish(sequence)

@@ -124,7 +124,7 @@ class Sequence:
         """A slot begins behind these tokens. Ids travel only when the sampler needs them."""
         params, num_generated = self.request.params, len(generated_ids)
         given_ids = tuple(self.token_ids[: self.num_given]) if params.penalizes else ()
-        seen_ids = generated_ids if params.penalizes else ()
+        seen_ids = generated_ids if params.penalizes or params.constraint else ()
         prompt_len = len(self.encoder_ids) if self.num_prompt_blocks else 0
         return SlotStart(slot, params, given_ids, seen_ids, num_generated, prompt_len)
 

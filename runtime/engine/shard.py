@@ -25,6 +25,7 @@ from shardray.parallel.plan import ShardPlan
 from shardray.parallel.rows import prepare_rows
 from shardray.parallel.spans import Spans
 from shardray.runtime.engine.assignment import ShardAssignment, ShardInfo, ShardLoad
+from shardray.runtime.engine.constraints import Constraints
 from shardray.runtime.engine.device_memory import choose_num_pages, device_bytes, held_bytes
 from shardray.runtime.engine.executor import MeshExecutor, serve_plans
 from shardray.runtime.engine.limits import SchedulerLimits
@@ -197,10 +198,11 @@ def _assemble(
 ) -> Shard:  # fmt: skip
     place, device, spec = mesh.spec, mesh.spec.device, served.spec
     eos_token_ids = read_eos_token_ids(Path(assignment.model_dir))
-    samples = place.stage == place.pp_size - 1 and place.tp_rank == 0
     sampler: Sampler | None = None
-    if samples:
-        sampler = Sampler(spec.vocab_size, eos_token_ids, device, assignment.num_threads)
+    if place.stage == place.pp_size - 1 and place.tp_rank == 0:
+        wait = partial(mesh.wait_for_device, operation="constraint")
+        constraints = Constraints(Path(assignment.model_dir), spec.vocab_size, eos_token_ids, device, wait)
+        sampler = Sampler(spec.vocab_size, eos_token_ids, device, assignment.num_threads, constraints)
     slots = SlotTable(
         served.max_num_seqs, served.max_model_len, served.block_size, device,
         None if served.encoder is None else served.max_prompt_len,

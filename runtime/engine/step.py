@@ -12,6 +12,9 @@ from shardray.runtime.engine.request import SamplingParams
 from shardray.runtime.engine.traced import StageTime
 from shardray.runtime.model.spec import Pooling
 
+NOT_FINITE = -1  # in place of a token: its logits are not finite
+UNCONSTRAINED = -2  # its constraint cannot be kept
+
 
 class SlotStart(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A request takes a slot (again, after a preemption): forget whatever the slot held."""
@@ -19,7 +22,7 @@ class SlotStart(msgspec.Struct, frozen=True, array_like=True, gc=False):
     slot: int
     params: SamplingParams
     prompt_ids: tuple[int, ...]  # only if params.penalizes, else empty
-    generated_ids: tuple[int, ...]  # likewise
+    generated_ids: tuple[int, ...]  # only if params.penalizes or there is a constraint
     num_generated: int  # tokens generated before this start, for min_tokens
     prompt_len: int = 0  # tokens of what an encoder reads; the pages that hold what it makes of it are the first ones
 
@@ -90,7 +93,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Sampled(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One new token; -1 where its logits are not finite."""
+    """One new token, or why there is none: NOT_FINITE, UNCONSTRAINED."""
 
     token_id: int
     logprob: float | None = None

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from shardray.runtime.model.folder import read_json, read_special_tokens
-from shardray.runtime.model.template_process import SHARED, TemplateError, TemplateProcess
+from shardray.runtime.model.sandbox import Sandbox, SandboxError
+
+MAX_RENDERED_CHARS = 8_000_000  # beyond any context window
+WORKER = Path(__file__).with_name("template_worker.py")
+SHARED = Sandbox(WORKER, "the model's chat template")
 
 
 class ChatTemplateError(ValueError):
@@ -20,14 +25,15 @@ class ChatTemplateError(ValueError):
 class ChatTemplate:
     """A template that compiles. Raises ChatTemplateError if ``source`` is not valid Jinja."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str], process: TemplateProcess = SHARED) -> None:
-        self._source = source
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], sandbox: Sandbox = SHARED,
+        max_chars: int = MAX_RENDERED_CHARS,
+    ) -> None:  # fmt: skip
+        """``max_chars``: the most that it may render."""
+        self._question = {"source": source, "max_chars": max_chars}
         self._special_tokens = dict(special_tokens)  # bos_token, eos_token, ...: the text of each
-        self._process = process
-        try:
-            process.compile(source)
-        except TemplateError as error:
-            raise ChatTemplateError(str(error)) from None
+        self._sandbox = sandbox
+        self._ask(None)
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate | None:
@@ -38,9 +44,12 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         """The messages as one text, ending where the assistant's answer begins if ``add_generation_prompt``."""
         variables = {**self._special_tokens, "messages": list(messages), "tools": None, "documents": None}
+        return self._ask({**variables, "add_generation_prompt": add_generation_prompt})
+
+    def _ask(self, variables: Mapping[str, Any] | None) -> str:
         try:
-            return self._process.render(self._source, {**variables, "add_generation_prompt": add_generation_prompt})
-        except TemplateError as error:
+            return self._sandbox.ask({**self._question, "variables": variables})
+        except SandboxError as error:
             raise ChatTemplateError(str(error)) from None
 
 

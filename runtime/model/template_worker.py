@@ -1,10 +1,7 @@
-"""A process of its own in which chat templates are compiled and rendered: a program that imports nothing of ours.
+"""Compiles and renders chat templates in a sandbox, see ``sandbox_main.py``.
 
 Templates are foreign code. Jinja's immutable sandbox keeps them from files, and from attributes and calls that are not
-theirs; it bounds neither time nor memory, and a few words of a template can ask for any amount of both. So the kernel
-does: it refuses memory beyond the limit, and ends the process when one rendering has used up its processor time.
-
-One JSON object a line comes in, {"source", "variables"}, and one goes out, {"text"} or {"error"}.
+theirs; it bounds neither time nor memory, and a few words of a template can ask for any amount of both.
 """
 
 from __future__ import annotations
@@ -12,9 +9,6 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-import resource
-import signal
-import sys
 from typing import Any, NoReturn
 
 import jinja2
@@ -38,26 +32,16 @@ class _GenerationBlock(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def main(max_memory_bytes: int, max_processor_s: float, max_chars: int) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (max_memory_bytes, max_memory_bytes))
-    for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_PROF, max_processor_s)  # its signal, SIGPROF, ends the process
-        answer = json.dumps(_answer(line, max_chars))
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.write(answer + "\n")
-        sys.stdout.flush()
-
-
-def _answer(line: bytes, max_chars: int) -> dict[str, str]:
+def answer(question: dict[str, Any]) -> dict[str, str]:
+    """To {"source", "variables", "max_chars"}; without variables the template is compiled, no more."""
     try:
-        asked = json.loads(line)
-        template = _compile(asked["source"])
+        template = _compile(question["source"])
     except jinja2.TemplateError as error:
         return {"error": f"the model's chat template is not valid: {error}"}
     except Exception as error:
         return {"error": f"the model's chat template cannot be compiled: {type(error).__name__} {error}"}
     try:
-        return {"text": _render(template, asked["variables"], max_chars)}
+        return {"text": _render(template, question["variables"], question["max_chars"])}
     except _RefusedError as error:
         return {"error": str(error)}
     except Exception as error:  # whatever the template's own code raises
@@ -75,7 +59,6 @@ def _compile(source: str) -> jinja2.Template:
 
 
 def _render(template: jinja2.Template, variables: dict[str, Any] | None, max_chars: int) -> str:
-    """Empty without variables: the template was to be compiled, no more."""
     parts: list[str] = []
     num_chars = 0
     for part in template.generate(**variables) if variables is not None else ():
@@ -103,7 +86,3 @@ def _raise_exception(message: str) -> NoReturn:
 
 def _strftime_now(pattern: str) -> str:
     return datetime.datetime.now().strftime(pattern)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))

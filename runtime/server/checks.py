@@ -11,7 +11,16 @@ import math
 import uuid
 from collections.abc import Collection, Sequence
 
-from shardray.runtime.engine.request import EngineRequest, FieldError, SamplingParams, ServedModel, given_ids
+from shardray.runtime.engine.grammars import check_constraint
+from shardray.runtime.engine.request import (
+    CONSTRAINT_KINDS,
+    Constraint,
+    EngineRequest,
+    FieldError,
+    SamplingParams,
+    ServedModel,
+    given_ids,
+)
 from shardray.runtime.model.spec import Pooling
 from shardray.runtime.model.tokenizer import Tokenizer
 from shardray.runtime.server.messages import DEFAULT_MAX_TOKENS, params_from_proto, pooling_from_proto
@@ -24,6 +33,8 @@ _MAX_STOP_LEN = 256
 _MAX_STOP_TOKEN_IDS = 128
 _MAX_LOGIT_BIASES = 1024
 _MAX_FORCED_IDS = 128
+_MAX_CONSTRAINT_LEN = 65_536  # characters
+_MAX_CHOICES = 1024
 _MAX_INPUTS = 1024
 _MAX_TEXT_LEN = 1 << 20  # characters
 _MAX_TOKEN_LEN = 256  # characters; longer than the tokens of any vocabulary in use, runs of blanks included
@@ -67,7 +78,18 @@ async def check_generate(
     # The engine's own check, so that the two cannot drift apart.
     engine_request = EngineRequest(request_id=request_id, prompt_ids=prompt_ids, params=params)
     engine_request.check(model)
+    if params.constraint is not None:
+        await _check_constraint(params.constraint, tokenizer)
     return checked
+
+
+async def _check_constraint(constraint: Constraint, tokenizer: Tokenizer | None) -> None:
+    field = f"sampling.{constraint.kind}"
+    require_tokenizer(field, tokenizer)
+    try:
+        await asyncio.to_thread(check_constraint, constraint)
+    except FieldError as error:
+        raise FieldError(field, error.message) from None
 
 
 async def check_embed(
@@ -243,6 +265,7 @@ def _check_sampling_sizes(sampling: common_pb2.SamplingParameters, model: Served
         ("stop", _MAX_STOPS),
         ("stop_token_ids", _MAX_STOP_TOKEN_IDS),
         ("logit_bias", _MAX_LOGIT_BIASES),
+        ("choices", _MAX_CHOICES),
     ):
         count = len(getattr(sampling, name))
         if count > limit:
@@ -258,6 +281,10 @@ def _check_sampling_sizes(sampling: common_pb2.SamplingParameters, model: Served
         message = f"{sampling.num_beams} exceeds the {model.max_num_seqs} of engine.max_num_seqs"
         raise FieldError("sampling.num_beams", message)
     check_token_ids("sampling.logit_bias", list(sampling.logit_bias), model.vocab_size)
+    for kind in CONSTRAINT_KINDS:
+        count = sum(map(len, sampling.choices)) if kind == "choices" else len(getattr(sampling, kind))
+        if count > _MAX_CONSTRAINT_LEN:
+            raise FieldError(f"sampling.{kind}", f"has {count} characters, at most {_MAX_CONSTRAINT_LEN} are accepted")
 
 
 def _sampling_params(

@@ -31,6 +31,9 @@ _OPTIONAL_FIELDS = (
     "logprobs",
     "num_beams",
     "length_penalty",
+    "json_schema",
+    "regex",
+    "grammar",
 )
 _PLAIN_FIELDS = (
     "top_k",
@@ -56,6 +59,7 @@ def params_from_proto(
         logit_bias=dict(proto.logit_bias),
         stop_token_ids=tuple(proto.stop_token_ids),
         stop=tuple(proto.stop),
+        choices=tuple(proto.choices),
         forced_token_ids=tuple(proto.forced.ids) if proto.HasField("forced") else None,
         **{**defaults, **plain, **given},
     )

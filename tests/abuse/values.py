@@ -33,6 +33,7 @@ _uint64 = st.integers(0, 2**64 - 1)
 _texts = st.one_of(
     st.text(max_size=50), st.sampled_from(["", "\0", "\ufeff", "a" * 300, "\U0010ffff" * 40, "{{ 7*7 }}"])
 )
+_schemas = st.sampled_from(["", "{}", "true", "[", '{"type": "object"}', '{"enum": []}', '{"anyOf":[' * 500])
 _sampling = st.builds(
     common_pb2.SamplingParameters,
     temperature=st.none() | _doubles,
@@ -53,6 +54,10 @@ _sampling = st.builds(
     num_beams=st.none() | _uint32,
     length_penalty=st.none() | _doubles,
     early_stopping=st.booleans(),
+    json_schema=st.none() | _schemas,
+    regex=st.none() | _texts,
+    grammar=st.none() | _texts,
+    choices=st.lists(_texts, max_size=4),
 )
 _mild_sampling = st.builds(
     common_pb2.SamplingParameters,
@@ -83,6 +88,34 @@ _mild_search = st.builds(
     length_penalty=st.sampled_from([-10.0, 0.0, 10.0]),
     early_stopping=st.booleans(),
 )
+_mild_constraint = st.one_of(
+    st.builds(
+        common_pb2.SamplingParameters,
+        json_schema=st.sampled_from(["{}", '{"type": "object"}', '{"type": "string", "minLength": 1000000}']),
+        max_tokens=st.integers(1, 40),
+        logit_bias=st.dictionaries(st.integers(0, 258), st.sampled_from([-100.0, 100.0]), max_size=258),
+    ),
+    st.builds(
+        common_pb2.SamplingParameters,
+        regex=st.sampled_from(
+            ["(a|b)*a(a|b){18}", "((((a{1,100}){1,100}){1,100}){1,100}){1,100}", r"\PC*", "é*", "a*"]
+        ),
+        temperature=st.none() | st.sampled_from([0.0, 100.0]),
+        max_tokens=st.integers(1, 40),
+    ),
+    st.builds(
+        common_pb2.SamplingParameters,
+        choices=st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=20),
+        stop=st.lists(st.text(min_size=1, max_size=2), max_size=2),
+        logprobs=st.none() | st.integers(0, 20),
+    ),
+    st.builds(
+        common_pb2.SamplingParameters,
+        grammar=st.sampled_from(['start: "a" start "b" |', "start: A B*\nA: /[a-z]+/\nB: /[a-m]+/", "root ::= root"]),
+        repetition_penalty=st.sampled_from([1e-30, 100.0]),
+        max_tokens=st.integers(1, 40),
+    ),
+)
 _chat = st.builds(
     inference_pb2.ChatMessages,
     messages=st.lists(st.builds(inference_pb2.ChatMessage, role=_texts, content=_texts), max_size=5),
@@ -106,7 +139,7 @@ def _generate(
 _generates = st.builds(
     _generate,
     _prompts,
-    st.one_of(_sampling, _mild_sampling, _mild_search),
+    st.one_of(_sampling, _mild_sampling, _mild_search, _mild_constraint),
     request_id=st.one_of(st.just(""), _texts),
     priority=st.one_of(st.integers(-100, 100), st.integers(-(2**31), 2**31 - 1)),
     resumable_s=st.one_of(st.just(0.0), _doubles),
@@ -115,7 +148,7 @@ _generates = st.builds(
 _valid_generates = st.builds(
     _generate,
     st.builds(dict, token_ids=st.builds(common_pb2.TokenIds, ids=st.lists(st.integers(0, 258), min_size=1))),
-    st.one_of(_mild_sampling, _mild_search),
+    st.one_of(_mild_sampling, _mild_search, _mild_constraint),
 )
 _embeds = st.builds(
     inference_pb2.EmbedRequest,
@@ -171,6 +204,8 @@ HUGE: dict[str, Callable[[], inference_pb2.GenerateRequest]] = {
     "sampling.logit_bias": lambda: _Request(
         token_ids=_one, sampling=_Sampling(logit_bias=dict.fromkeys(range(_MANY // 16), 1.0))
     ),
+    "sampling.json_schema": lambda: _Request(token_ids=_one, sampling=_Sampling(json_schema="[" * _MANY)),
+    "sampling.choices": lambda: _Request(token_ids=_one, sampling=_Sampling(choices=["x"] * (_MANY // 3))),
     "chat.messages": lambda: _Request(chat=inference_pb2.ChatMessages(messages=[_turn] * (_MANY // 6))),
     "request_id": lambda: _Request(token_ids=_one, request_id="x" * _MANY),
 }

@@ -52,6 +52,11 @@ _WORDS = [
     "étoile",
     "東京",
 ]
+_CONSTRAINTS: list[dict[str, object]] = [
+    {"json_schema": {"type": "array", "items": {"type": "string", "maxLength": 20}, "minItems": 9}},
+    {"regex": "([a-z]{2,9} [0-9]{1,4}[,.] ){30,}"},
+    {"grammar": 'start: "(" start ")" start | /[a-z]+/ start | "."'},
+]
 _MAX_PROMPT_TOKENS = 400
 _MIN_TOKENS, _MAX_TOKENS = 8, 200
 
@@ -67,7 +72,7 @@ class Case:
 
 async def draw_cases(rng: Random, client: AsyncClient, num_cases: int) -> list[Case]:
     """As many cases of each kind as of any other, give or take one; prompts of 1 to 400 tokens."""
-    kinds = [_greedy, _sampled, _narrowed, _with_logprobs, _chat, _text]
+    kinds = [_greedy, _sampled, _narrowed, _with_logprobs, _constrained, _chat, _text]
     return [await kinds[number % len(kinds)](rng, client, number) for number in range(num_cases)]
 
 
@@ -96,6 +101,13 @@ async def _with_logprobs(rng: Random, client: AsyncClient, number: int) -> Case:
     temperature = rng.choice([0.0, 0.7])
     options = _options(rng, temperature=temperature, seed=rng.getrandbits(64), logprobs=5)
     return Case(f"{number}-logprobs", await _token_ids(rng, client), options)
+
+
+async def _constrained(rng: Random, client: AsyncClient, number: int) -> Case:
+    options = (
+        _options(rng, temperature=0.9, seed=rng.getrandbits(64)) | rng.choice(_CONSTRAINTS) | {"ignore_eos": False}
+    )
+    return Case(f"{number}-constrained", await _token_ids(rng, client), options)  # type: ignore[arg-type]
 
 
 async def _chat(rng: Random, client: AsyncClient, number: int) -> Case:

@@ -181,8 +181,10 @@ async def test_a_client_that_cancels_frees_all_of_its_choices(up: Up) -> None:
         ({"stop_token_ids": [300]}, "sampling_params.stop_token_ids"),
         ({"n": 129}, "sampling_params.n"),
         ({"prompt_logprobs": 1}, "sampling_params.prompt_logprobs"),
-        ({"json_schema": "{}"}, "sampling_params.json_schema"),
-        ({"choice": vllm.ChoiceConstraint(choices=["a"])}, "sampling_params.choice"),
+        ({"json_schema": "{"}, "sampling_params.json_schema"),
+        ({"regex": "("}, "sampling_params.regex"),
+        ({"choice": vllm.ChoiceConstraint(choices=["a", ""])}, "sampling_params.choice"),
+        ({"structural_tag": "{}"}, "sampling_params.structural_tag"),
     ],
 )
 async def test_a_bad_parameter_is_refused_by_the_name_that_it_has_here(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc.aio
+import jsonschema
 import openai
 import pytest
 import pytest_asyncio
@@ -24,6 +26,15 @@ from tests.stub_replica import SECRET
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 MODEL = "smollm2-135m"
 PROMPT = "The capital of France is"
+SCHEMA: Any = {
+    "type": "object",
+    "properties": {
+        "colour": {"enum": ["red", "green", "blue"]},
+        "shade": {"type": "integer", "minimum": 1, "maximum": 9},
+    },
+    "required": ["colour", "shade"],
+    "additionalProperties": False,
+}
 MESSAGES: Any = [{"role": "user", "content": "Name a colour."}]
 
 
@@ -98,6 +109,65 @@ async def test_stop_strings_cut_where_the_native_client_is_cut(client: openai.As
     expected = await native.generate(prompt, max_tokens=12, temperature=0, stop=stop)
     completion = await client.completions.create(model=MODEL, prompt=prompt, max_tokens=12, temperature=0, stop=stop)
     assert (completion.choices[0].text, completion.choices[0].finish_reason) == (expected.text, "stop")
+
+
+async def test_a_response_format_is_kept_and_has_the_tokens_of_the_native_client(
+    client: openai.AsyncOpenAI, native: AsyncClient
+) -> None:
+    schema: Any = {"type": "json_schema", "json_schema": {"name": "colour", "schema": SCHEMA, "strict": True}}
+    expected = await native.generate(MESSAGES, max_tokens=60, temperature=0, json_schema=SCHEMA)
+    chat = await client.chat.completions.create(
+        model=MODEL, messages=MESSAGES, max_tokens=60, temperature=0, response_format=schema
+    )
+    assert chat.choices[0].message.content == expected.text
+    assert chat.choices[0].finish_reason == "stop"
+    jsonschema.validate(json.loads(expected.text), SCHEMA)
+    expected = await native.generate(MESSAGES, max_tokens=40, temperature=0, json_schema={"type": "object"})
+    chat = await client.chat.completions.create(
+        model=MODEL, messages=MESSAGES, max_tokens=40, temperature=0, response_format={"type": "json_object"}
+    )
+    assert chat.choices[0].message.content == expected.text
+    assert expected.text.startswith("{")
+
+
+async def test_a_schema_that_cannot_be_kept_is_a_400_that_says_why(client: openai.AsyncOpenAI) -> None:
+    unkept: Any = {"name": "set", "schema": {"type": "array", "uniqueItems": True}}
+    schema: Any = {"type": "json_schema", "json_schema": unkept}
+    with pytest.raises(openai.BadRequestError, match="uniqueItems"):
+        await client.chat.completions.create(model=MODEL, messages=MESSAGES, response_format=schema)
+
+
+async def test_a_tool_that_has_to_be_called_is_called_with_the_arguments_that_it_takes(
+    client: openai.AsyncOpenAI,
+) -> None:
+    tool: Any = {"type": "function", "function": {"name": "paint", "description": "Paint it.", "parameters": SCHEMA}}
+    chat = await client.chat.completions.create(
+        model=MODEL, messages=MESSAGES, max_tokens=80, temperature=0, tools=[tool],
+        tool_choice={"type": "function", "function": {"name": "paint"}},
+    )  # fmt: skip
+    [call] = chat.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "paint"
+    jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
+
+
+async def test_regular_expressions_and_grammars_come_through(client: openai.AsyncOpenAI, native: AsyncClient) -> None:
+    for name, given in (("regex", "[A-Z][a-z]{2,9}[.]"), ("ebnf", 'root ::= "It is " ("red" | "blue") "."')):
+        constraint: Any = {"regex" if name == "regex" else "grammar": given}
+        expected = await native.generate(PROMPT, max_tokens=20, temperature=0, **constraint)
+        completion = await client.completions.create(
+            model=MODEL, prompt=PROMPT, max_tokens=20, temperature=0, extra_body={name: given}
+        )
+        assert (completion.choices[0].text, completion.choices[0].finish_reason) == (expected.text, "stop")
+
+
+@pytest.mark.slow
+async def test_langchain_gets_what_a_schema_asks_for(smg: Smg, client: openai.AsyncOpenAI) -> None:
+    from langchain_openai import ChatOpenAI  # two seconds
+
+    chat = ChatOpenAI(model=MODEL, base_url=smg.base_url, api_key="none", temperature=0, max_completion_tokens=80)
+    answer = await chat.with_structured_output({"title": "Colour", **SCHEMA}).ainvoke(MESSAGES)
+    jsonschema.validate(answer, SCHEMA)
 
 
 @pytest.mark.slow

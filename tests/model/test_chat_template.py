@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from shardray.runtime.model.chat_template import ChatTemplate, ChatTemplateError
-from shardray.runtime.model.template_process import TemplateProcess
+from shardray.runtime.model.chat_template import WORKER, ChatTemplate, ChatTemplateError
+from shardray.runtime.model.sandbox import Sandbox
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -72,7 +72,7 @@ def test_a_template_cannot_leave_the_sandbox(source: str) -> None:
         render(source)
 
 
-BOUNDED = TemplateProcess(max_memory_bytes=300 << 20, max_processor_s=0.3, max_chars=1000)
+BOUNDED = Sandbox(WORKER, "the model's chat template", max_memory_bytes=300 << 20, max_processor_s=0.3)
 _MANY = "{% for i in range(99999) %}{% for j in range(99999) %}"
 _ENDS = "{% endfor %}{% endfor %}"
 
@@ -95,7 +95,7 @@ _ENDS = "{% endfor %}{% endfor %}"
 )
 def test_a_hostile_template_ends_with_an_error_and_the_next_one_renders(source: str, message: str) -> None:
     with pytest.raises(ChatTemplateError, match=message):
-        ChatTemplate(source, {}, BOUNDED).render(MESSAGES)
+        ChatTemplate(source, {}, BOUNDED, max_chars=1000).render(MESSAGES)
     assert ChatTemplate("{{ messages[0].content }}", {}, BOUNDED).render(MESSAGES) == "hi"
 
 
@@ -104,7 +104,7 @@ def test_after_ctrl_c_in_the_middle_of_one_rendering_the_next_has_its_own_answer
 ) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    process = TemplateProcess()
+    process = Sandbox(WORKER, "the template")
     slow = ChatTemplate("{% for i in range(9999) %}{% for j in range(999) %}{% endfor %}{% endfor %}slow", {}, process)
     interrupt = threading.Timer(0.1, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
     interrupt.start()
@@ -117,7 +117,7 @@ def test_after_ctrl_c_in_the_middle_of_one_rendering_the_next_has_its_own_answer
 def test_a_process_that_ends_just_before_it_is_asked_is_an_error_and_the_next_one_renders(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    process = TemplateProcess()
+    process = Sandbox(WORKER, "the template")
     template = ChatTemplate("{{ messages[0].content }}", {}, process)
     assert process._process is not None
     process._process.kill()
@@ -136,10 +136,9 @@ def test_what_another_process_renders_comes_back_as_it_was() -> None:
 
 def test_the_process_ends_with_its_owner() -> None:
     code = (
-        "from shardray.runtime.model.chat_template import ChatTemplate\n"
-        "from shardray.runtime.model.template_process import SHARED\n"
+        "from shardray.runtime.model.chat_template import SHARED, ChatTemplate\n"
         "ChatTemplate('x', {})\n"
-        "print(SHARED._process.pid)\n"
+        "print(SHARED.pid)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     with contextlib.suppress(psutil.NoSuchProcess):

@@ -127,6 +127,21 @@ async def test_the_aio_client_streams_and_a_request_without_stream_has_one_respo
     assert len(found["deltas"]) > 3
 
 
+def test_a_schema_is_kept_in_each_style(triton: TritonClient, native: Client) -> None:
+    schema: dict[str, Any] = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    schema["additionalProperties"] = False
+    wanted = native.generate(PROMPT, temperature=0, max_tokens=60, json_schema=schema)
+    assert isinstance(json.loads(wanted.text)["n"], int)
+    prompt, as_text = tensor("text_input", "BYTES", PROMPT), json.dumps(schema)
+    settings = {"temperature": 0.0, "max_tokens": 60}
+    for inputs, parameters in (
+        ([prompt], {**settings, "json_schema": as_text}),
+        ([prompt, tensor("json_schema", "BYTES", as_text)], settings),
+        ([prompt, tensor("sampling_parameters", "BYTES", json.dumps({**settings, "json_schema": schema}))], {}),
+    ):
+        assert text_of(triton.infer(MODEL, inputs, parameters=parameters)) == wanted.text
+
+
 def test_seeded_sampling_and_stop_strings_mean_what_they_mean_to_our_own_client(
     triton: TritonClient, native: Client
 ) -> None:

@@ -17,6 +17,9 @@ from shardray.v1 import common_pb2, inference_pb2
 pytestmark = pytest.mark.asyncio
 MODEL = ServedModel(vocab_size=300, max_model_len=100, eos_token_ids=(258,), num_kv_tokens=1000)
 
+# Each rule of it is another one's only part.
+CHAIN = "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(4000)) + 'r4000: "a"'
+
 
 def ids(*token_ids: int) -> inference_pb2.GenerateRequest:
     return inference_pb2.GenerateRequest(token_ids=common_pb2.TokenIds(ids=token_ids))
@@ -82,6 +85,26 @@ BAD: list[tuple[str, inference_pb2.GenerateRequest, str]] = [
     ("sampling.min_p", sampling(num_beams=2, min_p=0.1), "leave it unset with num_beams"),
     ("sampling.logprobs", sampling(num_beams=2, logprobs=0), "leave it unset with num_beams"),
     ("sampling.stop", sampling(num_beams=2, stop=["a"]), "stop_token_ids can be set"),
+    ("sampling.json_schema", sampling(json_schema=""), "is empty"),
+    ("sampling.json_schema", sampling(json_schema="{"), "EOF while parsing"),
+    ("sampling.json_schema", sampling(json_schema='{"type": "objekt"}'), "Invalid type: objekt"),
+    ("sampling.json_schema", sampling(json_schema='{"not": {}}'), "Unimplemented keys"),
+    ("sampling.json_schema", sampling(json_schema='{"$ref": "#"}'), "no text fits it"),
+    ("sampling.json_schema", sampling(json_schema='{"$ref": "http://127.0.0.1:1/x"}'), "127.0.0.1:1/x"),
+    ("sampling.json_schema", sampling(json_schema="1" * 65_537), "65537 characters, at most 65536"),
+    ("sampling.regex", sampling(regex="(a|b"), "unclosed group"),
+    ("sampling.regex", sampling(regex="(?=a)b"), "look-around"),
+    ("sampling.regex", sampling(regex="(" * 60_000), "invalid regex"),
+    ("sampling.grammar", sampling(grammar='begin: "a"'), "start"),
+    ("sampling.grammar", sampling(grammar="start: " + "(" * 60_000), "nested"),
+    ("sampling.grammar", sampling(grammar=CHAIN), "nested too deeply"),
+    ("sampling.choices", sampling(choices=["a", ""]), "a choice may not be empty"),
+    ("sampling.choices", sampling(choices=["a"] * 1025), "1025 entries, at most 1024"),
+    ("sampling.choices", sampling(choices=["a" * 1000] * 66), "66000 characters"),
+    ("sampling.regex", sampling(json_schema="{}", regex="a"), "cannot stand beside json_schema"),
+    ("sampling.min_tokens", sampling(regex="a", min_tokens=1), "regex says where the text ends"),
+    ("sampling.ignore_eos", sampling(regex="a", ignore_eos=True), "regex says where the text ends"),
+    ("sampling.regex", sampling(regex="a", num_beams=2), "leave it unset with num_beams"),
     ("sampling.logit_bias", sampling(logit_bias={300: 1.0}), "300"),
     ("sampling.logit_bias[5]", sampling(logit_bias={5: math.nan}), "nan"),
 ]
@@ -155,6 +178,10 @@ FIELDS = st.fixed_dictionaries(
         "num_beams": st.integers(0, 20),
         "length_penalty": st.floats(),
         "early_stopping": st.booleans(),
+        "json_schema": st.sampled_from(["", "{}", "[", '{"type": "integer"}', '{"enum": []}']),
+        "regex": st.text(max_size=6),
+        "grammar": st.text(max_size=6).map("start: {}".format),
+        "choices": st.lists(st.text(max_size=3), max_size=3),
     },
 )
 

@@ -101,9 +101,11 @@ BAD: list[tuple[service_pb2.ModelInferRequest, str, str]] = [
     (infer_request({"beam_width": ("INT32", [2])}, num_beams=2), "beam_width", "means the same as num_beams"),
     (infer_request({"beam_width": ("INT32", [2])}, len_penalty="x"), "len_penalty", "'x' is no number"),
     (infer_request(beam_width=2, len_penalty=11.0), "length_penalty", "11.0 is outside [-10.0, 10.0]"),
+    (infer_request({"regex": ("BYTES", [b"("])}), "regex", "unclosed group"),
+    (infer_request({"choices": ("BYTES", [b"a"])}, regex="b"), "choices", "cannot stand beside regex"),
     (infer_request({"bad_words": ("BYTES", [b"no"])}), "bad_words", "'no' is not done here"),
     (infer_request({"random_seed": ("INT32", [1])}, seed=2), "random_seed", "means the same as seed"),
-    (infer_request(temprature=0.5), "temprature", "is not known here; beam_width, early_stopping, end_id"),
+    (infer_request(temprature=0.5), "temprature", "is not known here; beam_width, choices, early_stopping, end_id"),
     (infer_request(sequence_id=7), "sequence_id", "sequences are not kept here"),
     (infer_request(priority=200), "priority", "200 is outside [-100, 100]"),
     (infer_request(timeout=-5), "timeout", "-5 is no whole number"),
@@ -147,6 +149,16 @@ def test_beams_are_those_of_a_search_and_what_is_sent_with_one_of_them_has_no_ef
     assert params_from_proto(found).num_beams == 4
     fill_sampling(single, {"beam_width": 1, "len_penalty": 2.0, "early_stopping": 7})
     assert params_from_proto(single).num_beams == 1
+
+
+def test_a_schema_is_an_object_or_the_text_of_one() -> None:
+    for schema in ({"type": "integer"}, '{"type": "integer"}'):
+        found = common_pb2.SamplingParameters()
+        fill_sampling(found, {"json_schema": schema})
+        assert found.json_schema == '{"type": "integer"}'
+    found = common_pb2.SamplingParameters()
+    fill_sampling(found, {"choices": ["a", "b"]})
+    assert params_from_proto(found).choices == ("a", "b")
 
 
 @pytest.mark.asyncio

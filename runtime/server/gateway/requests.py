@@ -12,12 +12,15 @@ from shardray.v1 import common_pb2, inference_pb2
 _MAX_CHOICES = 128
 _MEDIA = ("mm_inputs", "extra_mm_inputs", "media_refs")
 _UNSUPPORTED = frozenset(("kv_transfer_params", "kv_transfer_params_json", *_MEDIA))
-_CONSTRAINTS = ("json_schema", "regex", "grammar", "structural_tag", "json_object", "choice")
-_UNSUPPORTED_SAMPLING = frozenset(("prompt_logprobs", "truncate_prompt_tokens", *_CONSTRAINTS))
+_UNSUPPORTED_SAMPLING = frozenset(("prompt_logprobs", "truncate_prompt_tokens", "structural_tag"))
+_ANY_OBJECT = '{"type": "object"}'
 _INTEGERS = ("top_k", "min_tokens", "ignore_eos")
 _FLOATS = ("min_p", "presence_penalty", "frequency_penalty")
 _FLOATS_UNSET_IF_0 = ("top_p", "repetition_penalty")  # 0 is no value of theirs, and they cannot be absent
-_FIELDS = {"prompt": "input", "token_ids": "tokenized.input_ids", "token_ids.ids": "tokenized.input_ids"}
+_FIELDS = {
+    "prompt": "input", "token_ids": "tokenized.input_ids", "token_ids.ids": "tokenized.input_ids",
+    "sampling.choices": "sampling_params.choice",
+}  # fmt: skip
 
 
 def num_choices(request: vllm_engine_pb2.GenerateRequest) -> int:
@@ -55,7 +58,7 @@ def to_native(
 
 def field_of(native_field: str) -> str:
     """Where a gateway's request has what ``native_field`` names."""
-    if native_field.startswith("sampling."):
+    if native_field.startswith("sampling.") and native_field not in _FIELDS:
         return "sampling_params." + native_field.removeprefix("sampling.")
     return _FIELDS.get(native_field, native_field)
 
@@ -82,7 +85,18 @@ def _sampling(params: vllm_engine_pb2.SamplingParams, index: int) -> common_pb2.
         native.seed = (params.seed + index) % 2**64  # each choice has noise of its own
     for token_id, bias in params.logit_bias.items():
         native.logit_bias[_unsigned("sampling_params.logit_bias", token_id)] = as_written(np.float32(bias))
+    _constrain(native, params)
     return native
+
+
+def _constrain(native: common_pb2.SamplingParameters, params: vllm_engine_pb2.SamplingParams) -> None:
+    match params.WhichOneof("constraint"):
+        case "json_schema" | "regex" | "grammar" as kind:
+            setattr(native, kind, getattr(params, kind))
+        case "json_object" if params.json_object:
+            native.json_schema = _ANY_OBJECT
+        case "choice":
+            native.choices.extend(params.choice.choices)
 
 
 def _unsigned(field: str, value: int) -> int:

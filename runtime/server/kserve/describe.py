@@ -32,6 +32,10 @@ _INPUTS: tuple[tuple[str, Datatype, int], ...] = (
     ("num_beams", "INT32", _ONE),
     ("length_penalty", "FP32", _ONE),
     ("early_stopping", "BOOL", _ONE),
+    ("json_schema", "BYTES", _ONE),
+    ("regex", "BYTES", _ONE),
+    ("grammar", "BYTES", _ONE),
+    ("choices", "BYTES", _ANY),
 )
 OUTPUTS: dict[str, tuple[Datatype, int]] = {
     "text_output": ("BYTES", _ONE),

@@ -6,6 +6,7 @@ those of our own proto, which vLLM shares, and those of the TensorRT-LLM backend
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "return_log_probs": (False,), "return_context_logits": (False,), "return_generation_logits": (False,),
     "return_perf_metrics": (False,), "num_draft_tokens": (0,),
 }  # fmt: skip
+_LISTS = ("stop", "stop_token_ids", "choices")
 _WITHOUT_EFFECT = ("pad_id", "detokenize")
 _MOST_DIGITS = 20
 _MOST_UINT = {FieldDescriptor.CPPTYPE_UINT32: 2**32 - 1, FieldDescriptor.CPPTYPE_UINT64: 2**64 - 1}
@@ -90,10 +92,12 @@ def as_text(name: str, value: Any) -> str:
 def _set(sampling: common_pb2.SamplingParameters, field: FieldDescriptor, name: str, value: Any) -> None:
     if field.name == "logit_bias":
         _set_biases(sampling, value)
-    elif field.name in ("stop", "stop_token_ids"):
+    elif field.name in _LISTS:
         entries = value if isinstance(value, list) else [value]
         entries = [entry for entry in entries if entry != ""] if name == "stop_words" else entries
         getattr(sampling, field.name).extend(_converted(field, name, entry) for entry in entries)
+    elif field.name == "json_schema" and isinstance(value, dict):
+        sampling.json_schema = json.dumps(value)
     else:
         value = 0 if field.name == "top_k" and value == -1 else value  # vLLM's word for all
         setattr(sampling, field.name, _converted(field, name, value))

@@ -1,0 +1,153 @@
+"""Which tokens may come next in a text that has to fit a JSON schema, a regular expression, a grammar or a choice.
+
+llguidance parses (https://github.com/guidance-ai/llguidance); here is what it is asked, and when. What may come next is
+a function of a request's own tokens, so it is the same after a preemption, a recovery, or in another mesh.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from shardray.runtime.engine.coming import HostCopy
+from shardray.runtime.engine.request import Constraint
+from shardray.runtime.model.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+_NUM_COMPILED = 64  # grammars that are kept
+_ANCHOR = "\x02"  # a character that no token has beside others
+_log = logging.getLogger(__name__)
+
+
+class Constraints:
+    """Those of the requests in a sampler's slots.
+
+    A grammar is compiled beside the steps that read the prompt. ``folder``: of the model, whose tokenizer is read for
+    the first request that has a constraint (some 0.4 s for 49,152 tokens), once a process. ``wait`` returns once
+    something holds that the device does.
+    """
+
+    def __init__(
+        self, folder: Path, vocab_size: int, eos_token_ids: Collection[int], device: torch.device,
+        wait: Callable[[Callable[[], bool]], None],
+    ) -> None:  # fmt: skip
+        self._vocabulary = functools.partial(_read_vocabulary, folder, vocab_size, tuple(sorted(eos_token_ids)))
+        self._vocab_size = vocab_size
+        self._device = device
+        self._wait = wait
+        self._slots: dict[int, _Constrained] = {}
+        self._compiled: dict[Constraint, Future[LLMatcher]] = {}  # the one used last comes last
+        self._compiler = ThreadPoolExecutor(1, "constraints")
+
+    def start(self, slot: int, constraint: Constraint, generated_ids: Sequence[int]) -> None:
+        """A request takes a slot behind these tokens of its own."""
+        compiled = self._compiled.pop(constraint, None) or self._compiler.submit(self._compile, constraint)
+        self._compiled[constraint] = compiled
+        if len(self._compiled) > _NUM_COMPILED:
+            del self._compiled[next(iter(self._compiled))]
+        self._slots[slot] = _Constrained(slot, compiled, generated_ids)
+
+    def barred(self, slots: Sequence[int]) -> tuple[np.ndarray[Any, np.dtype[np.bool_]], list[int]]:
+        """(n, vocab_size): whether a token may not come next in each slot; and the rows of which it cannot be told.
+
+        Waits for the tokens that were drawn last in these slots.
+        """
+        masks = np.zeros((len(slots), -(-self._vocab_size // 32)), dtype=np.int32)
+        untold = [row for row, slot in enumerate(slots) if not self._slots[slot].fill(masks[row], self._wait)]
+        masks[untold] = -1
+        bits = np.unpackbits(~masks.view(np.uint8), axis=1, count=self._vocab_size, bitorder="little")
+        return bits.view(np.bool_), untold
+
+    def drawn(self, places: Sequence[tuple[int, int]], tokens: torch.Tensor) -> None:
+        """``tokens`` were drawn; ``places``: the slot and the row of each that is constrained."""
+        copy = HostCopy([tokens], self._device)
+        for slot, row in places:
+            self._slots[slot].drawn = copy, row
+
+    def _compile(self, constraint: Constraint) -> LLMatcher:
+        from llguidance import LLMatcher
+
+        from shardray.runtime.engine.grammar_worker import limits, to_grammar
+
+        return LLMatcher(self._vocabulary(), to_grammar(*constraint), log_level=0, limits=limits())
+
+
+class _Constrained:
+    """One request's place in its grammar."""
+
+    def __init__(self, slot: int, compiled: Future[LLMatcher], generated_ids: Sequence[int]) -> None:
+        self._slot = slot
+        self._compiled = compiled
+        self._generated_ids = generated_ids
+        self._matcher: LLMatcher | None = None
+        self.drawn: tuple[HostCopy, int] | None = None  # the token that is not taken yet, as one of a batch
+
+    def fill(self, mask: np.ndarray[Any, np.dtype[np.int32]], wait: Callable[[Callable[[], bool]], None]) -> bool:
+        """Set a bit for each token that may come next; False, and a line in the log, if that cannot be told."""
+        try:
+            matcher = self._at_its_place(wait)
+            if not matcher.is_error():
+                matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+            fault = matcher.get_error()
+        except (ValueError, OSError) as error:
+            fault = str(error)
+        if fault:
+            _log.warning("the constraint of slot %d cannot be kept: %s", self._slot, fault)
+        return not fault
+
+    def _at_its_place(self, wait: Callable[[Callable[[], bool]], None]) -> LLMatcher:
+        """Behind all tokens. Behind the one that ends the text nothing is taken: what is drawn there is for nobody."""
+        matcher = self._matcher
+        if matcher is None:
+            matcher = self._matcher = self._compiled.result().deep_copy()
+            matcher.consume_tokens(list(self._generated_ids))
+        if self.drawn is not None:
+            copy, row = self.drawn
+            self.drawn = None
+            if not copy.is_there:
+                wait(copy.ready)
+            token_id = int(copy.tensors[0][row])
+            if token_id >= 0 and not matcher.is_stopped():
+                matcher.consume_token(token_id)
+        return matcher
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance wants to see it."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_id: int) -> None:
+        """``vocab_size``: the model's, which may have room for more tokens than there are."""
+        self.eos_token_id = eos_token_id
+        self.special_token_ids = sorted(token_id for token_id in tokenizer.special_token_ids if token_id < vocab_size)
+        known = range(min(vocab_size, tokenizer.vocab_size))
+        self.tokens = [tokenizer.piece(token_id) for token_id in known] + [b""] * (vocab_size - len(known))
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        """As it is written within a text: at its beginning some tokenizers put a blank."""
+        ids, written = self._tokenizer.encode(f"{_ANCHOR}{text}", add_special_tokens=False), text.encode()
+        for begin in range(1, len(ids)):
+            if b"".join(self.tokens[token_id] for token_id in ids[begin:]) == written:
+                return ids[begin:]
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+@functools.lru_cache(1)
+def _read_vocabulary(folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
+    """There has to be an end-of-sequence token. Raises TokenizerError."""
+    from llguidance import LLTokenizer
+
+    vocabulary = _Vocabulary(Tokenizer.load(folder), vocab_size, eos_token_ids[0])
+    return LLTokenizer(vocabulary, vocab_size, list(eos_token_ids))  # type: ignore[arg-type] # a class of its own is asked for
