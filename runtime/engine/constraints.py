@@ -149,5 +149,5 @@ def _read_vocabulary(folder: Path, vocab_size: int, eos_token_ids: tuple[int, ..
     """There has to be an end-of-sequence token. Raises TokenizerError."""
     from llguidance import LLTokenizer
 
-    vocabulary = _Vocabulary(Tokenizer.load(folder), vocab_size, eos_token_ids[0])
+    vocabulary = _Vocabulary(Tokenizer.load(folder, chats=False), vocab_size, eos_token_ids[0])
     return LLTokenizer(vocabulary, vocab_size, list(eos_token_ids))  # type: ignore[arg-type] # a class of its own is asked for

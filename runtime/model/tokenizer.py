@@ -44,8 +44,11 @@ class Tokenizer:
         self._pieces: dict[int, bytes] = {}
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
-        """Read the tokenizer of ``folder``. Raises TokenizerError or ChatTemplateError, naming the fix."""
+    def load(cls, folder: Path, chats: bool = True) -> Tokenizer:
+        """Read the tokenizer of ``folder``, with its chat template if ``chats``.
+
+        Raises TokenizerError or ChatTemplateError, naming the fix.
+        """
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise TokenizerError(
@@ -57,7 +60,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{path}: tokenizers {tokenizers.__version__} cannot read it: {error}") from error
         has_encoder = bool(read_json(folder / "config.json").get("is_encoder_decoder"))
-        return cls(backend, ChatTemplate.load(folder), not has_encoder, folder)
+        return cls(backend, ChatTemplate.load(folder) if chats else None, not has_encoder, folder)
 
     @classmethod
     def load_optional(cls, folder: Path) -> Tokenizer | None:

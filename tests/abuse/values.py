@@ -205,7 +205,7 @@ HUGE: dict[str, Callable[[], inference_pb2.GenerateRequest]] = {
         token_ids=_one, sampling=_Sampling(logit_bias=dict.fromkeys(range(_MANY // 16), 1.0))
     ),
     "sampling.json_schema": lambda: _Request(token_ids=_one, sampling=_Sampling(json_schema="[" * _MANY)),
-    "sampling.choices": lambda: _Request(token_ids=_one, sampling=_Sampling(choices=["x"] * (_MANY // 3))),
+    "sampling.choices": lambda: _Request(token_ids=_one, sampling=_Sampling(choices=["x"] * (_MANY // 4))),
     "chat.messages": lambda: _Request(chat=inference_pb2.ChatMessages(messages=[_turn] * (_MANY // 6))),
     "request_id": lambda: _Request(token_ids=_one, request_id="x" * _MANY),
 }

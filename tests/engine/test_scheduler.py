@@ -236,13 +236,15 @@ def test_nothing_is_planned_past_a_length_that_is_known_ahead() -> None:
 # Frames, limits and figures
 
 
-def test_ids_travel_with_a_start_only_when_the_sampler_penalizes() -> None:
+def test_ids_travel_with_a_start_only_when_the_sampler_penalizes_or_constrains() -> None:
     scheduler = Scheduler(LIMITS)
     add(scheduler, "plain", prompt_len=2, generated_ids=(PLAIN_ID,))
     add(scheduler, "penalized", 2, generated_ids=(PLAIN_ID,), params=SamplingParams(presence_penalty=0.5))
-    plain, penalized = planned(scheduler).starts
+    add(scheduler, "constrained", 2, generated_ids=(PLAIN_ID,), params=SamplingParams(regex="a+"))
+    plain, penalized, constrained = planned(scheduler).starts
     assert (plain.prompt_ids, plain.generated_ids, plain.num_generated) == ((), (), 1)
     assert (penalized.prompt_ids, penalized.generated_ids, penalized.num_generated) == ((100, 101), (PLAIN_ID,), 1)
+    assert (constrained.prompt_ids, constrained.generated_ids, constrained.num_generated) == ((), (PLAIN_ID,), 1)
 
 
 @pytest.mark.parametrize(
