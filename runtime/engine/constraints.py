@@ -7,11 +7,12 @@ a function of a request's own tokens, so it is the same after a preemption, a re
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 _NUM_COMPILED = 64  # grammars that are kept
 _ANCHOR = "\x02"  # a character that no token has beside others
 _log = logging.getLogger(__name__)
+
+Masks: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]  # a bit for each token
+Drafted: TypeAlias = Mapping[int, Sequence[int]]  # by slot
 
 
 class Constraints:
@@ -56,22 +60,27 @@ class Constraints:
             del self._compiled[next(iter(self._compiled))]
         self._slots[slot] = _Constrained(slot, compiled, generated_ids)
 
-    def barred(self, slots: Sequence[int]) -> tuple[np.ndarray[Any, np.dtype[np.bool_]], list[int]]:
+    def barred(self, slots: Sequence[int], drafted: Drafted) -> tuple[np.ndarray[Any, np.dtype[np.bool_]], list[int]]:
         """(n, vocab_size): whether a token may not come next in each slot; and the rows of which it cannot be told.
 
-        Waits for the tokens that were drawn last in these slots.
+        A slot with drafted tokens comes once more for each, in a row. Waits for what was drawn last in these slots.
         """
-        masks = np.zeros((len(slots), -(-self._vocab_size // 32)), dtype=np.int32)
-        untold = [row for row, slot in enumerate(slots) if not self._slots[slot].fill(masks[row], self._wait)]
-        masks[untold] = -1
+        masks = np.full((len(slots), -(-self._vocab_size // 32)), -1, dtype=np.int32)
+        untold, row = [], 0
+        for slot, rows in itertools.groupby(slots):
+            own = masks[row : row + len(list(rows))]
+            if (told := self._slots[slot].fill(own, drafted.get(slot, ()), self._wait)) < len(own):
+                own[told] = -1
+                untold.append(row + told)
+            row += len(own)
         bits = np.unpackbits(~masks.view(np.uint8), axis=1, count=self._vocab_size, bitorder="little")
         return bits.view(np.bool_), untold
 
-    def drawn(self, places: Sequence[tuple[int, int]], tokens: torch.Tensor) -> None:
-        """``tokens`` were drawn; ``places``: the slot and the row of each that is constrained."""
+    def drawn(self, rows: Mapping[int, int], tokens: torch.Tensor, drafted: Drafted) -> None:
+        """``tokens`` were drawn; ``rows``: by slot, the first one of each that is constrained."""
         copy = HostCopy([tokens], self._device)
-        for slot, row in places:
-            self._slots[slot].drawn = copy, row
+        for slot, row in rows.items():
+            self._slots[slot].drawn = _Drawn(copy, row, drafted.get(slot, ()))
 
     def _compile(self, constraint: Constraint) -> LLMatcher:
         from llguidance import LLMatcher
@@ -79,6 +88,22 @@ class Constraints:
         from shardray.runtime.engine.grammar_worker import limits, to_grammar
 
         return LLMatcher(self._vocabulary(), to_grammar(*constraint), log_level=0, limits=limits())
+
+
+class _Drawn(NamedTuple):
+    """What was drawn last for a request, one token of a batch and one behind each that was drafted."""
+
+    copy: HostCopy
+    row: int
+    drafted_ids: Sequence[int]
+
+    def taken(self) -> Iterator[int]:
+        """Those that the scheduler takes, see ``Sequence.resolve``."""
+        token_ids = self.copy.tensors[0][self.row : self.row + len(self.drafted_ids) + 1].tolist()
+        for token_id, drafted_id in zip(token_ids, (*self.drafted_ids, None), strict=True):
+            yield token_id
+            if token_id != drafted_id:
+                break
 
 
 class _Constrained:
@@ -89,20 +114,32 @@ class _Constrained:
         self._compiled = compiled
         self._generated_ids = generated_ids
         self._matcher: LLMatcher | None = None
-        self.drawn: tuple[HostCopy, int] | None = None  # the token that is not taken yet, as one of a batch
+        self.drawn: _Drawn | None = None  # and not taken yet
 
-    def fill(self, mask: np.ndarray[Any, np.dtype[np.int32]], wait: Callable[[Callable[[], bool]], None]) -> bool:
-        """Set a bit for each token that may come next; False, and a line in the log, if that cannot be told."""
+    def fill(self, masks: Masks, drafted_ids: Sequence[int], wait: Callable[[Callable[[], bool]], None]) -> int:
+        """Leave a bit for each token that may come next, in a row of its own behind each drafted one.
+
+        Rows behind one that may not come are left alone: what is drawn there is for nobody. Returns the first row of
+        which it cannot be told, with a line in the log, or how many there are.
+        """
+        told = 0
         try:
             matcher = self._at_its_place(wait)
-            if not matcher.is_error():
-                matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-            fault = matcher.get_error()
+            for told, mask in enumerate(masks):
+                if told:
+                    drafted_id = drafted_ids[told - 1]
+                    if not masks[told - 1, drafted_id // 32] >> (drafted_id % 32) & 1:
+                        break
+                    matcher = matcher.deep_copy() if told == 1 else matcher
+                    matcher.consume_token(drafted_id)
+                if not matcher.is_error():
+                    matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+                if matcher.is_error():
+                    raise ValueError(matcher.get_error())
         except (ValueError, OSError) as error:
-            fault = str(error)
-        if fault:
-            _log.warning("the constraint of slot %d cannot be kept: %s", self._slot, fault)
-        return not fault
+            _log.warning("the constraint of slot %d cannot be kept: %s", self._slot, error)
+            return told
+        return len(masks)
 
     def _at_its_place(self, wait: Callable[[Callable[[], bool]], None]) -> LLMatcher:
         """Behind all tokens. Behind the one that ends the text nothing is taken: what is drawn there is for nobody."""
@@ -110,14 +147,13 @@ class _Constrained:
         if matcher is None:
             matcher = self._matcher = self._compiled.result().deep_copy()
             matcher.consume_tokens(list(self._generated_ids))
-        if self.drawn is not None:
-            copy, row = self.drawn
-            self.drawn = None
-            if not copy.is_there:
-                wait(copy.ready)
-            token_id = int(copy.tensors[0][row])
-            if token_id >= 0 and not matcher.is_stopped():
-                matcher.consume_token(token_id)
+        drawn, self.drawn = self.drawn, None
+        if drawn is not None:
+            if not drawn.copy.is_there:
+                wait(drawn.copy.ready)
+            for token_id in drawn.taken():
+                if token_id >= 0 and not matcher.is_stopped():
+                    matcher.consume_token(token_id)
         return matcher
 
 

@@ -157,7 +157,7 @@ class ShardRunner:
         draw = Draw(torch.zeros_like(slots))
         logits = None if output.out is None else self._decoder.gather(output.out)
         if self._sampler is not None and logits is not None:
-            draw = self._sampler.draw(logits, plan.sampled)
+            draw = self._sampler.draw(logits, plan.sampled, plan.drafted)
         if len(slots) and self._mesh.spec.pp_size == 1:
             self._slots.set_last_tokens(slots, self._mesh.tp.broadcast(draw.tokens))
         return draw

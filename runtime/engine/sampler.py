@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from shardray.runtime.engine.beams import num_candidates
-from shardray.runtime.engine.constraints import Constraints
+from shardray.runtime.engine.constraints import Constraints, Drafted
 from shardray.runtime.engine.inputs import to_device
 from shardray.runtime.engine.noise import hash_token_ids, noise_key
 from shardray.runtime.engine.penalties import SeenTokens
@@ -24,6 +24,7 @@ from shardray.runtime.engine.race import Choice, choose_at_random, choose_greedi
 from shardray.runtime.engine.step import UNCONSTRAINED, Sampled, SlotStart
 
 _MAX_TOP_LOGPROBS = 20  # the most that SamplingParams takes; always found, so that ties do not depend on the batch
+_NOTHING: Drafted = {}
 
 
 class _Slot:
@@ -104,18 +105,18 @@ class Sampler:
         if start.params.penalizes:
             self._seen.start(start.slot, start.prompt_ids, start.generated_ids)
 
-    def draw(self, logits: torch.Tensor, places: Sequence[tuple[int, int]]) -> Draw:
+    def draw(self, logits: torch.Tensor, places: Sequence[tuple[int, int]], drafted: Drafted = _NOTHING) -> Draw:
         """Draw a token for each row. Waits for the device only for what it drew last in a slot with a constraint.
 
         ``logits``: (num_rows, vocab_size) float32 on the device, which this may change. ``places``: of each row the
         slot, and the index of the new token in its prompt + output. Only a slot whose tokens do not depend on those
-        before them (no penalties, no constraint, min_tokens reached) may appear several times.
+        before them (no penalties, min_tokens reached) may appear several times: once more for each ``drafted`` token.
         """
         states, positions = [self._slots[slot] for slot, _ in places], [position for _, position in places]
         if beams := [row for row, state in enumerate(states) if state.searches]:
             # As in ``transformers``, what follows is done to log probabilities, and what is barred had its share.
             logits[self._index(beams)] = self._take(logits, beams).log_softmax(dim=-1)
-        unconstrained = self._process(logits, states)
+        unconstrained = self._process(logits, states, drafted)
         choices = self._choose(logits, states, positions)
         if len(choices) == 1:  # of all rows in their order
             tokens = choices[0].tokens
@@ -123,11 +124,11 @@ class Sampler:
             tokens = torch.zeros(len(states), dtype=torch.int64, device=self._device)
             for choice in choices:
                 tokens[self._index(choice.rows)] = choice.tokens
-        self._advance(states, tokens)
+        self._advance(states, tokens, drafted)
         found = [own for choice in choices if (own := self._logprobs(choice, states))]
         return Draw(tokens, [*found, *self._candidates(logits, beams, states)], unconstrained)
 
-    def _process(self, logits: torch.Tensor, states: Sequence[_Slot]) -> Sequence[int]:
+    def _process(self, logits: torch.Tensor, states: Sequence[_Slot], drafted: Drafted) -> Sequence[int]:
         """Logit bias, penalties, min_tokens and constraints, in place; the rows whose constraint cannot be kept."""
         biased = [(row, *item) for row, state in enumerate(states) for item in state.params.logit_bias.items()]
         if biased:
@@ -144,7 +145,7 @@ class Sampler:
         constrained = [row for row, state in enumerate(states) if state.constraint is not None]
         if not constrained or self._constraints is None:
             return ()
-        barred_ids, untold = self._constraints.barred([states[row].slot for row in constrained])
+        barred_ids, untold = self._constraints.barred([states[row].slot for row in constrained], drafted)
         own = self._take(logits, constrained).masked_fill_(to_device(barred_ids, self._device), -torch.inf)
         if own is not logits:
             logits[self._index(constrained)] = own
@@ -163,16 +164,18 @@ class Sampler:
             choices += choose_at_random(scores, others, params, keys, self._hashed_ids, self._num_threads)
         return choices
 
-    def _advance(self, states: Sequence[_Slot], tokens: torch.Tensor) -> None:
+    def _advance(self, states: Sequence[_Slot], tokens: torch.Tensor, drafted: Drafted) -> None:
         """Count the tokens for what depends on them: min_tokens, the penalties and the constraints."""
         for state in states:
             state.num_barred -= state.num_barred > 0
         penalized = [row for row, state in enumerate(states) if state.params.penalizes]
         if penalized:
             self._seen.add([states[row].slot for row in penalized], self._take(tokens, penalized).clamp_min(0))
-        constrained = [(state.slot, row) for row, state in enumerate(states) if state.constraint is not None]
-        if constrained and self._constraints is not None:
-            self._constraints.drawn(constrained, tokens)
+        if self._constraints is not None:
+            # Of several rows of a slot the first one: it comes last here.
+            constrained = {state.slot: row for row, state in reversed([*enumerate(states)]) if state.constraint}
+            if constrained:
+                self._constraints.drawn(constrained, tokens, drafted)
 
     def _logprobs(self, choice: Choice, states: Sequence[_Slot]) -> _Logprobs | None:
         """The winner's logprob and the best ones, of the rows that want any."""

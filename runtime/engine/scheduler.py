@@ -64,7 +64,7 @@ class Scheduler:
         searches, encoder = params.num_beams > 1, self._limits.encoder
         token_ids = [*given_ids, *(() if searches else request.generated_ids)]
         encoder_ids = request.prompt_ids if encoder is not None else ()
-        drafts = self._limits.max_draft_tokens and not (params.penalizes or params.constraint or searches)
+        drafts = self._limits.max_draft_tokens and not (params.penalizes or searches)
         sequence = Sequence(
             request=request,
             urgency=(-request.priority, -self._num_arrivals),

@@ -91,6 +91,11 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
             for back in range(row.num_sampled - 1, -1, -1)
         ]
 
+    @property
+    def drafted(self) -> dict[int, tuple[int, ...]]:
+        """By slot, the drafted tokens of rows that have some."""
+        return {row.slot: row.drafted_ids for row in self.rows if row.num_drafted}
+
 
 class Sampled(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One new token, or why there is none: NOT_FINITE, UNCONSTRAINED."""

@@ -145,17 +145,20 @@ def test_a_mesh_goes_on_where_an_earlier_one_left_off(pool: RankPool, tiny: Refe
         assert request.generated_ids + tuple(served.token_ids(request.request_id)) == whole[request.params.regex or ""]
 
 
-def test_drafted_tokens_beside_it_change_nothing(pool: RankPool, tiny: Reference) -> None:
-    repeats = EngineRequest(
-        request_id="free",
-        prompt_ids=(5, 6, 7) * 8,
-        params=SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
-    )
-    with pool.mesh(tiny.folder, 1, 1, max_draft_tokens=8) as mesh:
-        served = mesh.serve([repeats, *(constrained(pattern, pattern) for pattern in PATTERNS)])
-    assert served.token_ids("free") == tiny.greedy(repeats.prompt_ids, 40)
-    for pattern in PATTERNS:
-        assert tuple(served.token_ids(pattern)) == expected_ids(tiny, pattern, 24)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2)], ids=str)
+def test_drafted_tokens_change_nothing(pool: RankPool, tiny: Reference, shape: tuple[int, int]) -> None:
+    patterns = [*PATTERNS, "(abc-[0-9]{2};){4,}", "((one|two), )+"]
+    params = SamplingParams(temperature=1.0, max_tokens=60, regex="(key: [a-d]{1,3}\n)+", seed=4)
+    drawn = EngineRequest(request_id="drawn", prompt_ids=PROMPT, params=params)
+    requests = [*(constrained(pattern, pattern, max_tokens=40) for pattern in patterns), drawn]
+    with pool.mesh(tiny.folder, *shape) as mesh:
+        plain = mesh.serve([drawn])
+    with pool.mesh(tiny.folder, *shape, max_draft_tokens=8) as mesh:
+        served = mesh.serve(requests)
+    assert served.stats.num_drafted_tokens > served.stats.num_accepted_tokens > 20
+    for pattern in patterns:
+        assert tuple(served.token_ids(pattern)) == expected_ids(tiny, pattern, 40)
+    assert served.token_ids("drawn") == plain.token_ids("drawn")
 
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: str(schema)[:40])
@@ -271,8 +274,8 @@ def test_texts_are_read_by_the_tokens_that_write_them(name: str, tmp_path: Path)
     constraints.start(1, params.constraint, ())
     for count in range(len(ids) + 1):
         constraints.start(0, params.constraint, ids[:count])
-        (barred, in_steps), untold = constraints.barred([0, 1])
-        constraints.drawn([(1, 0)], torch.tensor(ids[count : count + 1]))
+        (barred, in_steps), untold = constraints.barred([0, 1], {})
+        constraints.drawn({1: 0}, torch.tensor(ids[count : count + 1]), {})
         assert untold == []
         assert barred.shape == (tokenizer.vocab_size + 7,)
         assert (barred == in_steps).all()
