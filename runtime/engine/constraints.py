@@ -36,7 +36,7 @@ class Constraints:
     """Those of the requests in a sampler's slots.
 
     A grammar is compiled beside the steps that read the prompt. ``folder``: of the model, whose tokenizer is read for
-    the first request that has a constraint (some 0.4 s for 49,152 tokens), once a process. ``wait`` returns once
+    the first request that has a constraint (some 0.3 s for 49,152 tokens), once a process. ``wait`` returns once
     something holds that the device does.
     """
 

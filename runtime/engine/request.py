@@ -138,6 +138,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise FieldError(given[1], f"cannot stand beside {given[0]}; a text has one constraint")
         if "" in (self.json_schema, self.regex, self.grammar, *self.choices):
             raise FieldError(given[0], "is empty" if given[0] != "choices" else "a choice may not be empty")
+        try:
+            json.dumps(self.json_schema)
+        except (TypeError, ValueError) as error:
+            raise FieldError("json_schema", f"is no JSON: {error}") from None
         for name, unset in _NOT_WITH_CONSTRAINT.items():
             if getattr(self, name) != unset:
                 raise FieldError(name, f"cannot be kept: {given[0]} says where the text ends; leave it unset with it")

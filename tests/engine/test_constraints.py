@@ -233,6 +233,7 @@ def test_a_model_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     [
         ({"regex": "a", "choices": ("b",)}, "choices"),
         ({"json_schema": ""}, "json_schema"),
+        ({"json_schema": {"enum": {1, 2}}}, "json_schema"),
         ({"choices": ("a", "")}, "choices"),
         ({"regex": "a", "ignore_eos": True}, "ignore_eos"),
         ({"grammar": "start: /a/", "min_tokens": 2}, "min_tokens"),
