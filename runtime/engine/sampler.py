@@ -100,8 +100,8 @@ class Sampler:
     def start(self, start: SlotStart) -> None:
         """A request takes a slot, anew or again after a preemption; whatever the slot held is forgotten."""
         self._slots[start.slot] = state = _Slot(start, self._eos_token_ids)
-        if state.constraint is not None and self._constraints is not None:
-            self._constraints.start(start.slot, state.constraint, start.generated_ids)
+        if state.constraint is not None:
+            self._kept.start(start.slot, state.constraint, start.generated_ids)
         if start.params.penalizes:
             self._seen.start(start.slot, start.prompt_ids, start.generated_ids)
 
@@ -116,7 +116,9 @@ class Sampler:
         if beams := [row for row, state in enumerate(states) if state.searches]:
             # As in ``transformers``, what follows is done to log probabilities, and what is barred had its share.
             logits[self._index(beams)] = self._take(logits, beams).log_softmax(dim=-1)
-        unconstrained = self._process(logits, states, drafted)
+        self._process(logits, states)
+        constrained = [row for row, state in enumerate(states) if state.constraint is not None]
+        unconstrained = self._bar(logits, states, constrained, drafted) if constrained else ()
         choices = self._choose(logits, states, positions)
         if len(choices) == 1:  # of all rows in their order
             tokens = choices[0].tokens
@@ -124,12 +126,20 @@ class Sampler:
             tokens = torch.zeros(len(states), dtype=torch.int64, device=self._device)
             for choice in choices:
                 tokens[self._index(choice.rows)] = choice.tokens
-        self._advance(states, tokens, drafted)
+        self._advance(states, tokens)
+        if constrained:  # of a slot that comes several times the first row, last here
+            self._kept.drawn({states[row].slot: row for row in reversed(constrained)}, tokens, drafted)
         found = [own for choice in choices if (own := self._logprobs(choice, states))]
         return Draw(tokens, [*found, *self._candidates(logits, beams, states)], unconstrained)
 
-    def _process(self, logits: torch.Tensor, states: Sequence[_Slot], drafted: Drafted) -> Sequence[int]:
-        """Logit bias, penalties, min_tokens and constraints, in place; the rows whose constraint cannot be kept."""
+    @property
+    def _kept(self) -> Constraints:
+        if self._constraints is None:
+            raise RuntimeError("this sampler was made for requests without constraints")
+        return self._constraints
+
+    def _process(self, logits: torch.Tensor, states: Sequence[_Slot]) -> None:
+        """Logit bias, penalties and min_tokens, in place."""
         biased = [(row, *item) for row, state in enumerate(states) for item in state.params.logit_bias.items()]
         if biased:
             rows, token_ids, biases = zip(*biased, strict=True)
@@ -142,14 +152,16 @@ class Sampler:
         if barred:
             rows, token_ids = zip(*barred, strict=True)
             logits[self._index(rows), self._index(token_ids)] = -torch.inf
-        constrained = [row for row, state in enumerate(states) if state.constraint is not None]
-        if not constrained or self._constraints is None:
-            return ()
-        barred_ids, untold = self._constraints.barred([states[row].slot for row in constrained], drafted)
-        own = self._take(logits, constrained).masked_fill_(to_device(barred_ids, self._device), -torch.inf)
+
+    def _bar(
+        self, logits: torch.Tensor, states: Sequence[_Slot], rows: Sequence[int], drafted: Drafted
+    ) -> Sequence[int]:
+        """What the constraints of these rows leave no place for, in place; those of which that cannot be told."""
+        barred, untold = self._kept.barred([states[row].slot for row in rows], drafted)
+        own = self._take(logits, rows).masked_fill_(to_device(barred, self._device), -torch.inf)
         if own is not logits:
-            logits[self._index(constrained)] = own
-        return [constrained[row] for row in untold]
+            logits[self._index(rows)] = own
+        return [rows[row] for row in untold]
 
     def _choose(self, logits: torch.Tensor, states: Sequence[_Slot], positions: Sequence[int]) -> list[Choice]:
         greedy = [row for row, state in enumerate(states) if state.params.greedy]
@@ -164,18 +176,13 @@ class Sampler:
             choices += choose_at_random(scores, others, params, keys, self._hashed_ids, self._num_threads)
         return choices
 
-    def _advance(self, states: Sequence[_Slot], tokens: torch.Tensor, drafted: Drafted) -> None:
-        """Count the tokens for what depends on them: min_tokens, the penalties and the constraints."""
+    def _advance(self, states: Sequence[_Slot], tokens: torch.Tensor) -> None:
+        """Count the tokens for what depends on them: min_tokens and the penalties."""
         for state in states:
             state.num_barred -= state.num_barred > 0
         penalized = [row for row, state in enumerate(states) if state.params.penalizes]
         if penalized:
             self._seen.add([states[row].slot for row in penalized], self._take(tokens, penalized).clamp_min(0))
-        if self._constraints is not None:
-            # Of several rows of a slot the first one: it comes last here.
-            constrained = {state.slot: row for row, state in reversed([*enumerate(states)]) if state.constraint}
-            if constrained:
-                self._constraints.drawn(constrained, tokens, drafted)
 
     def _logprobs(self, choice: Choice, states: Sequence[_Slot]) -> _Logprobs | None:
         """The winner's logprob and the best ones, of the rows that want any."""
