@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from shardray import LLM, SamplingParams
+from tests.chaos.tiny import save_tiny
 from tests.engine.test_same_tokens import check_tokens, make_arrivals
 from tests.ranks import RankPool
 from tests.tiny_models import Reference, save_gpt2, save_llama
@@ -49,6 +50,18 @@ def test_half_precision_answers_sensibly(dtype: str) -> None:
     with LLM("smollm2-135m", dtype=dtype, device="cuda:0", max_model_len=1024) as llm:
         params = SamplingParams(temperature=0.0, max_tokens=24)
         assert "Paris" in llm.generate("The capital of France is", params)[0].text
+
+
+@pytest.mark.parametrize("max_draft_tokens", [0, 8])
+def test_constrained_tokens_are_those_of_a_cpu_beside_others(tmp_path: Path, max_draft_tokens: int) -> None:
+    folder = save_tiny(tmp_path)
+    constraints = [{"regex": "(abc-[0-9]{2};){4,}"}, {"json_schema": {"type": "array", "minItems": 3}}, {}]
+    params = [SamplingParams(temperature=0.0, max_tokens=60, **constraint) for constraint in constraints * 2]
+    found = []
+    for device in ("cpu", "cuda:0"):
+        with LLM(folder, dtype="float32", device=device, max_draft_tokens=max_draft_tokens) as llm:
+            found.append([one.token_ids for one in llm.generate([tuple(b"What now? ")] * len(params), params)])
+    assert found[0] == found[1]
 
 
 def test_pages_are_sized_from_what_the_device_has_left(tmp_path: Path) -> None:
