@@ -11,6 +11,7 @@ import itertools
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -19,24 +20,27 @@ import torch
 
 from shardray.runtime.engine.coming import HostCopy
 from shardray.runtime.engine.request import Constraint
+from shardray.runtime.engine.step import NOT_YET, UNCONSTRAINED
 from shardray.runtime.model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 _NUM_COMPILED = 64  # grammars that are kept
+_MOMENT_S = 0.005
 _ANCHOR = "\x02"  # a character that no token has beside others
 _log = logging.getLogger(__name__)
 
 Masks: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]  # a bit for each token
 Drafted: TypeAlias = Mapping[int, Sequence[int]]  # by slot
+Instead: TypeAlias = Mapping[int, int]  # by row: why it has no token
 
 
 class Constraints:
     """Those of the requests in a sampler's slots.
 
-    A grammar is compiled beside the steps that read the prompt. ``folder``: of the model, whose tokenizer is read for
-    the first request that has a constraint (some 0.3 s for 49,152 tokens), once a process. ``wait`` returns once
+    A grammar is compiled beside the steps, which go on without it. ``folder``: of the model, whose tokenizer is read
+    for the first request that has a constraint (some 0.4 s for 49,152 tokens), once a process. ``wait`` returns once
     something holds that the device does.
     """
 
@@ -60,21 +64,24 @@ class Constraints:
             del self._compiled[next(iter(self._compiled))]
         self._slots[slot] = _Constrained(slot, compiled, generated_ids)
 
-    def barred(self, slots: Sequence[int], drafted: Drafted) -> tuple[np.ndarray[Any, np.dtype[np.bool_]], list[int]]:
+    def barred(self, slots: Sequence[int], drafted: Drafted) -> tuple[np.ndarray[Any, np.dtype[np.bool_]], Instead]:
         """(n, vocab_size): whether a token may not come next in each slot; and the rows of which it cannot be told.
 
-        A slot with drafted tokens comes once more for each, in a row. Waits for what was drawn last in these slots.
+        A slot with drafted tokens comes once more for each, in a row. Waits for what was drawn last in these slots, and
+        for no grammar longer than a moment.
         """
         masks = np.full((len(slots), -(-self._vocab_size // 32)), -1, dtype=np.int32)
-        untold, row = [], 0
+        instead, row = {}, 0
         for slot, rows in itertools.groupby(slots):
-            own = masks[row : row + len(list(rows))]
-            if (told := self._slots[slot].fill(own, drafted.get(slot, ()), self._wait)) < len(own):
+            own, constrained = masks[row : row + len(list(rows))], self._slots[slot]
+            if not constrained.is_compiled():
+                instead[row] = NOT_YET
+            elif (told := constrained.fill(own, drafted.get(slot, ()), self._wait)) < len(own):
                 own[told] = -1
-                untold.append(row + told)
+                instead[row + told] = UNCONSTRAINED
             row += len(own)
         bits = np.unpackbits(~masks.view(np.uint8), axis=1, count=self._vocab_size, bitorder="little")
-        return bits.view(np.bool_), untold
+        return bits.view(np.bool_), instead
 
     def drawn(self, rows: Mapping[int, int], tokens: torch.Tensor, drafted: Drafted) -> None:
         """``tokens`` were drawn; ``rows``: by slot, the first one of each that is constrained."""
@@ -115,6 +122,10 @@ class _Constrained:
         self._generated_ids = generated_ids
         self._matcher: LLMatcher | None = None
         self.drawn: _Drawn | None = None  # and not taken yet
+
+    def is_compiled(self) -> bool:
+        """Whether its grammar is, or cannot be; most are by the time they are asked for, or in a moment."""
+        return self._matcher is not None or not wait_for([self._compiled], _MOMENT_S).not_done
 
     def fill(self, masks: Masks, drafted_ids: Sequence[int], wait: Callable[[Callable[[], bool]], None]) -> int:
         """Leave a bit for each token that may come next, in a row of its own behind each drafted one.

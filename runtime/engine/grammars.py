@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 from shardray.runtime.engine.request import Constraint, FieldError
 from shardray.runtime.model.sandbox import Sandbox, SandboxError
 
-_NUM_KNOWN = 256  # constraints that are known to be good
-_SANDBOX = Sandbox(Path(__file__).with_name("grammar_worker.py"), "what the text has to fit")
+_MAX_KNOWN = 256
+_MAX_PROCESSOR_S = 1.0  # hosts will spend as much
+_SANDBOX = Sandbox(
+    Path(__file__).with_name("grammar_worker.py"), "what the text has to fit", max_processor_s=_MAX_PROCESSOR_S
+)
+_known: dict[Constraint, None] = {}  # to be good; the one that was used last comes last
+
+
+def is_known(constraint: Constraint) -> bool:
+    """Whether it was checked lately, and can be kept."""
+    is_known = constraint in _known
+    if is_known:
+        _remember(constraint)
+    return is_known
 
 
 def check_constraint(constraint: Constraint) -> None:
     """Takes milliseconds, and a tenth of a second the first time. Raises FieldError for what cannot be kept."""
+    if is_known(constraint):
+        return
     try:
-        _check(constraint)
+        _SANDBOX.ask(constraint._asdict())
     except SandboxError as error:
         raise FieldError(constraint.kind, " ".join(str(error).split())) from None
+    _remember(constraint)
 
 
-@functools.lru_cache(_NUM_KNOWN)
-def _check(constraint: Constraint) -> None:
-    _SANDBOX.ask(constraint._asdict())
+def _remember(constraint: Constraint) -> None:
+    _known.pop(constraint, None)
+    _known[constraint] = None
+    while len(_known) > _MAX_KNOWN:
+        _known.pop(next(iter(_known)), None)

@@ -16,15 +16,16 @@ from typing import NamedTuple
 import torch
 
 from shardray.runtime.engine.beams import num_candidates
-from shardray.runtime.engine.constraints import Constraints, Drafted
+from shardray.runtime.engine.constraints import Constraints, Drafted, Instead
 from shardray.runtime.engine.inputs import to_device
 from shardray.runtime.engine.noise import hash_token_ids, noise_key
 from shardray.runtime.engine.penalties import SeenTokens
 from shardray.runtime.engine.race import Choice, choose_at_random, choose_greedily
-from shardray.runtime.engine.step import UNCONSTRAINED, Sampled, SlotStart
+from shardray.runtime.engine.step import Sampled, SlotStart
 
 _MAX_TOP_LOGPROBS = 20  # the most that SamplingParams takes; always found, so that ties do not depend on the batch
 _NOTHING: Drafted = {}
+_NONE: Instead = {}
 
 
 class _Slot:
@@ -53,12 +54,12 @@ class _Logprobs(NamedTuple):
 class Draw(NamedTuple):
     """The tokens of a batch, (num_rows,) int64, and the logprobs that were asked for; all still on the device.
 
-    NOT_FINITE where the logits are not. ``unconstrained``: rows whose constraint cannot be kept.
+    NOT_FINITE where the logits are not. ``instead``: why rows have none, as far as their constraints are the reason.
     """
 
     tokens: torch.Tensor
     logprobs: Sequence[_Logprobs] = ()
-    unconstrained: Sequence[int] = ()
+    instead: Instead = _NONE
 
     def tensors(self) -> list[torch.Tensor]:
         """What ``read`` needs on the host."""
@@ -73,8 +74,8 @@ class Draw(NamedTuple):
                 ranked = sorted(zip(token_ids[i], best[i], strict=True), key=lambda pair: (-pair[1], pair[0]))
                 top = tuple(pair for pair in ranked if math.isfinite(pair[1]))[:limit]
                 sampled[row] = Sampled(sampled[row].token_id, won[i], top)
-        for row in self.unconstrained:
-            sampled[row] = Sampled(UNCONSTRAINED)
+        for row, reason in self.instead.items():
+            sampled[row] = Sampled(reason)
         return sampled
 
 
@@ -118,7 +119,7 @@ class Sampler:
             logits[self._index(beams)] = self._take(logits, beams).log_softmax(dim=-1)
         self._process(logits, states)
         constrained = [row for row, state in enumerate(states) if state.constraint is not None]
-        unconstrained = self._bar(logits, states, constrained, drafted) if constrained else ()
+        instead = self._bar(logits, states, constrained, drafted) if constrained else _NONE
         choices = self._choose(logits, states, positions)
         if len(choices) == 1:  # of all rows in their order
             tokens = choices[0].tokens
@@ -126,11 +127,12 @@ class Sampler:
             tokens = torch.zeros(len(states), dtype=torch.int64, device=self._device)
             for choice in choices:
                 tokens[self._index(choice.rows)] = choice.tokens
-        self._advance(states, tokens)
+        self._advance(states, tokens, instead)
         if constrained:  # of a slot that comes several times the first row, last here
-            self._kept.drawn({states[row].slot: row for row in reversed(constrained)}, tokens, drafted)
+            rows = {states[row].slot: row for row in reversed(constrained) if row not in instead}
+            self._kept.drawn(rows, tokens, drafted)
         found = [own for choice in choices if (own := self._logprobs(choice, states))]
-        return Draw(tokens, [*found, *self._candidates(logits, beams, states)], unconstrained)
+        return Draw(tokens, [*found, *self._candidates(logits, beams, states)], instead)
 
     @property
     def _kept(self) -> Constraints:
@@ -153,15 +155,13 @@ class Sampler:
             rows, token_ids = zip(*barred, strict=True)
             logits[self._index(rows), self._index(token_ids)] = -torch.inf
 
-    def _bar(
-        self, logits: torch.Tensor, states: Sequence[_Slot], rows: Sequence[int], drafted: Drafted
-    ) -> Sequence[int]:
-        """What the constraints of these rows leave no place for, in place; those of which that cannot be told."""
-        barred, untold = self._kept.barred([states[row].slot for row in rows], drafted)
+    def _bar(self, logits: torch.Tensor, states: Sequence[_Slot], rows: Sequence[int], drafted: Drafted) -> Instead:
+        """What the constraints of these rows leave no place for, in place; the rows of which that cannot be told."""
+        barred, instead = self._kept.barred([states[row].slot for row in rows], drafted)
         own = self._take(logits, rows).masked_fill_(to_device(barred, self._device), -torch.inf)
         if own is not logits:
             logits[self._index(rows)] = own
-        return [rows[row] for row in untold]
+        return {rows[row]: reason for row, reason in instead.items()}
 
     def _choose(self, logits: torch.Tensor, states: Sequence[_Slot], positions: Sequence[int]) -> list[Choice]:
         greedy = [row for row, state in enumerate(states) if state.params.greedy]
@@ -176,11 +176,11 @@ class Sampler:
             choices += choose_at_random(scores, others, params, keys, self._hashed_ids, self._num_threads)
         return choices
 
-    def _advance(self, states: Sequence[_Slot], tokens: torch.Tensor) -> None:
+    def _advance(self, states: Sequence[_Slot], tokens: torch.Tensor, instead: Instead) -> None:
         """Count the tokens for what depends on them: min_tokens and the penalties."""
         for state in states:
             state.num_barred -= state.num_barred > 0
-        penalized = [row for row, state in enumerate(states) if state.params.penalizes]
+        penalized = [row for row, state in enumerate(states) if state.params.penalizes and row not in instead]
         if penalized:
             self._seen.add([states[row].slot for row in penalized], self._take(tokens, penalized).clamp_min(0))
 

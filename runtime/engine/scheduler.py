@@ -137,7 +137,7 @@ class Scheduler:
                 self._num_drafted_tokens += len(drafted_ids)
                 self._num_accepted_tokens += len(taken) - 1
                 outputs += [self._publish(sequence, one, None) for one in taken[:-1]]
-            outputs.append(self._publish(sequence, taken[-1], sequence.finish_reason()))
+            outputs += [self._publish(sequence, one, sequence.finish_reason()) for one in taken[-1:]]
         if num_read != len(result.sampled):
             raise ValueError(f"step {plan.step} yields {num_read} tokens, and its result has {len(result.sampled)}")
         outputs += self._commit_embeddings(plan, result)

@@ -12,7 +12,7 @@ from shardray.runtime.engine.branches import Branch, Branches
 from shardray.runtime.engine.lookup import PromptLookup
 from shardray.runtime.engine.prefixes import UNKNOWN, Prefix
 from shardray.runtime.engine.request import EngineRequest, FinishReason
-from shardray.runtime.engine.step import EncoderRow, PageGrant, Row, Sampled, SlotStart
+from shardray.runtime.engine.step import NOT_YET, EncoderRow, PageGrant, Row, Sampled, SlotStart
 from shardray.runtime.engine.traced import TracedStep
 
 
@@ -43,6 +43,7 @@ class Sequence:
     num_prompt_blocks: int = 0  # pages that hold what the decoder attends to of it
     is_plain: bool = False  # see SamplingParams
     lookup: PromptLookup | None = None  # what drafts tokens; None: nothing does
+    awaits_constraint: bool = False  # until its first token since it started: whoever samples may not have compiled it
     is_encoded: bool = False  # a plan that is made reads it
     num_computed: int = 0
     num_unresolved: int = 0
@@ -87,7 +88,7 @@ class Sequence:
 
     def can_decode(self, lookahead: int) -> bool:
         """Whether its one next token may be planned, and the token sampled from it would be within the length limit."""
-        if self.num_unresolved > lookahead or (self.num_unresolved and self.branches is not None):
+        if self.num_unresolved > (0 if self.branches is not None or self.awaits_constraint else lookahead):
             return False
         return self.num_uncomputed == 1 and self.num_computed + 1 < self.max_len
 
@@ -109,13 +110,14 @@ class Sequence:
         lookup, fewest_generated = self.lookup, max(1, self.request.params.min_tokens)
         if lookup is None or not lookup.is_sure(fewest_right) or self.num_generated < fewest_generated:
             return ()
-        if self.num_unresolved or self.num_uncomputed != 1:
+        if self.num_unresolved or self.num_uncomputed != 1 or self.awaits_constraint:
             return ()
         return lookup.draft(min(most, self.max_len - len(self.token_ids) - 1))
 
     def start(self, slots: list[int]) -> SlotStart:
         """Take slots, one for each beam; the first begins."""
         self.slot, *others = slots
+        self.awaits_constraint = self.request.params.constraint is not None
         if self.num_beams > 1:
             self.branches = Branches(self._new_search(), others, [Branch(self.slot, self.pages)])
         return self.slot_start(self.slot, tuple(self.token_ids[self.num_given :]))
@@ -190,8 +192,12 @@ class Sequence:
         """Take of what a plan sampled, one token and one behind each drafted one, what is good; returns that.
 
         The first is, and each behind a drafted token that is the one sampled before it; none behind the sequence's end,
-        or behind logits that are not finite.
+        or behind logits that are not finite. None at all of a row that is to be run again.
         """
+        if sampled[0].token_id == NOT_YET:
+            self.num_computed = min(self.num_computed, len(self.token_ids) - 1)
+            return ()
+        self.awaits_constraint = False
         num_taken = 0
         for one in sampled:
             num_taken += 1

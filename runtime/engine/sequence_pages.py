@@ -101,6 +101,7 @@ class SequencePages:
     def add_prefix(self, sequence: Sequence) -> None:
         """Let others find what the plans of a sequence have computed of the tokens that are known, and will stay."""
         num_known = len(sequence.token_ids) if sequence.num_beams == 1 else sequence.num_given
+        num_known -= sequence.awaits_constraint  # the last one may be computed again
         num_blocks = min(sequence.num_computed, num_known) // self.pool.block_size
         if self._shares and num_blocks > sequence.prefix.num_blocks:
             sequence.prefix = self.pool.add_prefix(sequence.prefix, sequence.token_ids, sequence.pages, num_blocks)

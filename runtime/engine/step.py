@@ -14,6 +14,7 @@ from shardray.runtime.model.spec import Pooling
 
 NOT_FINITE = -1  # in place of a token: its logits are not finite
 UNCONSTRAINED = -2  # its constraint cannot be kept
+NOT_YET = -3  # its constraint is still being compiled: the row is to be run again
 
 
 class SlotStart(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -98,7 +99,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Sampled(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One new token, or why there is none: NOT_FINITE, UNCONSTRAINED."""
+    """One new token, or why there is none: NOT_FINITE, UNCONSTRAINED, NOT_YET."""
 
     token_id: int
     logprob: float | None = None

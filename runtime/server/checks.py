@@ -10,8 +10,9 @@ import dataclasses
 import math
 import uuid
 from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
-from shardray.runtime.engine.grammars import check_constraint
+from shardray.runtime.engine.grammars import check_constraint, is_known
 from shardray.runtime.engine.request import (
     CONSTRAINT_KINDS,
     Constraint,
@@ -35,6 +36,7 @@ _MAX_LOGIT_BIASES = 1024
 _MAX_FORCED_IDS = 128
 _MAX_CONSTRAINT_LEN = 65_536  # characters
 _MAX_CHOICES = 1024
+_GRAMMARS = ThreadPoolExecutor(1, "grammars")  # what takes long holds up its like, and no prompt
 _MAX_INPUTS = 1024
 _MAX_TEXT_LEN = 1 << 20  # characters
 _MAX_TOKEN_LEN = 256  # characters; longer than the tokens of any vocabulary in use, runs of blanks included
@@ -86,8 +88,10 @@ async def check_generate(
 async def _check_constraint(constraint: Constraint, tokenizer: Tokenizer | None) -> None:
     field = f"sampling.{constraint.kind}"
     require_tokenizer(field, tokenizer)
+    if is_known(constraint):
+        return
     try:
-        await asyncio.to_thread(check_constraint, constraint)
+        await asyncio.get_running_loop().run_in_executor(_GRAMMARS, check_constraint, constraint)
     except FieldError as error:
         raise FieldError(field, error.message) from None
 

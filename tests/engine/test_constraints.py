@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -19,7 +21,8 @@ from hypothesis import strategies as st
 
 from shardray import LLM, SamplingParams
 from shardray.runtime.engine.constraints import Constraints
-from shardray.runtime.engine.request import EngineRequest, FieldError, FinishReason
+from shardray.runtime.engine.request import Constraint, EngineRequest, FieldError, FinishReason
+from shardray.runtime.engine.step import NOT_YET
 from shardray.runtime.model.sources import resolve_model
 from shardray.runtime.model.tokenizer import Tokenizer
 from tests.chaos.tiny import save_tiny
@@ -219,6 +222,34 @@ def test_what_becomes_too_complex_ends_with_an_error_and_others_go_on(llm: LLM) 
     assert ends[1].finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
 
 
+def test_a_grammar_that_takes_long_to_compile_holds_up_nobody_else(
+    llm: LLM, tiny: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_at_once = Constraints._compile
+    came_s: dict[int, list[float]] = {0: [], 1: []}
+    token_ids: list[int] = []
+
+    def compile_slowly(self: Constraints, constraint: Constraint) -> Any:
+        time.sleep(0.5)
+        return compile_at_once(self, constraint)
+
+    monkeypatch.setattr(Constraints, "_compile", compile_slowly)
+    pattern = "(never|seen|before)+"
+    streams = llm.streams()
+    streams.add(PROMPT, SamplingParams(temperature=0.0, max_tokens=900, ignore_eos=True))
+    params = SamplingParams(temperature=0.0, max_tokens=24, regex=pattern)
+    began_s = time.monotonic()
+    streams.add(PROMPT, params)
+    for number, _, output in streams:
+        came_s[number].append(time.monotonic())
+        token_ids += [output.token_id] if number == 1 and output.token_id is not None else []
+    assert tuple(token_ids) == expected_ids(tiny, pattern, 24)
+    assert came_s[1][0] - began_s >= 0.5
+    meanwhile = [time_s for time_s in came_s[0] if time_s < came_s[1][0]]
+    assert len(meanwhile) > 10
+    assert max(later - earlier for earlier, later in itertools.pairwise(meanwhile)) < 0.25
+
+
 def test_a_model_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     folder = save_llama(tmp_path, vocab_size=EOS_ID + 1, eos_token_id=EOS_ID)
     with (
@@ -275,9 +306,11 @@ def test_texts_are_read_by_the_tokens_that_write_them(name: str, tmp_path: Path)
     constraints.start(1, params.constraint, ())
     for count in range(len(ids) + 1):
         constraints.start(0, params.constraint, ids[:count])
-        (barred, in_steps), untold = constraints.barred([0, 1], {})
+        while NOT_YET in (found := constraints.barred([0, 1], {}))[1].values():
+            pass
+        (barred, in_steps), instead = found
         constraints.drawn({1: 0}, torch.tensor(ids[count : count + 1]), {})
-        assert untold == []
+        assert instead == {}
         assert barred.shape == (tokenizer.vocab_size + 7,)
         assert (barred == in_steps).all()
         assert not barred[(*ids, 2)[count]], (tokenizer.decode(ids[:count]), tokenizer.decode(ids[count:]))

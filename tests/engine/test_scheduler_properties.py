@@ -64,14 +64,14 @@ def fitting(request: EngineRequest, limits: SchedulerLimits) -> EngineRequest:
 @st.composite
 def any_request(draw: st.DrawFn) -> EngineRequest:
     max_tokens = draw(st.integers(1, 24))
+    ends = st.fixed_dictionaries({"min_tokens": st.integers(0, max_tokens), "ignore_eos": st.booleans()})
+    with_beams = st.builds(lambda *parts: parts[0] | parts[1], ends, any_beams())
     params = SamplingParams(
         seed=draw(st.integers(0, 99)),
         max_tokens=max_tokens,
-        min_tokens=draw(st.integers(0, max_tokens)),
-        ignore_eos=draw(st.booleans()),
         stop_token_ids=tuple(draw(st.sets(token_ids, max_size=1))),
         repetition_penalty=draw(st.sampled_from([1.0, 1.1])),
-        **draw(st.just({}) | any_beams()),
+        **draw(st.just({"regex": "a"}) | ends | with_beams),
     )
     stem = STEM[: draw(st.sampled_from([0, 4, 7, 16]))]
     own_ids = draw(st.lists(token_ids, min_size=1, max_size=24 - len(stem)))

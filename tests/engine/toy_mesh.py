@@ -2,7 +2,7 @@
 
 The toy model's next token is a hash of the tokens found in the simulated KV pages, so a wrong page table, a page reused
 too early, a wrong start or a lost token changes the text. Some requests' texts repeat themselves now and then: there,
-all but every ninth token depends on the one before it alone.
+all but every ninth token depends on the one before it alone. A constraint bars nothing here, and comes late.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from shardray.runtime.engine.beams import BeamSearch
 from shardray.runtime.engine.limits import SchedulerLimits
 from shardray.runtime.engine.request import EngineRequest, FinishReason, SamplingParams, TokenOutput
 from shardray.runtime.engine.scheduler import Scheduler
-from shardray.runtime.engine.step import Row, Sampled, SlotStart, StepPlan, StepResult
+from shardray.runtime.engine.step import NOT_YET, Row, Sampled, SlotStart, StepPlan, StepResult
 
 VOCAB_SIZE = 12
 EOS_ID = 0
@@ -75,6 +75,8 @@ class ToySlot:
     kv_len: int = 0
     sampled_ids: list[int] = field(default_factory=list)  # behind drafted tokens, also those that are not good
     num_drafted: int = 0  # in its last row
+    num_waits: int = 0  # rows that are to be run again before it has a token
+    is_again: bool = False  # its last row is
     is_copied: bool = False  # the page that its first row writes to holds what was copied from another
 
 
@@ -89,7 +91,8 @@ class ToyMesh:
 
     def run(self, plan: StepPlan) -> None:
         for start in plan.starts:
-            self.slots[start.slot] = ToySlot(start)
+            num_waits = zlib.crc32(repr(start).encode()) % 4 if start.params.constraint else 0
+            self.slots[start.slot] = ToySlot(start, num_waits=num_waits)
         for grant in plan.grants:
             slot = self.slots[grant.slot]
             assert grant.first_block == len(slot.pages)
@@ -111,7 +114,8 @@ class ToyMesh:
         if not slot.kv_len:  # what its first pages hold already
             assert row.start % self.block_size == 0 or slot.is_copied or slot.start.params.penalizes
             slot.kv_len = row.start
-        assert slot.kv_len - slot.num_drafted <= row.start <= slot.kv_len
+        assert slot.kv_len - slot.num_drafted - slot.is_again <= row.start <= slot.kv_len - slot.is_again
+        slot.is_again = False
         assert row.token_ids or not slot.num_drafted, "the slot does not know which of its last tokens were good"
         token_ids = row.token_ids or (slot.sampled_ids[-1],)
         slot.kv_len, slot.num_drafted = row.start + len(token_ids), row.num_drafted
@@ -128,7 +132,12 @@ class ToyMesh:
             assert history == (*start.prompt_ids, *start.generated_ids, *slot.sampled_ids)
         else:
             assert not start.prompt_ids
-            assert not start.generated_ids
+            assert len(start.generated_ids) == (start.num_generated if start.params.constraint else 0)
+            if start.generated_ids and not slot.sampled_ids:
+                assert history[-start.num_generated :] == start.generated_ids
+        if slot.num_waits:
+            slot.num_waits, slot.is_again = slot.num_waits - 1, True
+            return Sampled(NOT_YET)
         num_generated = start.num_generated + len(slot.sampled_ids)
         slot.sampled_ids.append(next_token(list(history), num_generated, start.params))
         is_beam = start.params.num_beams > 1
@@ -149,7 +158,7 @@ class ToyService:
     @property
     def max_num_steps(self) -> int:
         """Far more steps than it takes when each one moves at least the most urgent request on."""
-        num_tokens = sum(len(request.prompt_ids) + request.params.max_tokens for request in self.requests.values())
+        num_tokens = sum(len(request.prompt_ids) + request.params.max_tokens + 3 for request in self.requests.values())
         return num_tokens * (1 + len(self.requests))
 
     def add(self, request: EngineRequest) -> None:
