@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 from shardray.runtime.engine.request import Constraint, FieldError
@@ -12,15 +13,13 @@ _MAX_PROCESSOR_S = 1.0  # hosts will spend as much
 _SANDBOX = Sandbox(
     Path(__file__).with_name("grammar_worker.py"), "what the text has to fit", max_processor_s=_MAX_PROCESSOR_S
 )
-_known: dict[Constraint, None] = {}  # to be good; the one that was used last comes last
+_known: dict[Constraint, None] = {}  # to be good, the latest last
+_lock = threading.Lock()
 
 
 def is_known(constraint: Constraint) -> bool:
     """Whether it was checked lately, and can be kept."""
-    is_known = constraint in _known
-    if is_known:
-        _remember(constraint)
-    return is_known
+    return constraint in _known
 
 
 def check_constraint(constraint: Constraint) -> None:
@@ -31,11 +30,7 @@ def check_constraint(constraint: Constraint) -> None:
         _SANDBOX.ask(constraint._asdict())
     except SandboxError as error:
         raise FieldError(constraint.kind, " ".join(str(error).split())) from None
-    _remember(constraint)
-
-
-def _remember(constraint: Constraint) -> None:
-    _known.pop(constraint, None)
-    _known[constraint] = None
-    while len(_known) > _MAX_KNOWN:
-        _known.pop(next(iter(_known)), None)
+    with _lock:
+        _known[constraint] = None
+        if len(_known) > _MAX_KNOWN:
+            del _known[next(iter(_known))]
