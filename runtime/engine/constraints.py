@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 _NUM_COMPILED = 64  # grammars that are kept
-_MOMENT_S = 0.005
+_MOMENT_S = 0.005  # that a step waits for grammars, all together
 _ANCHOR = "\x02"  # a character that no token has beside others
 _log = logging.getLogger(__name__)
 
@@ -71,10 +72,10 @@ class Constraints:
         for no grammar longer than a moment.
         """
         masks = np.full((len(slots), -(-self._vocab_size // 32)), -1, dtype=np.int32)
-        instead, row = {}, 0
+        instead, row, until_s = {}, 0, time.monotonic() + _MOMENT_S
         for slot, rows in itertools.groupby(slots):
             own, constrained = masks[row : row + len(list(rows))], self._slots[slot]
-            if not constrained.is_compiled():
+            if not constrained.is_compiled(until_s):
                 instead[row] = NOT_YET
             elif (told := constrained.fill(own, drafted.get(slot, ()), self._wait)) < len(own):
                 own[told] = -1
@@ -123,9 +124,11 @@ class _Constrained:
         self._matcher: LLMatcher | None = None
         self.drawn: _Drawn | None = None  # and not taken yet
 
-    def is_compiled(self) -> bool:
+    def is_compiled(self, until_s: float) -> bool:
         """Whether its grammar is, or cannot be; most are by the time they are asked for, or in a moment."""
-        return self._matcher is not None or not wait_for([self._compiled], _MOMENT_S).not_done
+        if self._matcher is not None or self._compiled.done():
+            return True
+        return not wait_for([self._compiled], max(0.0, until_s - time.monotonic())).not_done
 
     def fill(self, masks: Masks, drafted_ids: Sequence[int], wait: Callable[[Callable[[], bool]], None]) -> int:
         """Leave a bit for each token that may come next, in a row of its own behind each drafted one.
