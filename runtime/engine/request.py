@@ -139,7 +139,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if "" in (self.json_schema, self.regex, self.grammar, *self.choices):
             raise FieldError(given[0], "is empty" if given[0] != "choices" else "a choice may not be empty")
         try:
-            json.dumps(self.json_schema)
+            json.dumps(self.json_schema if isinstance(self.json_schema, dict) else None)
         except (TypeError, ValueError) as error:
             raise FieldError("json_schema", f"is no JSON: {error}") from None
         for name, unset in _NOT_WITH_CONSTRAINT.items():

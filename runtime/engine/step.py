@@ -12,7 +12,7 @@ from shardray.runtime.engine.request import SamplingParams
 from shardray.runtime.engine.traced import StageTime
 from shardray.runtime.model.spec import Pooling
 
-NOT_FINITE = -1  # in place of a token: its logits are not finite
+NOT_FINITE = -1  # in place of a token: its logits are not finite; as parallel/rows.py has it
 UNCONSTRAINED = -2  # its constraint cannot be kept
 NOT_YET = -3  # its constraint is still being compiled: the row is to be run again
 

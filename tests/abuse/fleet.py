@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from pathlib import Path
 
@@ -52,7 +53,7 @@ class AbusedFleet(Served):
         return held
 
 
-class Watch:
+class Watch(ABC):
     """Calls ``look`` every ``every_s`` in a thread of its own."""
 
     def __init__(self, every_s: float) -> None:
@@ -62,8 +63,9 @@ class Watch:
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
+    @abstractmethod
     def look(self, time_s: float) -> None:
-        raise NotImplementedError
+        """``time_s``: since it began."""
 
     def stop(self) -> None:
         self._stop.set()

@@ -184,6 +184,7 @@ async def test_a_client_that_cancels_frees_all_of_its_choices(up: Up) -> None:
         ({"json_schema": "{"}, "sampling_params.json_schema"),
         ({"regex": "("}, "sampling_params.regex"),
         ({"choice": vllm.ChoiceConstraint(choices=["a", ""])}, "sampling_params.choice"),
+        ({"choice": vllm.ChoiceConstraint()}, "sampling_params.choice"),
         ({"structural_tag": "{}"}, "sampling_params.structural_tag"),
     ],
 )

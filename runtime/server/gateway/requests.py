@@ -95,6 +95,8 @@ def _constrain(native: common_pb2.SamplingParameters, params: vllm_engine_pb2.Sa
             setattr(native, kind, getattr(params, kind))
         case "json_object" if params.json_object:
             native.json_schema = _ANY_OBJECT
+        case "choice" if not params.choice.choices:
+            raise FieldError("sampling_params.choice", "has no choices")
         case "choice":
             native.choices.extend(params.choice.choices)
 
