@@ -27,13 +27,13 @@ def command(
 ) -> None:
     """Serve a small model here and ask it something."""
     from shardray.runtime.cli.serve import fetch_model, import_all
-
-    import_all()
     from shardray.runtime.config import load_config
-    from shardray.runtime.server.loop import run
 
     example = Path(str(resources.files("shardray").joinpath("deploy/examples/cpu-demo.yaml")))
     settings = load_config(example, ["grpc.listen=127.0.0.1:0", *(overrides or ())])
+    import_all(settings.ray)
+    from shardray.runtime.server.loop import run
+
     folder = fetch_model(settings)
     run(_demo(settings, folder, question, max_tokens))
 

@@ -16,7 +16,7 @@ import typer
 from shardray.runtime.cli import options
 
 if TYPE_CHECKING:
-    from shardray.runtime.config import Config
+    from shardray.runtime.config import Config, RaySettings
 
 
 def command(
@@ -28,15 +28,16 @@ def command(
 
     Ctrl-C or SIGTERM lets running requests end first; twice does not wait for them.
     """
-    import_all()
-    from shardray.runtime.cli.watchers import json_watcher, text_watcher
     from shardray.runtime.config import load_config
+
+    settings = load_config(config, overrides or ())
+    import_all(settings.ray)
+    from shardray.runtime.cli.watchers import json_watcher, text_watcher
     from shardray.runtime.observe.extras import check_extras
     from shardray.runtime.observe.logs import configure_logs
     from shardray.runtime.serve import serve
     from shardray.runtime.server.loop import run
 
-    settings = load_config(config, overrides or ())
     check_extras(settings)
     configure_logs(settings.logging)
     folder = fetch_model(settings)
@@ -47,8 +48,10 @@ def command(
             raise typer.Exit(130) from None
 
 
-def import_all() -> None:
+def import_all(settings: RaySettings) -> None:
     """Import what a process that serves needs; until that is done, Ctrl-C ends it without more ado."""
+    from shardray.runtime.cluster.ray_token import choose_token
+
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     # Ray starts its processes by fork and exec, which needs no handlers of gRPC; they would complain on stderr.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
@@ -56,6 +59,7 @@ def import_all() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     # Read when ray is imported, and not for the hosts to inherit: SIGTERM is how this process is stopped, not a crash.
     os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] = "1"
+    choose_token(settings)
     # Some libraries swallow a KeyboardInterrupt while they are imported; there is nothing to clean up yet.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     import shardray.runtime.cli.watchers

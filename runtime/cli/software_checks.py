@@ -125,6 +125,9 @@ def why_no_c_extension() -> str | None:
 def check_ray(config: Config) -> Finding:
     """Opens and closes a session, as ``serve`` would."""
     from shardray.runtime.cluster.errors import ClusterError
+    from shardray.runtime.cluster.ray_token import choose_token
+
+    choose_token(config.ray)
     from shardray.runtime.cluster.ray_check import ray_version, try_ray
 
     if _release(ray_version()) < _OLDEST_RAY:
@@ -137,8 +140,8 @@ def check_ray(config: Config) -> Finding:
 
 def check_ray_token(config: Config) -> Finding:
     mode = os.environ.get("RAY_AUTH_MODE", "").lower()
-    if config.ray.address == "local":
-        return ok("not needed: a local Ray listens on this machine alone")
+    if config.ray.address == "local" and mode in ("", "token"):
+        return ok("a local Ray gets one that is made for it, and listens on this machine alone")
     if mode != "token":
         fix = "set RAY_AUTH_MODE=token on every node before Ray is started there"
         return warn("off: whoever reaches Ray's ports runs code in the cluster", fix)

@@ -6,11 +6,13 @@ idle agents of Ray's follow within about a minute, after they gave up reporting 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import socket
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 from urllib.parse import urlsplit
@@ -73,13 +75,14 @@ class RaySession:
         if self.settings.address.startswith("ray://"):
             _check_reachable(self.settings.address)
         try:
-            ray.init(
-                address=self.settings.address,
-                namespace=self.settings.namespace,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                **(self._local_options(num_hosts) if self.is_local else {}),
-            )
+            with _no_cluster() if self.is_local else contextlib.nullcontext():
+                ray.init(
+                    address=self.settings.address,
+                    namespace=self.settings.namespace,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    **(self._local_options(num_hosts) if self.is_local else {}),
+                )
         except Exception as error:  # a raylet that did not come up in time is nothing more particular
             raise ClusterError(self._explain(error)) from error
         if self.is_local:
@@ -103,6 +106,22 @@ class RaySession:
             return "ray.address: auto: no running Ray found; start one (ray start --head), or use ray.address: local"
         hint = "a cluster with token authentication needs RAY_AUTH_MODE=token in this environment"
         return f"ray.address: {address}: no connection to that cluster: {cause} ({hint})"
+
+
+@contextlib.contextmanager
+def _no_cluster() -> Iterator[None]:
+    """A Ray that other machines could join listens on all addresses; one that cannot be joined listens on 127.0.0.1.
+
+    That is a constant of Ray's, for systems whose firewalls ask their users. In versions without it the token is what
+    keeps strangers out.
+    """
+    constants = ray._private.ray_constants
+    joinable = getattr(constants, "ENABLE_RAY_CLUSTER", True)
+    constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = joinable
 
 
 def _check_reachable(address: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,9 +11,9 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 
@@ -24,8 +25,10 @@ pytestmark = pytest.mark.integration
 _REPOSITORY = Path(__file__).parents[2]
 _OPEN_AND_WAIT = """
 import time
-from shardray.runtime.cluster.ray_session import RaySession
+from shardray.runtime.cluster.ray_token import choose_token
 from shardray.runtime.config import RaySettings
+choose_token(RaySettings())
+from shardray.runtime.cluster.ray_session import RaySession
 session = RaySession(RaySettings(), num_hosts=2)
 print("ready", flush=True)
 time.sleep(60)
@@ -43,7 +46,7 @@ asyncio.run(ReplicaSet.start(config, "/nowhere", RecordingOutlet()))
 _SLOW_TO_LEAVE = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _driver(script: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A process that runs ``script``, once that printed "ready", and the mark that all its descendants carry."""
     mark = uuid.uuid4().hex
@@ -76,6 +79,19 @@ def _marked(mark: str) -> list[str]:
     return commands
 
 
+def _listening(mark: str) -> dict[str, list[tuple[str, int]]]:
+    """Addresses and ports of every live process that carries ``mark``, by its name."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    for connection in psutil.net_connections("tcp"):
+        if connection.status != psutil.CONN_LISTEN or connection.pid is None:
+            continue
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(connection.pid)
+            if process.environ().get("SHARDRAY_TEST_MARK") == mark:
+                found.setdefault(process.name(), []).append((connection.laddr.ip, connection.laddr.port))
+    return found
+
+
 def _left_of(mark: str, but: tuple[str, ...] = (), timeout_s: float = 20.0) -> list[str]:
     """What is still there after ``timeout_s``."""
     deadline = time.monotonic() + timeout_s
@@ -90,6 +106,22 @@ def test_a_local_ray_ends_when_its_driver_is_killed() -> None:
         driver.kill()
         driver.wait(timeout=10)
         assert _left_of(mark, but=_SLOW_TO_LEAVE) == []
+
+
+def test_a_local_ray_is_closed_to_other_machines_and_to_other_users() -> None:
+    """Whoever may speak to one of its ports runs code."""
+    with _driver(_OPEN_AND_WAIT) as (driver, mark):
+        ports = _listening(mark)
+        assert {"gcs_server", "raylet"} < ports.keys()
+        addresses = {address for listening in ports.values() for address, _ in listening}
+        assert addresses <= {"127.0.0.1", "::ffff:127.0.0.1"}
+        [(_, gcs_port)] = ports["gcs_server"]
+        with grpc.insecure_channel(f"127.0.0.1:{gcs_port}") as channel:
+            check_alive = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
+            with pytest.raises(grpc.RpcError, match="Authentication token is missing or incorrect"):
+                check_alive(b"", timeout=10)
+            token = psutil.Process(driver.pid).children()[0].environ()["RAY_AUTH_TOKEN"]
+            assert check_alive(b"", metadata=(("authorization", f"Bearer {token}"),), timeout=10)
 
 
 def test_ctrl_c_while_ray_starts_leaves_no_process() -> None:
