@@ -65,7 +65,7 @@ def test_ray_lets_nobody_in_without_the_token_of_the_cluster(path: Path) -> None
     cluster = yaml.safe_load(text)
     assert f"/home/{cluster['auth']['ssh_user']}/.ray/auth_token" in cluster["file_mounts"]
     starts = [*cluster["head_start_ray_commands"], *cluster["worker_start_ray_commands"]]
-    asked = [command.startswith("export RAY_AUTH_MODE=token;") for command in starts if "ray start" in command]
+    asked = [command.startswith("export RAY_AUTH_MODE=token") for command in starts if "ray start" in command]
     assert asked == [True, True]
     assert re.findall(r"(\S+) \S+/shardray serve", text) == ['"RAY_AUTH_MODE=token']
 
@@ -84,6 +84,8 @@ def test_there_is_a_cluster_of_ones_own_machines_and_one_in_a_cloud() -> None:
     assert {cluster["provider"]["type"] for cluster in clusters} == {"local", "aws"}
     own = next(cluster for cluster in clusters if cluster["provider"]["type"] == "local")
     assert own["max_workers"] == len(own["provider"]["worker_ips"])
+    # Ray's second autoscaler never starts one of these: https://github.com/ray-project/ray/issues/59905
+    assert re.search(r"export .*RAY_enable_autoscaler_v2=0;.*ray start --head", own["head_start_ray_commands"][-1])
     cloud = next(cluster for cluster in clusters if cluster["provider"]["type"] == "aws")
     gpus = sum(kind["resources"]["GPU"] * kind.get("max_workers", 0) for kind in cloud["available_node_types"].values())
     assert gpus >= NUM_HOSTS["tensor-8"]
