@@ -83,12 +83,14 @@ def test_the_variant_decides_what_is_installed_and_others_are_refused(
     choice = run.partition(" && python -m venv")[0] + ' && echo "index=$index extras=$extras"'
     shell = shutil.which("sh")
     assert shell is not None
-    done = subprocess.run(
-        [shell, "-c", choice], env={"VARIANT": variant}, capture_output=True, text=True, timeout=10, check=False
-    )
+    env = {"VARIANT": variant, "TORCH_CPU_INDEX": "https://mirror/cpu"}
+    done = subprocess.run([shell, "-c", choice], env=env, capture_output=True, text=True, timeout=10, check=False)
     assert (done.returncode == 0) == is_known
     if is_known:
-        assert ("whl/cpu" in done.stdout, ",cpu" in done.stdout) == (variant == "cpu", variant == "cpu")
+        assert ("--index-url=https://mirror/cpu" in done.stdout, ",cpu" in done.stdout) == (
+            variant == "cpu",
+            variant == "cpu",
+        )
     else:
         assert done.stderr == "VARIANT is rocm; give cuda or cpu\n"
 
