@@ -1,4 +1,4 @@
-"""The container file, as far as it can be checked without a daemon that builds it."""
+"""The container file, as far as it can be checked without building it (test_image.py does that)."""
 
 from __future__ import annotations
 
