@@ -1,8 +1,8 @@
 """The control link: small frames between the leader and every other rank, one TCP connection each.
 
 Plans go out, results come back. A rank that has nothing to do sleeps in ``recv``, and learns that its leader is gone
-from the connection's end (or, when a machine vanishes, from TCP keepalive). The driver's connection to a leader is such
-a link as well, as seen from the leader.
+from the connection's end (or, when a machine vanishes, from TCP's own timeouts). The driver's connection to a leader is
+such a link as well, as seen from the leader.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from shardray.parallel.tls_socket import TlsSocket
 _OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10),  # seconds of silence before the first probe
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    # A machine that does not answer for so long has vanished: 11 s, in silence as with frames under way.
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 11_000),
     (socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18),  # what ``has_room`` promises, with some to spare
 )
 _log = logging.getLogger(__name__)

@@ -85,7 +85,7 @@ def test_there_is_a_cluster_of_ones_own_machines_and_one_in_a_cloud() -> None:
     own = next(cluster for cluster in clusters if cluster["provider"]["type"] == "local")
     assert own["max_workers"] == len(own["provider"]["worker_ips"])
     # Ray's second autoscaler never starts one of these: https://github.com/ray-project/ray/issues/59905
-    assert re.search(r"export .*RAY_enable_autoscaler_v2=0;.*ray start --head", own["head_start_ray_commands"][-1])
+    assert re.search(r"export .*RAY_enable_autoscaler_v2=0\b.*ray start --head", own["head_start_ray_commands"][-1])
     cloud = next(cluster for cluster in clusters if cluster["provider"]["type"] == "aws")
     gpus = sum(kind["resources"]["GPU"] * kind.get("max_workers", 0) for kind in cloud["available_node_types"].values())
     assert gpus >= NUM_HOSTS["tensor-8"]

@@ -23,7 +23,7 @@ import ray
 from shardray.parallel.credentials import Credentials
 from shardray.parallel.tls import TlsFiles
 from shardray.runtime.cluster.first_import import load_runtime
-from shardray.runtime.cluster.lease import Lease
+from shardray.runtime.cluster.lease import Lease, others_renewed_s_ago
 from shardray.runtime.cluster.reports import (
     FailureKind,
     FormReport,
@@ -63,7 +63,7 @@ class Host:
         self._runner: threading.Thread | None = None
         self._ended = threading.Event()
         self._end = RunReport()
-        self._lease = Lease()
+        self._lease = Lease(others_renewed_s_ago)
 
     @ray.method(concurrency_group="control")
     def describe(self) -> bytes:
@@ -147,6 +147,11 @@ class Host:
     def renew(self, owner: str, lease_s: float) -> bool:
         """Stay alive for ``lease_s`` more seconds, as the host of ``owner``; False if another driver's it is."""
         return self._lease.renew(owner, lease_s)
+
+    @ray.method(concurrency_group="control")
+    def renewed_s_ago(self) -> float:
+        """Seconds since a driver renewed the lease: what another host asks whose own is over."""
+        return self._lease.renewed_s_ago
 
     @ray.method(concurrency_group="control")
     def clock(self) -> int:

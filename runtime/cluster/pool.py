@@ -138,12 +138,13 @@ class HostPool:
                     hosts.remove(host)
                     await self.discard([host])
                 continue
-            vacant = self._seating.vacant[: num_hosts - len(hosts)]
-            usable = await self._seating.usable(vacant)
+            usable = (await self._seating.usable())[: num_hosts - len(hosts)]
             hosts += await self._start(usable)
             if usable:
                 continue
-            if not vacant:
+            # Ray moves all that a group has lost at once; what is missing now may be less, and fit where that does not.
+            await self._seating.give_back_empty_groups()
+            if not self._seating.vacant:
                 return
             self._check_deadline(deadline, num_hosts - len(hosts), timeout_s, on_wait)
             await asyncio.sleep(_POLL_S)
@@ -203,7 +204,7 @@ class HostPool:
         await self.free_surplus()
 
     async def _start_spare(self) -> None:
-        if usable := await self._seating.usable(self._seating.vacant):
+        if usable := await self._seating.usable():
             seats = usable[:1]
         elif await in_ray(shortage_now, self.kind.need.of(1)) is None:
             seats = await self._seating.add_group(1, lambda reason, remaining_s: None, _SPARE_CHECK_S)

@@ -19,6 +19,7 @@ from shardray.parallel.credentials import Credentials
 from shardray.parallel.tls import TlsFiles
 from shardray.runtime.cluster.errors import ClusterError, HostDied, HostSilent
 from shardray.runtime.cluster.host import HostActor
+from shardray.runtime.cluster.lease import HOST_NAME
 from shardray.runtime.cluster.placement import HostsNeed
 from shardray.runtime.cluster.ray_call import in_one_line, in_ray
 from shardray.runtime.cluster.reports import FormReport, HostInfo, HostProgress, HostState, RunReport, SpanReport
@@ -27,7 +28,6 @@ from shardray.runtime.engine.assignment import ShardAssignment
 _log = logging.getLogger(__name__)
 _ANSWER_TIMEOUT_S = 10.0
 _SENTINEL_S = 30.0
-_NAME_PREFIX = "shardray-host-"
 
 
 class RemoteHost:
@@ -109,7 +109,7 @@ async def start_host(
 ) -> RemoteHost:
     """Start a host in one bundle. Raises HostDied or HostSilent, naming the bundle."""
     options = HostActor.options(
-        name=f"{_NAME_PREFIX}{uuid.uuid4().hex}",
+        name=f"{HOST_NAME}{uuid.uuid4().hex}",
         num_cpus=need.cpus_per_host,
         num_gpus=need.gpus_per_host,
         scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
@@ -120,7 +120,7 @@ async def start_host(
 
 async def find_hosts(timeout_s: float) -> list[RemoteHost]:
     """The hosts of this Ray namespace that answer; the others are ended."""
-    names = [name for name in await in_ray(list_named_actors) if name.startswith(_NAME_PREFIX)]
+    names = [name for name in await in_ray(list_named_actors) if name.startswith(HOST_NAME)]
 
     async def find(name: str) -> RemoteHost | None:
         try:

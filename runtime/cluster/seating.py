@@ -1,7 +1,8 @@
 """Where the hosts of a fleet sit: the bundles of placement groups, and who was started on which.
 
 A group is a gang of seats that Ray gave at once. A host that dies leaves its seat, and the next one is started there. A
-seat whose node is gone is Ray's to move; until it has, the seat cannot be used. Groups without hosts are given back.
+seat whose node is gone is Ray's to move; until it has, the seat cannot be used. Groups without hosts are given back;
+those that somebody else has removed are forgotten.
 """
 
 from __future__ import annotations
@@ -69,16 +70,21 @@ class Seating:
     def vacant(self) -> list[Seat]:
         return [seat for seat in self._seats if seat.is_vacant]
 
-    async def usable(self, seats: Sequence[Seat]) -> list[Seat]:
-        """Those whose node is there; Ray looks for another place for the rest."""
-        if not seats:
+    async def usable(self) -> list[Seat]:
+        """Vacant ones whose node is there; Ray looks for another place for the rest."""
+        groups = {seat.group_name: seat.group for seat in self.vacant}
+        if not groups:
             return []
         alive = await in_ray(_alive_nodes)
-        tables = [await in_ray(placement_group_table, seat.group) for seat in seats]
+        tables = {name: await in_ray(placement_group_table, group) for name, group in groups.items()}
+        removed = {name for name, table in tables.items() if table["state"] == "REMOVED"}
+        self._seats = [seat for seat in self._seats if not (seat.is_vacant and seat.group_name in removed)]
         return [
             seat
-            for seat, table in zip(seats, tables, strict=True)
-            if table["state"] == "CREATED" and table["bundles_to_node_id"][seat.bundle] in alive and seat.is_vacant
+            for seat in self.vacant
+            if (table := tables.get(seat.group_name)) is not None
+            and table["state"] == "CREATED"
+            and table["bundles_to_node_id"][seat.bundle] in alive
         ]
 
     async def add_group(self, num_seats: int, on_wait: WaitSink, timeout_s: float) -> list[Seat]:

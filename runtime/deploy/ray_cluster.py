@@ -6,11 +6,13 @@ import math
 
 from shardray.runtime.config import Config
 from shardray.runtime.deploy.mounts import Mount, cluster_mounts, model_mounts, scratch_mounts
-from shardray.runtime.deploy.names import OBJECT_STORE_BYTES, RAYLET_PORT, Manifest, RenderOptions
+from shardray.runtime.deploy.names import OBJECT_STORE_BYTES, RAYLET_PORT, Manifest, RenderOptions, env
 from shardray.runtime.deploy.pods import container, pod_spec, raylet_probes
 from shardray.runtime.deploy.sizes import PodSizes
 
 _HEAD_RESOURCES: Manifest = {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "2Gi"}}
+# A node that does not answer is given up after 24 s; Ray's default is a minute, in which hosts are still placed there.
+_HEALTH_CHECKS = {"RAY_health_check_timeout_ms": "3000", "RAY_health_check_failure_threshold": "4"}
 # Ray gives a worker's processes some time to end by themselves; hosts outlive nothing that they could save.
 _WORKER_GRACE_S = 30
 
@@ -54,6 +56,7 @@ def _places(sizes: PodSizes) -> dict[str, str]:
 def _head(sizes: PodSizes, options: RenderOptions) -> Manifest:
     mounts = scratch_mounts(2 * OBJECT_STORE_BYTES)
     head = container("ray-head", sizes, options, mounts, resources=_HEAD_RESOURCES, **raylet_probes())
+    head["env"] += env(_HEALTH_CHECKS)
     return {"metadata": {"labels": options.labels("head")}, "spec": pod_spec([head], mounts)}
 
 

@@ -120,6 +120,23 @@ class Kubelet:
         """As a kernel does that is out of memory."""
         self.engine("kill", "--signal=KILL", pod.container(container))
 
+    @contextlib.contextmanager
+    def cut_off(self, pod: Pod) -> Iterator[None]:
+        """Meanwhile whatever it sends, and is sent, is dropped without a word."""
+        pid = self.engine("inspect", "-f", "{{.State.Pid}}", pod.name)
+        rules = [("INPUT", "-i"), ("OUTPUT", "-o")]
+
+        def filter_all(change: str) -> None:
+            for chain, interface in rules:
+                rule = ["iptables", change, chain, interface, "eth0", "-j", "DROP"]
+                subprocess.run(["nsenter", "-t", pid, "-n", *rule], check=True, timeout=30)
+
+        filter_all("-I")
+        try:
+            yield
+        finally:
+            filter_all("-D")
+
     def restart(self, pod: Pod, container: str) -> None:
         """One that has ended."""
         self.engine("start", pod.container(container))

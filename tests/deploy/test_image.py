@@ -34,6 +34,7 @@ NAME = "image-test"
 IMAGE = f"localhost/shardray:{__version__}-test"
 PROMPT = "The capital of France is"
 NUM_TOKENS = 600
+LEASE_S = 20
 _ALONE = """
 model: {source: /model, max_model_len: 1024}
 parallel: {tensor_parallel_size: 2}
@@ -57,6 +58,25 @@ class Fleet(NamedTuple):
     def replicas(self) -> list[dict[str, Any]]:
         output, _ = self.shardray("status", "--json").communicate(timeout=60)
         found: list[dict[str, Any]] = json.loads(output)["replicas"]
+        return found
+
+    def settle(self) -> None:
+        """Start again what has ended, as Kubernetes would, and wait until every replica serves."""
+        for worker in self.workers:
+            if not self.kubelet.is_running(worker, "ray-worker"):
+                self.kubelet.restart(worker, "ray-worker")
+        give_up = time.monotonic() + 120
+        while {replica["state"] for replica in self.replicas()} != {"ready"}:
+            assert time.monotonic() < give_up, self.replicas()
+            time.sleep(1)
+
+    def busy_replica(self) -> dict[str, Any]:
+        [found] = [replica for replica in self.replicas() if replica["num_live_requests"]]
+        return found
+
+    def worker_of(self, replica: dict[str, Any]) -> Pod:
+        """Where its leader is."""
+        [found] = [worker for worker in self.workers if worker.address == replica["shards"][0]["host"]]
         return found
 
     def stream(self) -> subprocess.Popen[str]:
@@ -83,7 +103,7 @@ def engine() -> str:
 def fleet(engine: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """What `shardray render kuberay` makes of the example, weights on a claim."""
     folder = tmp_path_factory.mktemp("pods")
-    options = RenderOptions(name=NAME, image=IMAGE, model_claim="weights")
+    options = RenderOptions(name=NAME, image=IMAGE, model_claim="weights", overrides=(f"cluster.lease_s={LEASE_S}",))
     made = {manifest["kind"]: manifest for manifest in yaml.safe_load_all(render(SERVING, options))}
     kubelet = Kubelet(engine, folder, _objects(folder, made["ConfigMap"]))
     try:
@@ -154,12 +174,29 @@ def test_pods_answer_with_the_tokens_of_an_engine_in_process(fleet: Fleet, expec
 def test_a_worker_that_is_killed_costs_no_token(fleet: Fleet, expected_ids: list[int]) -> None:
     client = fleet.stream()
     before = first_ids(client)
-    [replica] = [replica for replica in fleet.replicas() if replica["num_live_requests"]]
-    [worker] = [worker for worker in fleet.workers if worker.address == replica["shards"][0]["host"]]
+    worker = fleet.worker_of(fleet.busy_replica())
     fleet.kubelet.kill(worker, "ray-worker")
     assert before + token_ids(client) == expected_ids
     [failed] = [replica["last_failure"] for replica in fleet.replicas() if "last_failure" in replica]
     assert failed["host"] == worker.address
+    fleet.settle()
+
+
+@pytest.mark.skipif(shutil.which("iptables") is None, reason="nothing here can drop packets")
+def test_a_worker_that_is_cut_off_costs_no_token_and_takes_nobody_along(fleet: Fleet, expected_ids: list[int]) -> None:
+    """Its hosts take the driver for gone. When they are heard again, their lease is over, and that of others is not."""
+    client = fleet.stream()
+    before = first_ids(client)
+    replica = fleet.busy_replica()
+    [other] = [other for other in fleet.replicas() if other["replica_id"] != replica["replica_id"]]
+    cut_off_s = time.monotonic()
+    with fleet.kubelet.cut_off(fleet.worker_of(replica)):
+        assert before + token_ids(client) == expected_ids
+        time.sleep(max(0.0, cut_off_s + LEASE_S + 10 - time.monotonic()))
+    fleet.settle()
+    time.sleep(5)
+    [same] = [same for same in fleet.replicas() if same["replica_id"] == other["replica_id"]]
+    assert (same["state"], same["num_recoveries"]) == ("ready", other["num_recoveries"])
 
 
 def test_a_driver_that_is_killed_goes_on_from_its_journal(fleet: Fleet, expected_ids: list[int]) -> None:

@@ -85,6 +85,24 @@ async def test_a_replica_moves_off_a_lost_node_where_the_others_have_room(cluste
     _add_node(cluster)
 
 
+async def test_a_spare_and_the_room_beside_it_take_the_place_of_a_lost_node(cluster: Cluster, tiny_llama: Path) -> None:
+    """Two hosts are lost and one is missing: there is a place for that one, and not for two."""
+    async with running(fleet_config(tiny_llama, tp_size=2, spares=1, address="auto")) as (fleet, outlet):
+        before = outlet.meshes[0]
+        [node_id] = set(_nodes_of(before))
+        async with asyncio.timeout(30):
+            while not fleet.pool.idle:
+                await asyncio.sleep(0.1)
+        [spare] = fleet.pool.idle
+        assert spare.info.node_id != node_id
+        await _lose_node(cluster, node_id)
+        mesh = await outlet.next_mesh(0, before)
+        assert spare in mesh.hosts
+        assert set(_nodes_of(mesh)) == {spare.info.node_id}
+        assert await generate(mesh) == reference_ids(tiny_llama)
+    _add_node(cluster)
+
+
 async def test_without_room_a_replica_waits_and_runs_again_when_a_node_comes(
     cluster: Cluster, tiny_llama: Path
 ) -> None:
