@@ -11,8 +11,8 @@ from shardray.runtime.deploy.pods import container, pod_spec, raylet_probes
 from shardray.runtime.deploy.sizes import PodSizes
 
 _HEAD_RESOURCES: Manifest = {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "2Gi"}}
-# A node that does not answer is given up after 24 s; Ray's default is a minute, in which hosts are still placed there.
-_HEALTH_CHECKS = {"RAY_health_check_timeout_ms": "3000", "RAY_health_check_failure_threshold": "4"}
+# A node that does not answer is given up after 36 s; Ray's default is a minute, in which hosts are still placed there.
+_HEALTH_CHECKS = {"RAY_health_check_timeout_ms": "3000", "RAY_health_check_failure_threshold": "6"}
 # Ray gives a worker's processes some time to end by themselves; hosts outlive nothing that they could save.
 _WORKER_GRACE_S = 30
 
