@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+import ray
+
 from shardray.runtime.cluster.errors import ClusterError
 
 _P = ParamSpec("_P")
@@ -18,6 +20,14 @@ async def in_ray(call: Callable[_P, _T], *args: _P.args, **options: _P.kwargs) -
         return await asyncio.to_thread(call, *args, **options)
     except Exception as error:  # Ray's boundary: RayError, RuntimeError, ValueError, gRPC's, and more
         raise ClusterError(f"Ray: {in_one_line(error)}") from error
+
+
+async def cluster_answers(timeout_s: float) -> bool:
+    """Whether Ray's head can be reached from here."""
+    asked = asyncio.ensure_future(in_ray(ray.nodes))
+    asked.add_done_callback(lambda nodes: nodes.exception())  # it may come when nobody waits any longer
+    done, _ = await asyncio.wait({asked}, timeout=timeout_s)
+    return bool(done) and asked.exception() is None
 
 
 def in_one_line(error: BaseException) -> str:

@@ -24,6 +24,7 @@ from shardray.runtime.cluster.layout import CoreShare
 from shardray.runtime.cluster.mesh_slot import MeshSlot
 from shardray.runtime.cluster.outlet import Outlet
 from shardray.runtime.cluster.pool import HostPool
+from shardray.runtime.cluster.ray_call import cluster_answers
 from shardray.runtime.cluster.remote_host import RemoteHost
 from shardray.runtime.cluster.shapes import smaller_recipes
 from shardray.runtime.cluster.supervise import MeshFailure
@@ -32,6 +33,7 @@ _log = logging.getLogger(__name__)
 _ROOM_S = 0.5  # to find out whether there is room for a second mesh beside the first
 _RETRY_S = 1.0  # between two looks for room
 _RELINK_S = 1.0  # for the end of the mesh to show, which is the common cause
+_HEAD_ANSWERS_S = 3.0
 
 
 class Replica:
@@ -131,7 +133,10 @@ class Replica:
                 await self._form_until_it_runs(str(error))
 
     def link_lost(self) -> None:
-        """The outlet lost its connection to the mesh; if that still runs, it is connected again, or else replaced."""
+        """The outlet lost its connection to the mesh; if that still runs, it is connected again, or else replaced.
+
+        If Ray's head does not answer either, it is this process that is cut off: no mesh that runs is ended for that.
+        """
         self._relinking = asyncio.create_task(self._relink(self._slot.mesh))
 
     async def stop(self) -> None:
@@ -167,16 +172,21 @@ class Replica:
                         await self._recover(failure)
 
     async def _relink(self, mesh: FormedMesh | None) -> None:
-        await asyncio.sleep(_RELINK_S)
-        async with self._lock:
-            slot = self._slot
-            if mesh is None or mesh is not slot.mesh or slot.watch is None or slot.watch.is_ending:
-                return
-            try:
-                await self._outlet.up(self.replica_id, mesh)
-            except ConnectionError as error:
-                _log.error("replica %d: %s; it is formed again", self.replica_id, error)
-                await mesh.hosts[0].kill()  # the watch finds it dead
+        while True:
+            await asyncio.sleep(_RELINK_S)
+            async with self._lock:
+                slot = self._slot
+                if mesh is None or mesh is not slot.mesh or slot.watch is None or slot.watch.is_ending:
+                    return
+                try:
+                    await self._outlet.up(self.replica_id, mesh)
+                    return
+                except ConnectionError as error:
+                    if await cluster_answers(_HEAD_ANSWERS_S):
+                        _log.error("replica %d: %s; it is formed again", self.replica_id, error)
+                        await mesh.hosts[0].kill()  # the watch finds it dead
+                        return
+                    _log.warning("replica %d: %s; nor does Ray, so it is tried again", self.replica_id, error)
 
     async def _recover(self, failure: MeshFailure) -> None:
         began_s = time.monotonic()

@@ -222,6 +222,31 @@ async def test_a_shape_whose_leader_cannot_be_reached_leaves_the_old_mesh_runnin
     assert await _all_cpus_are_free()
 
 
+@pytest.mark.parametrize("is_cut_off", [True, False])
+async def test_a_mesh_that_cannot_be_reached_is_ended_unless_it_is_the_driver_that_is_cut_off(
+    local_ray: RaySession, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, is_cut_off: bool
+) -> None:
+    asked = asyncio.Event()
+
+    async def cluster_answers(timeout_s: float) -> bool:
+        asked.set()
+        return not is_cut_off
+
+    monkeypatch.setattr("shardray.runtime.cluster.replica.cluster_answers", cluster_answers)
+    async with running(fleet_config(tiny_llama)) as (fleet, outlet):
+        before = outlet.meshes.pop(0)
+        outlet.refuses = True
+        fleet.replicas[0].link_lost()
+        await asyncio.wait_for(asked.wait(), timeout=30)
+        outlet.refuses = False
+        async with asyncio.timeout(60):
+            while 0 not in outlet.meshes:
+                await asyncio.sleep(0.05)
+        assert (outlet.meshes[0] is before) == is_cut_off
+        assert await generate(outlet.meshes[0]) == reference_ids(tiny_llama)
+    assert await _all_cpus_are_free()
+
+
 async def test_a_replica_that_was_given_up_is_kept_again_in_the_next_shape(
     local_ray: RaySession, tiny_llama: Path, tmp_path: Path
 ) -> None:

@@ -59,6 +59,8 @@ class Pod:
 
 
 class Kubelet:
+    """Starts, kills and cuts off pods; ``close`` ends them all."""
+
     def __init__(self, engine: str, folder: Path, objects: Objects) -> None:
         """``folder``: for volumes."""
         self._engine = engine
@@ -83,9 +85,8 @@ class Kubelet:
         options = [f"--name={infra}", f"--network={self._network}", f"--network-alias={service}", "--init"]
         self._run(infra, ["-d", *options, image, "sleep", "infinity"])
         address = self.engine("inspect", "-f", "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", infra)
-        pod = Pod(
-            infra, spec, address, {volume["name"]: self._volume(infra, spec, volume) for volume in spec["volumes"]}
-        )
+        folders = {volume["name"]: self._volume(infra, spec, volume) for volume in spec["volumes"]}
+        pod = Pod(infra, spec, address, folders)
         for container in spec.get("initContainers", []):
             if container.get("restartPolicy") == "Always":
                 self._start(pod, container)
