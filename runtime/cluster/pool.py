@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -170,6 +171,8 @@ class HostPool:
         asked: dict[RemoteHost, asyncio.Future[tuple[bool | BaseException]]] = {}
         try:
             while True:
+                if any(renewal.done() and False in renewal.result() for renewal in asked.values()):
+                    _end_as_replaced()
                 asked = {host: renewal for host, renewal in asked.items() if not renewal.done()}
                 for host in self._seating.hosts:
                     if host not in asked:
@@ -218,6 +221,14 @@ class HostPool:
             await self.discard(spares)
             raise
         self.give_back(spares)
+
+
+def _end_as_replaced() -> None:
+    """At once: an orderly end would stop hosts, and they are another's now."""
+    _log.critical(
+        "another driver has taken the fleet over while this one was not heard: it ends, and leaves all as it is"
+    )
+    os._exit(1)
 
 
 async def _silent(hosts: Sequence[RemoteHost]) -> list[RemoteHost]:

@@ -132,6 +132,22 @@ def test_a_second_driver_on_the_same_namespace_is_refused(cluster: Cluster, tiny
         assert first.generate() == reference_ids(tiny_llama)
 
 
+def test_a_driver_that_was_replaced_while_it_stood_still_ends_and_touches_nothing(
+    cluster: Cluster, tiny_llama: Path
+) -> None:
+    with driver(cluster, tiny_llama, "replaced") as first:
+        first.process.send_signal(signal.SIGSTOP)
+        with driver(cluster, tiny_llama, "replaced") as second:
+            assert second.pids == first.pids
+            first.process.send_signal(signal.SIGCONT)
+            _, errors = first.process.communicate(timeout=30)
+            assert first.process.returncode == 1
+            assert "another driver has taken the fleet over" in errors
+            assert second.generate() == reference_ids(tiny_llama)
+            assert all(psutil.pid_exists(pid) for pid in first.pids)
+    _until_free(4, timeout_s=10)
+
+
 def test_a_fleet_without_a_driver_gives_its_room_back_when_its_lease_is_over(
     cluster: Cluster, tiny_llama: Path
 ) -> None:
