@@ -22,7 +22,7 @@ class HostDied(ClusterError):
 
 
 class HostSilent(ClusterError):
-    """A host did not answer in time."""
+    """A host did not answer in time, or cannot be reached: whether it lives is not known."""
 
 
 class FormError(ClusterError):

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 from ray.util import list_named_actors
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -28,6 +28,7 @@ from shardray.runtime.engine.assignment import ShardAssignment
 _log = logging.getLogger(__name__)
 _ANSWER_TIMEOUT_S = 10.0
 _SENTINEL_S = 30.0
+_UNREACHED_S = 0.1  # before it is asked again
 
 
 class RemoteHost:
@@ -61,11 +62,17 @@ class RemoteHost:
         return msgspec.msgpack.decode(report, type=FormReport)
 
     async def run(self) -> RunReport:
-        """Start the shard, if it does not run yet; ends when its part of the mesh does: the sentinel of its life."""
+        """Start the shard, if it does not run yet; ends when its part of the mesh does: the sentinel of its life.
+
+        It says nothing of a host that cannot be reached: to ask for ``progress`` tells.
+        """
         await self._ask("start", self._actor.start.remote(), None)
         report = None
         while report is None:  # asked again now and then: a driver that is gone must not leave its question behind
-            report = await self._ask("await_end", self._actor.await_end.remote(_SENTINEL_S), None)
+            try:
+                report = await self._ask("await_end", self._actor.await_end.remote(_SENTINEL_S), None)
+            except HostSilent:
+                await asyncio.sleep(_UNREACHED_S)
         return msgspec.msgpack.decode(report, type=RunReport)
 
     async def state(self, timeout_s: float = _ANSWER_TIMEOUT_S) -> HostState:
@@ -150,6 +157,8 @@ async def _answer(ref: Any, timeout_s: float | None, silence: str, name: str) ->
         raise HostSilent(f"{silence} within {timeout_s:g} s")
     try:
         return future.result()
+    except ActorUnavailableError as error:
+        raise HostSilent(f"{name} cannot be reached") from error
     except RayActorError as error:
         raise HostDied(f"{name} died: {_plain_cause(error)}") from error
     except RayError as error:
@@ -172,8 +181,6 @@ def _plain_cause(error: RayActorError) -> str:
         return "it was killed by the fleet"
     if "creation task" in text:
         return f"it did not start: {text[-300:]}"
-    if "temporarily unavailable" in text:
-        return "it cannot be reached any more (its process or its node is gone)"
     detail = re.search(r"Worker exit detail: (.*?)(?: Some common causes|$)", text)
     if detail is None:
         return text[:300]

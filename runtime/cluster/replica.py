@@ -178,11 +178,12 @@ class Replica:
                 slot = self._slot
                 if mesh is None or mesh is not slot.mesh or slot.watch is None or slot.watch.is_ending:
                     return
+                could_be_reached = await cluster_answers(_HEAD_ANSWERS_S)
                 try:
                     await self._outlet.up(self.replica_id, mesh)
                     return
                 except ConnectionError as error:
-                    if await cluster_answers(_HEAD_ANSWERS_S):
+                    if could_be_reached and await cluster_answers(_HEAD_ANSWERS_S):
                         _log.error("replica %d: %s; it is formed again", self.replica_id, error)
                         await mesh.hosts[0].kill()  # the watch finds it dead
                         return

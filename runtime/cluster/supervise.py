@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from shardray.runtime.cluster.errors import ClusterError, HostDied
+from shardray.runtime.cluster.errors import ClusterError, HostDied, HostSilent
 from shardray.runtime.cluster.form import FormedMesh, dissolve
 from shardray.runtime.cluster.remote_host import RemoteHost
 from shardray.runtime.cluster.reports import FailureKind, RankFailure, RunReport
@@ -23,6 +23,7 @@ from shardray.runtime.engine.assignment import ShardLoad
 _SETTLE_S = 0.5  # after a rank lost a peer: for the peer's own end to show
 _LEAVE_S = 2.0  # for a rank to leave its step when told to
 _MAX_PULSE_INTERVAL_S = 10.0
+_UNREACHED_S = 0.5  # before a host is asked again that cannot be reached
 _CAUSES_FIRST = (FailureKind.DIED, FailureKind.RAISED, FailureKind.HUNG, FailureKind.LOST_PEER)
 
 
@@ -86,12 +87,19 @@ class MeshWatch:
         return MeshFailure("; ".join(_causes(failures)), tuple(failures), tuple(survivors), noticed_s)
 
     async def _pulse(self, rank: int, host: RemoteHost) -> None:
-        """Ends when the host stops answering."""
+        """Ends when the host has died, or has not answered for as long as a rank may stay away from a step."""
+        heard_s = time.monotonic()
         while True:
             try:
                 told = await host.progress(self._silence_s)
+            except HostSilent:
+                if time.monotonic() - heard_s >= self._silence_s:
+                    return
+                await asyncio.sleep(_UNREACHED_S)
+                continue
             except ClusterError:
                 return
+            heard_s = time.monotonic()
             if told.load is not None:
                 self._on_load(rank, told.load)
             await asyncio.sleep(min(self._silence_s / 2, _MAX_PULSE_INTERVAL_S))
