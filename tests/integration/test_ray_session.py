@@ -50,10 +50,11 @@ _SLOW_TO_LEAVE = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 def _driver(script: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A process that runs ``script``, once that printed "ready", and the mark that all its descendants carry."""
     mark = uuid.uuid4().hex
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
     driver = subprocess.Popen(
         [sys.executable, "-c", script],
         cwd=_REPOSITORY,
-        env={**os.environ, "SHARDRAY_TEST_MARK": mark},
+        env={**inherited, "SHARDRAY_TEST_MARK": mark},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
@@ -120,7 +121,8 @@ def test_a_local_ray_is_closed_to_other_machines_and_to_other_users() -> None:
             check_alive = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
             with pytest.raises(grpc.RpcError, match="Authentication token is missing or incorrect"):
                 check_alive(b"", timeout=10)
-            token = psutil.Process(driver.pid).children()[0].environ()["RAY_AUTH_TOKEN"]
+            [gcs] = [child for child in psutil.Process(driver.pid).children() if child.name() == "gcs_server"]
+            token = gcs.environ()["RAY_AUTH_TOKEN"]
             assert check_alive(b"", metadata=(("authorization", f"Bearer {token}"),), timeout=10)
 
 
