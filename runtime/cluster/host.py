@@ -23,7 +23,7 @@ import ray
 from shardray.parallel.credentials import Credentials
 from shardray.parallel.tls import TlsFiles
 from shardray.runtime.cluster.first_import import load_runtime
-from shardray.runtime.cluster.lease import Lease, others_renewed_s_ago
+from shardray.runtime.cluster.lease import Lease
 from shardray.runtime.cluster.reports import (
     FailureKind,
     FormReport,
@@ -63,7 +63,7 @@ class Host:
         self._runner: threading.Thread | None = None
         self._ended = threading.Event()
         self._end = RunReport()
-        self._lease = Lease(others_renewed_s_ago)
+        self._lease = Lease()
 
     @ray.method(concurrency_group="control")
     def describe(self) -> bytes:

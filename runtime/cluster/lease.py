@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import ray
@@ -32,13 +32,9 @@ _SAME_DRIVER_S = 2 * RENEWAL_S  # leases that a driver renewed for the last time
 
 
 class Lease:
-    """Thread-safe. Watched by a thread of its own, which ends the process.
+    """Thread-safe. Watched by a thread of its own, which ends the process."""
 
-    ``others_renewed_s_ago``: seconds since each other host of the fleet was renewed, asked for when this lease is over.
-    """
-
-    def __init__(self, others_renewed_s_ago: Callable[[], Collection[float]]) -> None:
-        self._others_renewed_s_ago = others_renewed_s_ago
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._owner: str | None = None
         self._renewed_s = time.monotonic()
@@ -70,19 +66,23 @@ class Lease:
             self._extend(time.monotonic() - now - _CHECK_S)
         _log.error("no driver has renewed this host's lease: it ends")
         try:
-            latest_s = min(self._others_renewed_s_ago(), default=math.inf)
+            latest_s = min(_others_renewed_s_ago(), default=math.inf)
             if latest_s > self.renewed_s_ago - _SAME_DRIVER_S:
                 give_back_groups(ray.get_runtime_context().namespace)
         finally:
             os._exit(1)
 
 
-def others_renewed_s_ago() -> list[float]:
+def host_names() -> set[str]:
+    """What the fleet's hosts are called, as actors of this Ray namespace. Blocks."""
+    return {name for name in list_named_actors() if name.startswith(HOST_NAME)}
+
+
+def _others_renewed_s_ago() -> list[float]:
     """Seconds since each other host of this fleet was renewed; 0 for one that lives and does not answer. Blocks."""
     own = ray.get_runtime_context().get_actor_name()
-    names = [name for name in list_named_actors() if name.startswith(HOST_NAME) and name != own]
     calls: list[Any] = []
-    for name in names:
+    for name in host_names() - {own}:
         with contextlib.suppress(ValueError):  # it has ended since
             calls.append(ray.get_actor(name).renewed_s_ago.remote())
     found = []

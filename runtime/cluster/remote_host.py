@@ -11,7 +11,6 @@ from typing import Any
 import msgspec
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
-from ray.util import list_named_actors
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -19,7 +18,7 @@ from shardray.parallel.credentials import Credentials
 from shardray.parallel.tls import TlsFiles
 from shardray.runtime.cluster.errors import ClusterError, HostDied, HostSilent
 from shardray.runtime.cluster.host import HostActor
-from shardray.runtime.cluster.lease import HOST_NAME
+from shardray.runtime.cluster.lease import HOST_NAME, host_names
 from shardray.runtime.cluster.placement import HostsNeed
 from shardray.runtime.cluster.ray_call import in_one_line, in_ray
 from shardray.runtime.cluster.reports import FormReport, HostInfo, HostProgress, HostState, RunReport, SpanReport
@@ -127,7 +126,7 @@ async def start_host(
 
 async def find_hosts(timeout_s: float) -> list[RemoteHost]:
     """The hosts of this Ray namespace that answer; the others are ended."""
-    names = [name for name in await in_ray(list_named_actors) if name.startswith(HOST_NAME)]
+    names = await in_ray(host_names)
 
     async def find(name: str) -> RemoteHost | None:
         try:

@@ -80,16 +80,14 @@ def _marked(mark: str) -> list[str]:
     return commands
 
 
-def _listening(mark: str) -> dict[str, list[tuple[str, int]]]:
-    """Addresses and ports of every live process that carries ``mark``, by its name."""
+def _listening(driver: psutil.Process) -> dict[str, list[tuple[str, int]]]:
+    """Addresses and ports of ``driver`` and all its descendants, by the name of the process."""
     found: dict[str, list[tuple[str, int]]] = {}
-    for connection in psutil.net_connections("tcp"):
-        if connection.status != psutil.CONN_LISTEN or connection.pid is None:
-            continue
+    for process in (driver, *driver.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(connection.pid)
-            if process.environ().get("SHARDRAY_TEST_MARK") == mark:
-                found.setdefault(process.name(), []).append((connection.laddr.ip, connection.laddr.port))
+            for connection in process.net_connections("tcp"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.setdefault(process.name(), []).append((connection.laddr.ip, connection.laddr.port))
     return found
 
 
@@ -111,8 +109,8 @@ def test_a_local_ray_ends_when_its_driver_is_killed() -> None:
 
 def test_a_local_ray_is_closed_to_other_machines_and_to_other_users() -> None:
     """Whoever may speak to one of its ports runs code."""
-    with _driver(_OPEN_AND_WAIT) as (driver, mark):
-        ports = _listening(mark)
+    with _driver(_OPEN_AND_WAIT) as (driver, _):
+        ports = _listening(psutil.Process(driver.pid))
         assert {"gcs_server", "raylet"} < ports.keys()
         addresses = {address for listening in ports.values() for address, _ in listening}
         assert addresses <= {"127.0.0.1", "::ffff:127.0.0.1"}
